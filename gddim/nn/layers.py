@@ -1,0 +1,171 @@
+"""The layers of NCSN++ (Song et al. 2021), for one example at a time: images are `(H, W, C)`, kernels HWIO.
+
+Parameters are float32; a layer computes in the type of its input. Under `jax.vmap`, `conv(x[None], w)[0]` becomes
+one batched NHWC/HWIO convolution, which is the layout that every XLA backend runs fast.
+"""
+
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from gddim.errors import UserError
+
+
+def init_kernel(key: Key[Array, ""], shape: tuple[int, ...], scale: float = 1.0) -> Float[Array, "..."]:
+    """Uniform with variance `scale` / mean of fan-in and fan-out, as published; `scale` 0 stands for 1e-10."""
+    return jax.nn.initializers.variance_scaling(scale or 1e-10, "fan_avg", "uniform")(key, shape)
+
+
+class Dense(eqx.Module):
+    """`x W + b` over the last axis."""
+
+    weight: Float[Array, "i o"]
+    bias: Float[Array, " o"]
+
+    def __init__(self, inputs: int, outputs: int, *, scale: float = 1.0, key: Key[Array, ""]):
+        self.weight = init_kernel(key, (inputs, outputs), scale)
+        self.bias = jnp.zeros(outputs)
+
+    def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
+        bias = self.bias.astype(x.dtype)
+        return x @ self.weight.astype(x.dtype) + jnp.expand_dims(bias, tuple(range(x.ndim - 1)))
+
+
+class Conv(eqx.Module):
+    """Convolution with an odd square kernel, zero padding that keeps the size (`stride` 1) or as `padding` says."""
+
+    weight: Float[Array, "k k i o"]
+    bias: Float[Array, " o"]
+
+    def __init__(self, inputs: int, outputs: int, size: int = 3, *, scale: float = 1.0, key: Key[Array, ""]):
+        self.weight = init_kernel(key, (size, size, inputs, outputs), scale)
+        self.bias = jnp.zeros(outputs)
+
+    def __call__(self, x: Float[Array, "h w i"], stride: int = 1, padding: str = "SAME") -> Float[Array, "a b o"]:
+        weight = self.weight.astype(x.dtype)
+        if weight.shape[0] == 1:
+            y = x @ weight[0, 0]
+        else:
+            y = jax.lax.conv_general_dilated(
+                x[None], weight, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )[0]
+        return y + self.bias.astype(x.dtype)[None, None]
+
+
+class GroupNorm(eqx.Module):
+    """Group normalisation, min(C/4, 32) groups, ε = 1e-6, statistics in float32; then swish if asked.
+
+    The sums are taken per channel, then per group: XLA reduces the image once, without a 5-D reshape of it.
+    """
+
+    scale: Float[Array, " c"]
+    bias: Float[Array, " c"]
+    groups: int = eqx.field(static=True)
+
+    def __init__(self, channels: int):
+        self.groups = min(channels // 4, 32)
+        if self.groups == 0 or channels % self.groups:
+            raise UserError(
+                f"width: a layer of {channels} channels cannot be normalised in min(channels // 4, 32) equal groups; "
+                "choose a width that is a multiple of 4 up to 128, a multiple of 32 beyond"
+            )
+        self.scale = jnp.ones(channels)
+        self.bias = jnp.zeros(channels)
+
+    def __call__(self, x: Float[Array, "h w c"], swish: bool = False) -> Float[Array, "h w c"]:
+        wide = x.astype(jnp.float32)
+        mean, square = jnp.mean(wide, axis=(0, 1)), jnp.mean(wide * wide, axis=(0, 1))
+        mean, square = (jnp.mean(m.reshape(self.groups, -1), axis=1) for m in (mean, square))
+        inverse = jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0.0) + 1e-6)
+        mean, inverse = (jnp.repeat(m, x.shape[-1] // self.groups) for m in (mean, inverse))
+        gain = self.scale * inverse
+        y = wide * gain[None, None] + (self.bias - mean * gain)[None, None]
+        return (jax.nn.swish(y) if swish else y).astype(x.dtype)
+
+
+class Attention(eqx.Module):
+    """Self-attention with one head over all pixels, `(x + out(attend(norm(x)))) / √2`; softmax in float32."""
+
+    norm: GroupNorm
+    query: Dense
+    key: Dense
+    value: Dense
+    out: Dense
+
+    def __init__(self, channels: int, *, key: Key[Array, ""]):
+        keys = jax.random.split(key, 4)
+        self.norm = GroupNorm(channels)
+        self.query, self.key, self.value = (Dense(channels, channels, scale=0.1, key=k) for k in keys[:3])
+        self.out = Dense(channels, channels, scale=0.0, key=keys[3])
+
+    def __call__(self, x: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
+        h = self.norm(x).reshape(1, -1, 1, x.shape[-1])  # (batch, pixels, heads, channels)
+        h = jax.nn.dot_product_attention(self.query(h), self.key(h), self.value(h))
+        return (x + self.out(h.reshape(x.shape))) * math.sqrt(0.5)
+
+
+def fourier_embedding(t: Float[Array, ""], frequencies: Float[Array, " n"]) -> Float[Array, " 2*n"]:
+    """`[sin, cos](2π log(t) frequencies)`, the frequencies fixed."""
+    # Angles reach thousands of radians, so the order of the float32 products is that of the published networks.
+    angles = jnp.log(t) * jax.lax.stop_gradient(frequencies) * 2 * jnp.pi
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)])
+
+
+def sinusoidal_embedding(t: Float[Array, ""], features: int) -> Float[Array, " {features}"]:
+    """`[sin, cos](t 10000^(-i/(n-1)))`, n = features // 2 as in DDPM; an odd last feature is 0."""
+    half = features // 2
+    angles = t * jnp.exp(-math.log(10000) / (half - 1) * jnp.arange(half, dtype=jnp.float32))
+    return jnp.pad(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)]), (0, features % 2))
+
+
+def upsample(x: Float[Array, "h w c"], fir: bool) -> Float[Array, "2*h 2*w c"]:
+    """Twice the size: nearest neighbour, or zeros in between filtered with (1, 3, 3, 1)/4 along both axes."""
+    for axis in (0, 1):
+        if fir:  # the two phases of the filter, each of two taps
+            before, after = _neighbours(x, axis)
+            phases = [0.25 * before + 0.75 * x, 0.75 * x + 0.25 * after]
+        else:
+            phases = [x, x]
+        shape = list(x.shape)
+        shape[axis] *= 2
+        x = jnp.stack(phases, axis=axis + 1).reshape(shape)
+    return x
+
+
+def downsample(x: Float[Array, "h w c"], fir: bool) -> Float[Array, "h//2 w//2 c"]:
+    """Half the size: mean of 2x2, or filtered with (1, 3, 3, 1)/8 along both axes; zero beyond the border."""
+    for axis in (0, 1):
+        shape = list(x.shape)
+        shape[axis : axis + 1] = [shape[axis] // 2, 2]
+        even, odd = (jnp.take(x.reshape(shape), phase, axis=axis + 1) for phase in (0, 1))
+        if fir:
+            x = 0.125 * (_neighbours(odd, axis)[0] + _neighbours(even, axis)[1]) + 0.375 * (even + odd)
+        else:
+            x = 0.5 * (even + odd)
+    return x
+
+
+def downsample_conv(x: Float[Array, "h w i"], conv: Conv, fir: bool) -> Float[Array, "h//2 w//2 o"]:
+    """Half the size by a strided 3x3 convolution, with the filter (1, 3, 3, 1)/8 before it if `fir`."""
+    if not fir:
+        return conv(x, stride=2)
+    for axis in (0, 1):  # as upfirdn with two zeros on either side: one sample longer than x
+        pad = [(0, 0)] * 3
+        pad[axis] = (2, 2)
+        taps = (jax.lax.slice_in_dim(jnp.pad(x, pad), i, i + x.shape[axis] + 1, axis=axis) for i in range(4))
+        x = sum(weight * tap for weight, tap in zip((0.125, 0.375, 0.375, 0.125), taps, strict=True))
+    return conv(x, stride=2, padding="VALID")
+
+
+def _neighbours(x: Float[Array, "h w c"], axis: int) -> tuple[Float[Array, "h w c"], Float[Array, "h w c"]]:
+    """The values one before and one after along `axis`, zero beyond the border."""
+    pad = [(0, 0)] * 3
+    pad[axis] = (1, 1)
+    padded, n = jnp.pad(x, pad), x.shape[axis]
+    return (
+        jax.lax.slice_in_dim(padded, 0, n, axis=axis),
+        jax.lax.slice_in_dim(padded, 2, n + 2, axis=axis),
+    )

@@ -1,0 +1,61 @@
+"""A residual multilayer perceptron for points, called like the image networks."""
+
+from dataclasses import dataclass
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, Float, Key
+
+from gddim.errors import UserError
+from gddim.nn.layers import Dense, sinusoidal_embedding
+
+
+@dataclass(frozen=True)
+class MLPConfig:
+    """A residual MLP with a time embedding."""
+
+    width: int = 128
+    """Features of every hidden layer."""
+    depth: int = 3
+    """Residual layers."""
+
+    def __post_init__(self) -> None:
+        if self.width < 4:
+            raise UserError(f"width: got {self.width}, needs at least 4 features")
+        if self.depth < 1:
+            raise UserError(f"depth: got {self.depth}, needs at least 1 layer")
+
+    def build(self, in_shape: tuple[int], out_channels: int, key: Key[Array, ""]) -> "MLP":
+        """A network of this configuration with fresh parameters, from `(D,)` to `(out_channels,)`."""
+        return MLP(self, in_shape[0], out_channels, key=key)
+
+
+class MLP(eqx.Module):
+    """`h ← h + V swish(W h + time)` for every layer; `net(x, t)` of one point `(D,)` and its time label, as 999 t."""
+
+    time: tuple[Dense, Dense]
+    first: Dense
+    layers: list[tuple[Dense, Dense]]
+    last: Dense
+
+    def __init__(self, config: MLPConfig, in_features: int, out_features: int, *, key: Key[Array, ""]):
+        width = config.width
+        keys = iter(jax.random.split(key, 4 + 2 * config.depth))
+        self.time = Dense(width, width, key=next(keys)), Dense(width, width, key=next(keys))
+        self.first = Dense(in_features, width, key=next(keys))
+        self.layers = [
+            (Dense(width, width, key=next(keys)), Dense(width, width, key=next(keys))) for _ in range(config.depth)
+        ]
+        self.last = Dense(width, out_features, scale=0.0, key=next(keys))
+
+    def __call__(
+        self, x: Float[Array, " i"], t: Float[Array, ""], key: Key[Array, ""] | None = None
+    ) -> Float[Array, " o"]:
+        """`(C_out,)`; `key` is accepted as by every network, though nothing here is random."""
+        time = sinusoidal_embedding(t, self.first.bias.size)
+        for dense in self.time:
+            time = jax.nn.swish(dense(time))
+        h = self.first(x)
+        for inner, outer in self.layers:
+            h = h + outer(jax.nn.swish(inner(h) + time))
+        return self.last(jax.nn.swish(h))

@@ -1,0 +1,283 @@
+"""NCSN++ / DDPM++: the U-Net of Song et al. (2021, arXiv 2011.13456), as gDDIM (arXiv 2206.05564) trained it."""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from gddim.errors import UserError
+from gddim.nn.layers import (
+    Attention,
+    Conv,
+    Dense,
+    GroupNorm,
+    downsample,
+    downsample_conv,
+    fourier_embedding,
+    sinusoidal_embedding,
+    upsample,
+)
+
+
+@dataclass(frozen=True)
+class NCSNppConfig:
+    """An NCSN++ network; the defaults are the one of gDDIM's best CIFAR-10 result."""
+
+    width: int = 128
+    """Channels of the finest level; a multiple of 4 up to 128, of 32 beyond."""
+    multipliers: tuple[int, ...] = (1, 2, 2, 2)
+    """Channels of each level over `width`; each level has half the size of the one before."""
+    blocks: int = 8
+    """Residual blocks a level on the way down (one more on the way up)."""
+    attention: tuple[int, ...] = (16,)
+    """Image heights at which the levels attend; the coarsest middle block always does."""
+    dropout: float = 0.1
+    """Share of activations dropped in each residual block while training."""
+    embedding: Literal["fourier", "positional"] = "fourier"
+    """Time embedding: random Fourier features of log t, or sinusoids of t."""
+    fir: bool = True
+    """Resample with the filter (1, 3, 3, 1) instead of nearest neighbour and mean."""
+    progressive_input: Literal["residual", "none"] = "residual"
+    """Whether a downsampled copy of the input enters every level."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the computation; parameters, statistics, softmax and output stay float32."""
+    remat: bool = False
+    """Recompute the blocks in the backward pass instead of storing their insides."""
+    scan_blocks: bool = False
+    """Compile identical consecutive blocks once, as a loop: faster compilation; slow convolutions on a CPU."""
+
+    def __post_init__(self) -> None:
+        if self.width < 4:
+            raise UserError(f"width: got {self.width}, needs at least 4 channels")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise UserError(f"multipliers: got {self.multipliers}, needs one positive number a level")
+        if self.blocks < 1:
+            raise UserError(f"blocks: got {self.blocks}, needs at least 1 a level")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout: got {self.dropout}, needs 0 <= dropout < 1")
+        for name, accepted in {
+            "embedding": ("fourier", "positional"),
+            "progressive_input": ("residual", "none"),
+            "dtype": ("float32", "bfloat16"),
+        }.items():
+            if getattr(self, name) not in accepted:
+                raise UserError(f"{name}: got {getattr(self, name)!r}, accepted are {', '.join(accepted)}")
+
+    def build(self, in_shape: tuple[int, int, int], out_channels: int, key: Key[Array, ""]) -> "NCSNpp":
+        """A network of this configuration with fresh parameters, from `(H, W, C_in)` to `(H, W, out_channels)`."""
+        return NCSNpp(self, in_shape, out_channels, key=key)
+
+
+class Block(eqx.Module):
+    """BigGAN's residual block, which resamples inside, and attention after it where asked.
+
+    `h = conv(dropout(swish(norm(conv(resample(swish(norm(x)))) + dense(time)))))`, then
+    `(shortcut(resample(x)) + h) / √2`.
+    """
+
+    norm_in: GroupNorm
+    conv_in: Conv
+    time: Dense
+    norm_out: GroupNorm
+    conv_out: Conv
+    shortcut: Conv | None
+    attention: Attention | None
+    resample: Literal["none", "down", "up"] = eqx.field(static=True)
+    fir: bool = eqx.field(static=True)
+    dropout: float = eqx.field(static=True)
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        config: NCSNppConfig,
+        *,
+        key: Key[Array, ""],
+        attend: bool = False,
+        resample: Literal["none", "down", "up"] = "none",
+    ):
+        keys = jax.random.split(key, 5)
+        self.norm_in = GroupNorm(inputs)
+        self.conv_in = Conv(inputs, outputs, key=keys[0])
+        self.time = Dense(4 * config.width, outputs, key=keys[1])
+        self.norm_out = GroupNorm(outputs)
+        self.conv_out = Conv(outputs, outputs, scale=0.0, key=keys[2])
+        self.shortcut = Conv(inputs, outputs, 1, key=keys[3]) if inputs != outputs or resample != "none" else None
+        self.attention = Attention(outputs, key=keys[4]) if attend else None
+        self.resample, self.fir, self.dropout = resample, config.fir, config.dropout
+
+    def __call__(
+        self, x: Float[Array, "h w i"], time: Float[Array, " t"], key: Key[Array, ""] | None = None
+    ) -> Float[Array, "a b o"]:
+        h = self.norm_in(x, swish=True)
+        if self.resample != "none":
+            resample = downsample if self.resample == "down" else upsample
+            h, x = resample(h, self.fir), resample(x, self.fir)
+        h = self.conv_in(h) + self.time(time)[None, None]
+        h = self.norm_out(h, swish=True)
+        if key is not None and self.dropout > 0:
+            keep = jax.random.bernoulli(key, 1 - self.dropout, h.shape)
+            h = jnp.where(keep, h / (1 - self.dropout), 0)
+        h = self.conv_out(h)
+        x = (h + (x if self.shortcut is None else self.shortcut(x))) * math.sqrt(0.5)
+        return x if self.attention is None else self.attention(x)
+
+
+class Level(eqx.Module):
+    """The blocks of one resolution, then what leads to the next: a resampling block, downwards also the input."""
+
+    blocks: list[Block]
+    resample: Block | None
+    progressive: Conv | None
+
+
+class NCSNpp(eqx.Module):
+    """The U-Net: `net(x, t)` of one image `(H, W, C_in)` and its time label, 999 t in the published networks.
+
+    Returns float32 `(H, W, C_out)`. Dropout acts if a key is given.
+    """
+
+    frequencies: Float[Array, " width"] | None
+    time: tuple[Dense, Dense]
+    conv_in: Conv
+    down: list[Level]
+    middle: list[Block]
+    up: list[Level]
+    norm_out: GroupNorm
+    conv_out: Conv
+    config: NCSNppConfig = eqx.field(static=True)
+    in_shape: tuple[int, int, int] = eqx.field(static=True)
+
+    def __init__(self, config: NCSNppConfig, in_shape: tuple[int, int, int], out_channels: int, *, key: Key[Array, ""]):
+        height, width, channels = in_shape
+        factor = 2 ** (len(config.multipliers) - 1)
+        if min(height, width) < 1 or height % factor or width % factor:
+            raise UserError(
+                f"multipliers: {len(config.multipliers)} levels halve the image {factor.bit_length() - 1} times, "
+                f"so its sides must be multiples of {factor}; got {height}x{width}"
+            )
+        keys = iter(jax.random.split(key, 8 + 2 * len(config.multipliers) * (config.blocks + 3)))
+
+        def block(inputs: int, outputs: int, **kwargs: Any) -> Block:
+            return Block(inputs, outputs, config, key=next(keys), **kwargs)
+
+        fourier = config.embedding == "fourier"
+        features = config.width * (2 if fourier else 1)
+        self.frequencies = 16 * jax.random.normal(next(keys), (config.width,)) if fourier else None
+        self.time = (
+            Dense(features, 4 * config.width, key=next(keys)),
+            Dense(4 * config.width, 4 * config.width, key=next(keys)),
+        )
+        self.conv_in = Conv(channels, config.width, key=next(keys))
+
+        sizes = [height // 2**level for level in range(len(config.multipliers))]
+        levels = list(enumerate(zip(sizes, (config.width * m for m in config.multipliers), strict=True)))
+        last = len(levels) - 1
+        skips, pyramid, now = [config.width], channels, config.width
+        self.down = []
+        for level, (size, outputs) in levels:
+            blocks = []
+            for _ in range(config.blocks):
+                blocks.append(block(now, outputs, attend=size in config.attention))
+                skips.append(now := outputs)
+            resample = progressive = None
+            if level != last:
+                resample = block(now, now, resample="down")
+                skips.append(now)
+                if config.progressive_input == "residual":
+                    progressive = Conv(pyramid, now, key=next(keys))
+                    pyramid = now
+            self.down.append(Level(blocks, resample, progressive))
+        self.middle = [block(now, now, attend=True), block(now, now)]
+        self.up = []
+        for level, (size, outputs) in reversed(levels):
+            blocks = []
+            for i in range(config.blocks + 1):
+                attend = i == config.blocks and size in config.attention
+                blocks.append(block(now + skips.pop(), outputs, attend=attend))
+                now = outputs
+            self.up.append(Level(blocks, block(now, now, resample="up") if level else None, None))
+        self.norm_out = GroupNorm(now)
+        self.conv_out = Conv(now, out_channels, scale=0.0, key=next(keys))
+        self.config, self.in_shape = config, in_shape
+
+    def __call__(
+        self, x: Float[Array, "h w i"], t: Float[Array, ""], key: Key[Array, ""] | None = None
+    ) -> Float[Array, "h w o"]:
+        if x.shape != self.in_shape:
+            raise ValueError(f"x: got shape {x.shape}, the network was built for {self.in_shape}")
+        time = self._embed(t)
+        count = 2 + sum(len(level.blocks) + (level.resample is not None) for level in self.down + self.up)
+        keys = iter([None] * count if key is None else jax.random.split(key, count))
+
+        def apply(block: Block, h: Array, extra: tuple[Array | None, Array | None]) -> Array:
+            skip, key = extra
+            return block(h if skip is None else jnp.concatenate([h, skip], axis=-1), time, key)
+
+        if self.config.remat:
+            apply = jax.checkpoint(apply)
+
+        h = pyramid = x.astype(self.config.dtype)
+        h = self.conv_in(h)
+        skips = [h]
+        for level in self.down:
+            h, outputs = self._chain(apply, level.blocks, h, [(None, next(keys)) for _ in level.blocks])
+            skips += outputs
+            if level.resample is not None:
+                h = apply(level.resample, h, (None, next(keys)))
+                if level.progressive is not None:
+                    h = pyramid = (downsample_conv(pyramid, level.progressive, self.config.fir) + h) * math.sqrt(0.5)
+                skips.append(h)
+        for block in self.middle:
+            h = apply(block, h, (None, next(keys)))
+        for level in self.up:
+            h, _ = self._chain(apply, level.blocks, h, [(skips.pop(), next(keys)) for _ in level.blocks])
+            if level.resample is not None:
+                h = apply(level.resample, h, (None, next(keys)))
+        return self.conv_out(self.norm_out(h.astype(jnp.float32), swish=True))
+
+    def _embed(self, t: Float[Array, ""]) -> Float[Array, " features"]:
+        """The time's features as every block takes them, swish included."""
+        t = t.astype(jnp.float32)
+        if self.frequencies is None:
+            features = sinusoidal_embedding(t, self.config.width)
+        else:
+            features = fourier_embedding(t, self.frequencies)
+        for dense in self.time:
+            features = jax.nn.swish(dense(features))
+        return features.astype(self.config.dtype)
+
+    def _chain(
+        self, apply: Callable, blocks: Sequence[Block], h: Array, extras: list[Any]
+    ) -> tuple[Array, list[Array]]:
+        """The blocks one after another, each with its extra input; returns the last output and all of them.
+
+        With `scan_blocks`, consecutive blocks of equal shapes are stacked while tracing and run as one loop.
+        """
+        outputs: list[Array] = []
+
+        def shapes(pair: tuple[Block, Any]) -> Any:
+            leaves, structure = jax.tree.flatten(pair)
+            return structure, [leaf.shape for leaf in leaves]
+
+        pairs = list(zip(blocks, extras, strict=True))
+        runs = itertools.groupby(pairs, shapes) if self.config.scan_blocks else ((None, [pair]) for pair in pairs)
+        for _, run in runs:
+            run = list(run)
+            if len(run) == 1:
+                outputs.append(h := apply(run[0][0], h, run[0][1]))
+                continue
+
+            def body(h: Array, pair: tuple[Block, Any]) -> tuple[Array, Array]:
+                h = apply(pair[0], h, pair[1])
+                return h, h
+
+            h, stacked = jax.lax.scan(body, h, jax.tree.map(lambda *leaves: jnp.stack(leaves), *run))
+            outputs += list(stacked)
+        return h, outputs
