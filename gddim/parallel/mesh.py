@@ -1,0 +1,130 @@
+"""Meshes with the axes `data` and `fsdp`, and where each array of a training run lives on them."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import equinox as eqx
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Int, PyTree
+
+from gddim.errors import UserError
+
+# A step gathers every split array once, and a message has a cost of its own: below this many elements
+# the memory that splitting saves (4 KiB times the copies) is not worth one.
+SMALL = 1024
+
+Rule = Callable[[str, tuple[int, ...], Mesh | AbstractMesh], P]
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How the devices of all processes are arranged. The batch is split over both axes."""
+
+    data: int = -1
+    """Groups of devices that each hold one copy of the state; -1: as many as the devices allow."""
+    fsdp: int = 1
+    """Devices that split one copy of parameters, EMA and optimiser state among them."""
+
+
+def make_mesh(config: MeshConfig = MeshConfig(), devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh `data × fsdp` over all devices of all processes (or over `devices`), with `Auto` axes.
+
+    Raises `UserError` when the product is not the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    count, data, fsdp = len(devices), config.data, config.fsdp
+    if fsdp < 1 or (data < 1 and data != -1):
+        raise UserError(f"mesh.data={data}, mesh.fsdp={fsdp}: sizes must be positive (mesh.data=-1: fill the devices)")
+    if count % fsdp or (data != -1 and data * fsdp != count):
+        accepted = ", ".join(f"{count // f}×{f}" for f in range(1, count + 1) if count % f == 0)
+        raise UserError(f"mesh.data={data} × mesh.fsdp={fsdp} does not fit {count} device(s); data×fsdp may be {accepted}")
+    shape = (count // fsdp, fsdp)
+    return jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """The leading axis split over both mesh axes, so that every device has its own examples."""
+    return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def default_rule(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
+    """Split the largest axis that `fsdp` divides (the last of equals); small or indivisible arrays are replicated.
+
+    A rule is any function of these arguments: `lambda path, shape, mesh: P() if "embed" in path else
+    default_rule(path, shape, mesh)` replicates one part. `path` is like `ema/blocks/0/conv/weight`.
+    """
+    fsdp = mesh.shape["fsdp"]
+    divisible = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
+    if fsdp == 1 or math.prod(shape) < SMALL or not divisible:
+        return P()
+    axis = max(divisible, key=lambda axis: (shape[axis], axis))
+    return P(*(None,) * axis, "fsdp")
+
+
+def state_shardings(shapes: PyTree, mesh: Mesh | AbstractMesh, rule: Rule = default_rule) -> PyTree[NamedSharding]:
+    """The sharding of each array in a tree of arrays or `ShapeDtypeStruct`s."""
+
+    def place(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, rule(name, leaf.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def init_sharded(make: Callable[[], PyTree], mesh: Mesh, rule: Rule = default_rule) -> PyTree:
+    """`make()` computed straight into its shards: no device and no host ever holds what `rule` splits.
+
+    Leaves of the result that are no arrays (functions, numbers) are passed through.
+    """
+    shapes = eqx.filter_eval_shape(make)
+    shapes, static = eqx.partition(shapes, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
+    shardings = state_shardings(shapes, mesh, rule)
+    arrays = jax.jit(lambda: eqx.filter(make(), eqx.is_array), out_shardings=shardings)()
+    return eqx.combine(arrays, static)
+
+
+def per_device_batch(batch_size: int, mesh: Mesh | AbstractMesh) -> int:
+    """Examples of a global batch on each device; raises `UserError` when the devices do not divide it."""
+    if batch_size < 1 or batch_size % mesh.size:
+        raise UserError(f"a batch of {batch_size} does not divide over {mesh.size} device(s): use a multiple of {mesh.size}")
+    return batch_size // mesh.size
+
+
+def process_rows(batch_size: int, mesh: Mesh) -> Int[np.ndarray, " rows"]:
+    """The rows of a global batch that this process reads, ascending: those of its own devices.
+
+    One contiguous block wherever a mesh keeps a host's devices together; a TPU mesh follows the wiring instead.
+    """
+    per_device_batch(batch_size, mesh)
+    slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.sort(np.concatenate([np.arange(batch_size)[index] for index in slices if index is not None]))
+
+
+def global_batch(local: PyTree[np.ndarray], mesh: Mesh) -> PyTree[jax.Array]:
+    """The global batch of which this process read the rows `process_rows`; each device gets its own, none is copied."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), local)
+
+
+def bytes_per_device(tree: PyTree) -> int:
+    """Bytes that the arrays (or `ShapeDtypeStruct`s with shardings) of a tree occupy on each device."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if getattr(leaf, "sharding", None) is not None]
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def describe(mesh: Mesh, state: PyTree) -> str:
+    """One line for the start of a run: processes, devices, mesh, bytes of state on each device."""
+    kind = mesh.devices.flat[0].device_kind
+    return (
+        f"{jax.process_count()} process(es), {mesh.size} device(s) ({kind}), mesh data={mesh.shape['data']} × "
+        f"fsdp={mesh.shape['fsdp']}, {bytes_per_device(state) / 2**20:.1f} MiB of state per device"
+    )
