@@ -1,0 +1,244 @@
+"""Distances between two sets of samples, each from features that any feature space gives (rows are samples).
+
+Everything here is NumPy in float64 on the host: no metric depends on a device, a batch size or an order of summation.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Float, Int, Num, Shaped
+from scipy.spatial.distance import cdist
+
+Features = Shaped[np.ndarray, "n d"]
+
+
+class Gaussian(Protocol):
+    """Whatever has a mean and a covariance: `Moments` of a stream, or statistics read from a file."""
+
+    @property
+    def mean(self) -> Float[np.ndarray, " d"]: ...
+
+    @property
+    def covariance(self) -> Float[np.ndarray, "d d"]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Count, mean and scatter `Σ (x − mean)(x − mean)ᵀ` of a stream of vectors, in memory independent of its length.
+
+    Two streams join by the pairwise update of Chan, Golub and LeVeque (1983), which subtracts no large numbers: the
+    result is the same to rounding for every way to cut the stream.
+    """
+
+    count: int
+    mean: Float[np.ndarray, " d"]
+    scatter: Float[np.ndarray, "d d"]
+
+    @staticmethod
+    def empty(dimension: int) -> "Moments":
+        return Moments(0, np.zeros(dimension), np.zeros((dimension, dimension)))
+
+    @staticmethod
+    def of(features: Features) -> "Moments":
+        """Moments of the rows of one array. A row that is not finite raises `ValueError`: it would spoil all others."""
+        x = np.asarray(features, np.float64)
+        if not len(x):
+            return Moments.empty(x.shape[1])
+        if not np.isfinite(x).all():
+            bad = len(x) - int(np.isfinite(x).all(axis=1).sum())
+            raise ValueError(f"features: {bad} of {len(x)} rows are not finite")
+        mean = x.mean(axis=0)
+        centred = x - mean
+        return Moments(len(x), mean, centred.T @ centred)
+
+    def merge(self, other: "Moments") -> "Moments":
+        count = self.count + other.count
+        if not count:
+            return self
+        step = other.mean - self.mean
+        mean = self.mean + step * (other.count / count)
+        between = np.outer(step, step) * (self.count * other.count / count)
+        return Moments(count, mean, self.scatter + other.scatter + between)
+
+    @property
+    def covariance(self) -> Float[np.ndarray, "d d"]:
+        """Unbiased, `(d, d)`; needs two samples."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 samples, got {self.count}")
+        return self.scatter / (self.count - 1)
+
+
+def _factor(covariance: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d r"]:
+    """A factor `A` with `A Aᵀ` = covariance and one column for each eigenvalue above rounding."""
+    values, vectors = np.linalg.eigh(covariance)
+    kept = values > len(values) * np.finfo(np.float64).eps * max(values[-1], 0.0)
+    return vectors[:, kept] * np.sqrt(values[kept])
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+    """Squared Wasserstein-2 distance of two Gaussians, `|μ_a − μ_b|² + Tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^{1/2})`.
+
+    With `Σ = A Aᵀ` the last trace is the sum of singular values of `A_aᵀ A_b`: no root of a singular, unsymmetric
+    product is taken, so fewer samples than dimensions are no special case. Never negative.
+    """
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(f"features of dimension {a.mean.shape[0]} cannot be compared with those of {b.mean.shape[0]}")
+    factor_a, factor_b = _factor(a.covariance), _factor(b.covariance)
+    overlap = np.linalg.svd(factor_a.T @ factor_b, compute_uv=False).sum()
+    spread = np.square(factor_a).sum() + np.square(factor_b).sum() - 2 * overlap
+    return max(float(np.square(a.mean - b.mean).sum() + spread), 0.0)
+
+
+def _row_blocks(x: np.ndarray, rows: int = 1024) -> Iterator[tuple[slice, np.ndarray]]:
+    """Slices of at most `rows` rows: a matrix of all pairs is never held as a whole."""
+    for start in range(0, len(x), rows):
+        yield slice(start, start + rows), x[start : start + rows]
+
+
+def _kernel_sums(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Row sums, column sums and sum of squares of KID's kernel `(x·y/d + 1)³` over all pairs of different samples."""
+    rows, columns, squares = np.empty(len(a)), np.zeros(len(b)), 0.0
+    for block, x in _row_blocks(a):
+        kernel = (x @ b.T / a.shape[1] + 1) ** 3
+        if a is b:
+            kernel[np.arange(len(x)), np.arange(block.start, block.start + len(x))] = 0.0
+        rows[block] = kernel.sum(axis=1)
+        columns += kernel.sum(axis=0)
+        squares += np.square(kernel).sum()
+    return rows, columns, float(squares)
+
+
+def _interaction(rows: np.ndarray, columns: np.ndarray, squares: float, pairs: int) -> float:
+    """Variance of the mean of the kernel's doubly centred part, `k(x, y)` less its means over x and over y."""
+    row_means, column_means = rows * len(rows) / pairs, columns * len(columns) / pairs
+    return (
+        squares / pairs - np.square(row_means).mean() - np.square(column_means).mean() + row_means.mean() ** 2
+    ) / pairs
+
+
+def kid(a: Features, b: Features) -> tuple[float, float]:
+    """Kernel Inception distance (Bińkowski et al. 2018): the unbiased squared MMD, and its standard error.
+
+    `Σ_{i≠j} k(a_i, a_j)/(n(n−1)) + the same for b − 2 Σ k(a_i, b_j)/(nm)`, `k(x, y) = (x·y/d + 1)³`; being unbiased it
+    may be negative. The error is the jackknife's over both sets, less the part that it counts twice: the interaction
+    of pairs, which is all there is when both sets follow one law.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    n, m = len(a), len(b)
+    if min(n, m) < 3:
+        raise ValueError(f"kid needs at least 3 samples of each set, got {n} and {m}")
+    own_a, own_b, cross = _kernel_sums(a, a), _kernel_sums(b, b), _kernel_sums(a, b)
+    pairs_a, pairs_b, pairs = n * (n - 1), m * (m - 1), n * m
+    sum_a, sum_b, total = own_a[0].sum(), own_b[0].sum(), cross[0].sum()
+    without_a = (sum_a - 2 * own_a[0]) / ((n - 1) * (n - 2)) - 2 * (total - cross[0]) / ((n - 1) * m)
+    without_b = (sum_b - 2 * own_b[0]) / ((m - 1) * (m - 2)) - 2 * (total - cross[1]) / (n * (m - 1))
+    jackknife = (n - 1) * without_a.var() + (m - 1) * without_b.var()
+    interaction = (
+        2 * _interaction(*own_a, pairs_a) + 2 * _interaction(*own_b, pairs_b) + 4 * _interaction(*cross, pairs)
+    )
+    variance = max(jackknife - interaction, interaction)  # the rest of it, what each sample does alone, is not negative
+    return float(sum_a / pairs_a + sum_b / pairs_b - 2 * total / pairs), float(np.sqrt(max(variance, 0.0)))
+
+
+def _distance_sum(a: np.ndarray, b: np.ndarray) -> float:
+    return float(sum(cdist(x, b).sum() for _, x in _row_blocks(a)))
+
+
+def energy_distance(a: Features, b: Features) -> float:
+    """`2 E|X − Y| − E|X − X'| − E|Y − Y'|` (Székely, Rizzo 2013), unbiased, so two draws of one law average to 0."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    n, m = len(a), len(b)
+    if min(n, m) < 2:
+        raise ValueError(f"energy_distance needs at least 2 samples of each set, got {n} and {m}")
+    within = _distance_sum(a, a) / (n * (n - 1)) + _distance_sum(b, b) / (m * (m - 1))
+    return 2 * _distance_sum(a, b) / (n * m) - within
+
+
+def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """All pairs, by one matrix product: thousands of features make direct differences too slow."""
+    squares = np.square(a).sum(axis=1)[:, None] + np.square(b).sum(axis=1)[None, :]
+    return np.maximum(squares - 2 * a @ b.T, 0.0)
+
+
+def _covered(points: np.ndarray, manifold: np.ndarray, k: int) -> float:
+    """Share of `points` within some manifold point's distance to its own k-th neighbour (itself not counted)."""
+    neighbours = [np.partition(_squared_distances(x, manifold), k, axis=1)[:, k] for _, x in _row_blocks(manifold)]
+    radius = np.concatenate(neighbours)
+    inside = [(_squared_distances(x, manifold) <= radius[None, :]).any(axis=1) for _, x in _row_blocks(points)]
+    return float(np.concatenate(inside).mean())
+
+
+def precision_recall(samples: Features, data: Features, k: int = 3) -> tuple[float, float]:
+    """Precision: share of samples that lie in the data's k-nearest-neighbour manifold; recall: the reverse.
+
+    Kynkäänniemi et al. 2019. Both depend on the set sizes: compare only figures of equal counts.
+    """
+    samples, data = np.asarray(samples, np.float64), np.asarray(data, np.float64)
+    largest = min(len(samples), len(data)) - 1
+    if not 1 <= k <= largest:
+        raise ValueError(f"k: {k} given, accepted are 1 to {largest} (one less than the smaller set)")
+    centre = data.mean(axis=0)
+    samples, data = samples - centre, data - centre
+    return _covered(samples, data, k), _covered(data, samples, k)
+
+
+def inception_score(probabilities: Features, splits: int = 10) -> tuple[float, float]:
+    """`exp(E KL(p(y|x) ‖ p(y)))` (Salimans et al. 2016): mean and spread over splits of the samples."""
+    p = np.asarray(probabilities, np.float64)
+    if not 1 <= splits <= len(p):
+        raise ValueError(f"splits: {splits} given, accepted are 1 to {len(p)} (the number of samples)")
+
+    def score(p: np.ndarray) -> float:
+        marginal = p.mean(axis=0, keepdims=True)
+        tiny = np.finfo(np.float64).tiny  # 0 log 0 = 0
+        return float(np.exp((p * (np.log(p + tiny) - np.log(marginal + tiny))).sum(axis=1).mean()))
+
+    scores = [score(part) for part in np.array_split(p, splits)]
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierReport:
+    """What a classifier of real data finds among samples, and how sure it is beside held-out real data."""
+
+    shares: dict[int, float]
+    confidence: float
+    held_out_confidence: float
+
+
+def classifier_report(
+    samples: Num[np.ndarray, "n ..."],
+    held_out: Num[np.ndarray, "m ..."],
+    train: Num[np.ndarray, "l ..."],
+    labels: Int[np.ndarray, " l"],
+) -> ClassifierReport:
+    """Share of each class among `samples` and the mean probability of the winning class.
+
+    One support-vector machine for each pair of classes, trained on `train` and `labels`, gives calibrated `r_ij`, the
+    probability of i against j; they join as `p_i ∝ 1 / (Σ_j 1/r_ij − (K − 2))` (Price et al. 1994).
+    """
+    from sklearn.calibration import CalibratedClassifierCV
+    from sklearn.multiclass import OneVsOneClassifier
+    from sklearn.svm import SVC
+
+    def flat(x: np.ndarray) -> np.ndarray:
+        return np.asarray(x, np.float64).reshape(len(x), -1)
+
+    classes = np.unique(labels)
+    calibrated = CalibratedClassifierCV(SVC(), cv=3, ensemble=False)  # pyright: ignore[reportArgumentType]
+    machines = OneVsOneClassifier(calibrated).fit(flat(train), labels).estimators_
+
+    def probabilities(x: np.ndarray) -> np.ndarray:
+        inverse = np.zeros((len(x), len(classes)))
+        for pair, machine in zip(itertools.combinations(range(len(classes)), 2), machines, strict=True):
+            inverse[:, pair] += 1 / machine.predict_proba(flat(x))  # pyright: ignore[reportOptionalMemberAccess]
+        p = 1 / (inverse - (len(classes) - 2))
+        return p / p.sum(axis=1, keepdims=True)
+
+    found, reference = probabilities(samples), probabilities(held_out)
+    winners = found.argmax(axis=1)
+    shares = {int(label): float((winners == i).mean()) for i, label in enumerate(classes)}
+    return ClassifierReport(shares, float(found.max(axis=1).mean()), float(reference.max(axis=1).mean()))

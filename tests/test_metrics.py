@@ -1,0 +1,153 @@
+"""Laws of the distances: exactness of streaming moments, closed forms on Gaussians, unbiasedness, degenerate input."""
+
+import numpy as np
+import pytest
+
+from gddim.evaluation import metrics
+from gddim.evaluation.metrics import Moments
+
+
+def stream(features: np.ndarray, sizes: list[int]) -> Moments:
+    moments = Moments.empty(features.shape[1])
+    for part in np.split(features, np.cumsum(sizes)[:-1]):
+        moments = moments.merge(Moments.of(part))
+    return moments
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+@pytest.mark.parametrize("sizes", [[1] * 2000, [7] * 285 + [5], [500, 0, 1500], [1999, 1]])
+def test_moments_do_not_depend_on_how_the_stream_is_cut(sizes: list[int], offset: float):
+    features = (offset + np.random.default_rng(0).standard_normal((2000, 24)) * np.arange(1, 25)).astype(np.float64)
+    found = stream(features, sizes)
+    assert found.count == 2000
+    np.testing.assert_allclose(found.mean, features.mean(axis=0), rtol=1e-12, atol=1e-12)
+    exact = np.cov(features.astype(np.longdouble).T)
+    assert np.abs(found.covariance - exact).max() <= 1e-9 * np.abs(exact).max()
+
+
+def test_moments_merge_is_symmetric_and_refuses_what_is_not_finite():
+    x = np.random.default_rng(1).standard_normal((50, 3))
+    a, b = Moments.of(x[:20]), Moments.of(x[20:])
+    np.testing.assert_allclose(a.merge(b).scatter, b.merge(a).scatter, rtol=1e-12)
+    x[3, 1] = np.nan
+    with pytest.raises(ValueError, match="1 of 50 rows"):
+        Moments.of(x)
+    with pytest.raises(ValueError, match="2 samples"):
+        _ = Moments.of(x[:1]).covariance
+
+
+def gaussian(mean: np.ndarray, covariance: np.ndarray) -> Moments:
+    return Moments(2, mean, covariance)
+
+
+def test_frechet_distance_of_gaussians_in_closed_form():
+    rng = np.random.default_rng(2)
+    basis, _ = np.linalg.qr(rng.standard_normal((6, 6)))
+    a, b = rng.uniform(0.1, 3, 6), rng.uniform(0.1, 3, 6)
+    b[:2] = 0.0  # a singular covariance is no special case
+    mean = rng.standard_normal(6)
+    left, right = gaussian(np.zeros(6), basis * a @ basis.T), gaussian(mean, basis * b @ basis.T)
+    expected = mean @ mean + np.square(np.sqrt(a) - np.sqrt(b)).sum()
+    assert metrics.frechet_distance(left, right) == pytest.approx(expected, rel=1e-12)
+    assert metrics.frechet_distance(right, left) == pytest.approx(expected, rel=1e-12)
+
+
+def test_frechet_distance_does_not_need_commuting_covariances():
+    from scipy.linalg import sqrtm
+
+    rng = np.random.default_rng(3)
+    a, b = (m @ m.T for m in rng.standard_normal((2, 8, 8)))
+    expected = np.trace(a + b - 2 * np.real(sqrtm(a @ b)))
+    assert metrics.frechet_distance(gaussian(np.zeros(8), a), gaussian(np.zeros(8), b)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("count", [2, 40, 900])
+def test_frechet_distance_of_a_set_with_itself_vanishes_also_for_fewer_samples_than_dimensions(count: int):
+    rng = np.random.default_rng(4)
+    features = rng.standard_normal((count, 256)) * np.geomspace(1e-4, 30, 256)
+    moments, reordered = Moments.of(features), stream(features[::-1], [1] * count)
+    assert 0 <= metrics.frechet_distance(moments, moments) < 1e-6
+    assert 0 <= metrics.frechet_distance(moments, reordered) < 1e-6
+    constant = Moments.of(np.ones((5, 256)))
+    trace = np.trace(moments.covariance) + np.square(moments.mean - 1).sum()
+    assert metrics.frechet_distance(moments, constant) == pytest.approx(trace)
+    with pytest.raises(ValueError, match="256 cannot be compared with those of 3"):
+        metrics.frechet_distance(moments, Moments.empty(3))
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.1, 0.5])
+def test_kid_is_unbiased_and_its_error_is_the_spread_of_repetitions(shift: float):
+    rng = np.random.default_rng(5)
+    draws = [(rng.standard_normal((60, 8)), rng.standard_normal((90, 8)) + shift) for _ in range(400)]
+    values, errors = np.array([metrics.kid(a, b) for a, b in draws]).T
+    large, _ = metrics.kid(rng.standard_normal((4000, 8)), rng.standard_normal((4000, 8)) + shift)
+    assert abs(values.mean() - large) < 4 * values.std() / np.sqrt(400)
+    assert np.sqrt(np.square(errors).mean()) == pytest.approx(values.std(), rel=0.2)
+
+
+def test_kid_equals_its_definition():
+    rng = np.random.default_rng(6)
+    a, b = rng.standard_normal((9, 4)), rng.standard_normal((7, 4))
+
+    def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return (x @ y.T / 4 + 1) ** 3
+
+    def off_diagonal(k: np.ndarray) -> float:
+        return (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))
+
+    expected = off_diagonal(kernel(a, a)) + off_diagonal(kernel(b, b)) - 2 * kernel(a, b).mean()
+    assert metrics.kid(a, b)[0] == pytest.approx(expected)
+    many = rng.standard_normal((1100, 4))  # more than one block of rows
+    itself = off_diagonal(kernel(many, many)) + off_diagonal(kernel(b, b)) - 2 * kernel(many, b).mean()
+    assert metrics.kid(many, b)[0] == pytest.approx(itself)
+
+
+def test_energy_distance_in_closed_form_and_without_bias():
+    a, b = np.array([[0.0], [1.0]]), np.array([[3.0], [5.0]])
+    assert metrics.energy_distance(a, b) == pytest.approx(2 * (3 + 5 + 2 + 4) / 4 - 1 - 2)
+    rng = np.random.default_rng(7)
+    values = [metrics.energy_distance(rng.standard_normal((30, 2)), rng.standard_normal((40, 2))) for _ in range(300)]
+    assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(300)
+
+
+def test_precision_sees_what_is_not_data_and_recall_what_is_missing():
+    rng = np.random.default_rng(8)
+    centres = np.array([[0.0, 0.0], [100.0, 0.0]])
+    data = rng.standard_normal((400, 2)) + centres[np.arange(400) % 2]
+    assert metrics.precision_recall(data, data) == (1.0, 1.0)
+    one_mode = rng.standard_normal((400, 2))
+    precision, recall = metrics.precision_recall(one_mode, data)
+    assert precision > 0.9
+    assert 0.4 < recall < 0.5
+    half_outside = np.concatenate([data[:200], data[:200] + 1000])
+    assert metrics.precision_recall(half_outside, data)[0] == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="accepted are 1 to 399"):
+        metrics.precision_recall(data, data, k=400)
+
+
+def test_precision_of_known_points_on_a_line():
+    data = np.array([[0.0], [1.0], [2.0], [10.0]])
+    samples = np.array([[2.5], [3.5], [11.0], [30.0]])
+    assert metrics.precision_recall(samples, data, k=1) == (0.75, 0.5)
+
+
+def test_inception_score_of_sure_and_even_classes_is_their_number():
+    sure = np.tile(np.eye(4), (25, 1))
+    assert metrics.inception_score(sure, splits=5) == pytest.approx((4.0, 0.0))
+    assert metrics.inception_score(np.full((100, 4), 0.25)) == pytest.approx((1.0, 0.0))
+
+
+def test_classifier_report_finds_the_classes_of_digits_and_doubts_mixtures():
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(n_class=5, return_X_y=True)
+    train, held_out, missing = images[:500], images[500:], 3
+    samples = held_out[labels[500:] != missing]
+    report = metrics.classifier_report(samples, held_out, train, labels[:500])
+    assert report.shares[missing] < 0.02
+    assert sum(report.shares.values()) == pytest.approx(1)
+    assert all(share > 0.15 for label, share in report.shares.items() if label != missing)
+    assert report.held_out_confidence > 0.9
+    assert abs(report.confidence - report.held_out_confidence) < 0.03
+    ghosts = (held_out + held_out[::-1]) / 2
+    assert metrics.classifier_report(ghosts, held_out, train, labels[:500]).confidence < report.confidence - 0.15
