@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gddim.evaluation import metrics
-from gddim.evaluation.metrics import Moments
+from gddim.evaluation.metrics import Gaussian, Moments
 
 
 def stream(features: np.ndarray, sizes: list[int]) -> Moments:
@@ -36,17 +36,13 @@ def test_moments_merge_is_symmetric_and_refuses_what_is_not_finite():
         _ = Moments.of(x[:1]).covariance
 
 
-def gaussian(mean: np.ndarray, covariance: np.ndarray) -> Moments:
-    return Moments(2, mean, covariance)
-
-
 def test_frechet_distance_of_gaussians_in_closed_form():
     rng = np.random.default_rng(2)
     basis, _ = np.linalg.qr(rng.standard_normal((6, 6)))
     a, b = rng.uniform(0.1, 3, 6), rng.uniform(0.1, 3, 6)
     b[:2] = 0.0  # a singular covariance is no special case
     mean = rng.standard_normal(6)
-    left, right = gaussian(np.zeros(6), basis * a @ basis.T), gaussian(mean, basis * b @ basis.T)
+    left, right = Gaussian(np.zeros(6), basis * a @ basis.T), Gaussian(mean, basis * b @ basis.T)
     expected = mean @ mean + np.square(np.sqrt(a) - np.sqrt(b)).sum()
     assert metrics.frechet_distance(left, right) == pytest.approx(expected, rel=1e-12)
     assert metrics.frechet_distance(right, left) == pytest.approx(expected, rel=1e-12)
@@ -58,20 +54,20 @@ def test_frechet_distance_does_not_need_commuting_covariances():
     rng = np.random.default_rng(3)
     a, b = (m @ m.T for m in rng.standard_normal((2, 8, 8)))
     expected = np.trace(a + b - 2 * np.real(sqrtm(a @ b)))
-    assert metrics.frechet_distance(gaussian(np.zeros(8), a), gaussian(np.zeros(8), b)) == pytest.approx(expected)
+    assert metrics.frechet_distance(Gaussian(np.zeros(8), a), Gaussian(np.zeros(8), b)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("count", [2, 40, 900])
 def test_frechet_distance_of_a_set_with_itself_vanishes_also_for_fewer_samples_than_dimensions(count: int):
     rng = np.random.default_rng(4)
-    features = rng.standard_normal((count, 256)) * np.geomspace(1e-4, 30, 256)
+    features = rng.standard_normal((count, 96)) * np.geomspace(1e-4, 30, 96)
     moments, reordered = Moments.of(features), stream(features[::-1], [1] * count)
     assert 0 <= metrics.frechet_distance(moments, moments) < 1e-6
     assert 0 <= metrics.frechet_distance(moments, reordered) < 1e-6
-    constant = Moments.of(np.ones((5, 256)))
+    constant = Moments.of(np.ones((5, 96)))
     trace = np.trace(moments.covariance) + np.square(moments.mean - 1).sum()
     assert metrics.frechet_distance(moments, constant) == pytest.approx(trace)
-    with pytest.raises(ValueError, match="256 cannot be compared with those of 3"):
+    with pytest.raises(ValueError, match="96 cannot be compared with those of 3"):
         metrics.frechet_distance(moments, Moments.empty(3))
 
 
@@ -137,6 +133,19 @@ def test_inception_score_of_sure_and_even_classes_is_their_number():
     assert metrics.inception_score(np.full((100, 4), 0.25)) == pytest.approx((1.0, 0.0))
 
 
+def test_inception_score_equals_its_definition_for_every_cut_of_the_stream():
+    p = np.random.default_rng(10).dirichlet(np.full(7, 0.3), 90)
+    scores = [np.exp(np.mean(np.sum(q * np.log(q / q.mean(axis=0)), axis=1))) for q in (p[i::10] for i in range(10))]
+    assert metrics.inception_score(p) == pytest.approx((np.mean(scores), np.std(scores)))
+    parts = [metrics.ScoreSums.of(p[i:j], first=i) for i, j in [(0, 4), (4, 5), (5, 83), (83, 90)]]
+    merged = parts[0]
+    for part in parts[1:]:
+        merged = merged.merge(part)
+    assert merged.score() == pytest.approx((np.mean(scores), np.std(scores)))
+    with pytest.raises(ValueError, match="accepted are 1 to 90"):
+        metrics.inception_score(p, splits=91)
+
+
 def test_classifier_report_finds_the_classes_of_digits_and_doubts_mixtures():
     from sklearn.datasets import load_digits
 
@@ -144,7 +153,7 @@ def test_classifier_report_finds_the_classes_of_digits_and_doubts_mixtures():
     train, held_out, missing = images[:500], images[500:], 3
     samples = held_out[labels[500:] != missing]
     report = metrics.classifier_report(samples, held_out, train, labels[:500])
-    assert report.shares[missing] < 0.02
+    assert report.shares[missing] < 0.05
     assert sum(report.shares.values()) == pytest.approx(1)
     assert all(share > 0.15 for label, share in report.shares.items() if label != missing)
     assert report.held_out_confidence > 0.9

@@ -6,23 +6,19 @@ Everything here is NumPy in float64 on the host: no metric depends on a device, 
 import dataclasses
 import itertools
 from collections.abc import Iterator
-from typing import Protocol
 
 import numpy as np
 from jaxtyping import Float, Int, Num, Shaped
-from scipy.spatial.distance import cdist
 
-Features = Shaped[np.ndarray, "n d"]
+Features = Shaped[np.ndarray, "_ d"]  # rows are samples; the number of them differs between sets
 
 
-class Gaussian(Protocol):
-    """Whatever has a mean and a covariance: `Moments` of a stream, or statistics read from a file."""
+@dataclasses.dataclass(frozen=True)
+class Gaussian:
+    """A mean and a covariance of unknown origin, as other programs' statistics files hold them."""
 
-    @property
-    def mean(self) -> Float[np.ndarray, " d"]: ...
-
-    @property
-    def covariance(self) -> Float[np.ndarray, "d d"]: ...
+    mean: Float[np.ndarray, " d"]
+    covariance: Float[np.ndarray, "d d"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +74,7 @@ def _factor(covariance: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d r"]:
     return vectors[:, kept] * np.sqrt(values[kept])
 
 
-def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+def frechet_distance(a: Moments | Gaussian, b: Moments | Gaussian) -> float:
     """Squared Wasserstein-2 distance of two Gaussians, `|μ_a − μ_b|² + Tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^{1/2})`.
 
     With `Σ = A Aᵀ` the last trace is the sum of singular values of `A_aᵀ A_b`: no root of a singular, unsymmetric
@@ -143,24 +139,26 @@ def kid(a: Features, b: Features) -> tuple[float, float]:
     return float(sum_a / pairs_a + sum_b / pairs_b - 2 * total / pairs), float(np.sqrt(max(variance, 0.0)))
 
 
+def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """All pairs, by one matrix product: thousands of features make direct differences too slow."""
+    squares = np.square(a).sum(axis=1)[:, None] + np.square(b).sum(axis=1)[None, :]
+    return np.maximum(squares - 2 * a @ b.T, 0.0)
+
+
 def _distance_sum(a: np.ndarray, b: np.ndarray) -> float:
-    return float(sum(cdist(x, b).sum() for _, x in _row_blocks(a)))
+    return float(sum(np.sqrt(_squared_distances(x, b)).sum() for _, x in _row_blocks(a)))
 
 
 def energy_distance(a: Features, b: Features) -> float:
     """`2 E|X − Y| − E|X − X'| − E|Y − Y'|` (Székely, Rizzo 2013), unbiased, so two draws of one law average to 0."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    centre = a.mean(axis=0)
+    a, b = a - centre, b - centre
     n, m = len(a), len(b)
     if min(n, m) < 2:
         raise ValueError(f"energy_distance needs at least 2 samples of each set, got {n} and {m}")
     within = _distance_sum(a, a) / (n * (n - 1)) + _distance_sum(b, b) / (m * (m - 1))
     return 2 * _distance_sum(a, b) / (n * m) - within
-
-
-def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """All pairs, by one matrix product: thousands of features make direct differences too slow."""
-    squares = np.square(a).sum(axis=1)[:, None] + np.square(b).sum(axis=1)[None, :]
-    return np.maximum(squares - 2 * a @ b.T, 0.0)
 
 
 def _covered(points: np.ndarray, manifold: np.ndarray, k: int) -> float:
@@ -185,19 +183,40 @@ def precision_recall(samples: Features, data: Features, k: int = 3) -> tuple[flo
     return _covered(samples, data, k), _covered(data, samples, k)
 
 
+@dataclasses.dataclass(frozen=True)
+class ScoreSums:
+    """What the Inception Score needs of a stream: for each split, its count, `Σ p(y|x)` and `Σ p(y|x) log p(y|x)`."""
+
+    counts: Int[np.ndarray, " splits"]
+    classes: Float[np.ndarray, "splits classes"]
+    negentropy: Float[np.ndarray, " splits"]
+
+    @staticmethod
+    def of(probabilities: Features, first: int = 0, splits: int = 10) -> "ScoreSums":
+        """Sums over rows, of which row i (numbered from `first`) belongs to split `i mod splits`."""
+        p = np.asarray(probabilities, np.float64)
+        member = np.arange(first, first + len(p)) % splits == np.arange(splits)[:, None]
+        information = (p * np.log(np.maximum(p, np.finfo(np.float64).tiny))).sum(axis=1)
+        return ScoreSums(member.sum(axis=1), member @ p, member @ information)
+
+    def merge(self, other: "ScoreSums") -> "ScoreSums":
+        return ScoreSums(self.counts + other.counts, self.classes + other.classes, self.negentropy + other.negentropy)
+
+    def score(self) -> tuple[float, float]:
+        """`exp(E KL(p(y|x) ‖ p(y)))`: mean and standard deviation over the splits."""
+        used = self.counts > 0
+        counts = self.counts[used].astype(np.float64)
+        marginal = self.classes[used] / counts[:, None]
+        entropy = -(marginal * np.log(np.maximum(marginal, np.finfo(np.float64).tiny))).sum(axis=1)
+        scores = np.exp(entropy + self.negentropy[used] / counts)
+        return float(scores.mean()), float(scores.std())
+
+
 def inception_score(probabilities: Features, splits: int = 10) -> tuple[float, float]:
-    """`exp(E KL(p(y|x) ‖ p(y)))` (Salimans et al. 2016): mean and spread over splits of the samples."""
-    p = np.asarray(probabilities, np.float64)
-    if not 1 <= splits <= len(p):
-        raise ValueError(f"splits: {splits} given, accepted are 1 to {len(p)} (the number of samples)")
-
-    def score(p: np.ndarray) -> float:
-        marginal = p.mean(axis=0, keepdims=True)
-        tiny = np.finfo(np.float64).tiny  # 0 log 0 = 0
-        return float(np.exp((p * (np.log(p + tiny) - np.log(marginal + tiny))).sum(axis=1).mean()))
-
-    scores = [score(part) for part in np.array_split(p, splits)]
-    return float(np.mean(scores)), float(np.std(scores))
+    """Inception Score (Salimans et al. 2016) of class probabilities: mean and standard deviation over splits."""
+    if not 1 <= splits <= len(probabilities):
+        raise ValueError(f"splits: {splits} given, accepted are 1 to {len(probabilities)} (the number of samples)")
+    return ScoreSums.of(probabilities, splits=splits).score()
 
 
 @dataclasses.dataclass(frozen=True)
