@@ -1,0 +1,242 @@
+"""Checkpoints: written by every host at once while training goes on, verified when they are read.
+
+A step is a folder of items (`train`, `ema`, …: trees of arrays, each restorable alone) and a manifest with the shape,
+type and checksum of every array and the configuration of the run. Orbax writes and commits it atomically, but does not
+notice a flipped bit: a restore compares the checksums and goes back to the newest step that is whole.
+
+Paths may be local or `gs://…` (needs `etils[epath-gcs]`) and `s3://…` (`etils[epath-s3]`; a commit is no single
+operation there, and one that was interrupted counts as damaged).
+"""
+
+import functools
+import hashlib
+import json
+import logging
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from jaxtyping import Array, PyTree, Shaped, UInt32
+
+from gddim.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class Checkpointer:
+    """The checkpoints of one run in a folder of their own.
+
+    Keeps the newest `keep_last` steps and every multiple of `keep_every`. Nothing is written before the first `save`.
+    With several processes every process makes the same calls, and the folder is one that all of them see.
+    Raises `UserError` when the folder holds anything but checkpoints.
+    """
+
+    def __init__(self, directory: epath.PathLike, *, keep_last: int = 3, keep_every: int | None = None):
+        self.directory = epath.Path(directory)
+        self._keep = keep_last, keep_every
+        self._manager: Any = None
+        self._damaged: set[int] = set()
+        if self.directory.exists():
+            if not self.directory.is_dir():
+                raise UserError(f"checkpoints: {self.directory} is a file, not a folder")
+            for child in self.directory.iterdir():
+                if not child.name.split(".orbax-checkpoint-tmp")[0].isdigit():
+                    raise UserError(f"checkpoints: {self.directory} holds {child.name}, which is no checkpoint; use another folder")
+
+    def steps(self) -> list[int]:
+        """The steps that were saved completely, ascending."""
+        from orbax.checkpoint.utils import checkpoint_steps
+
+        return sorted(checkpoint_steps(self.directory))
+
+    def save(self, step: int, items: dict[str, PyTree[jax.Array]], config: dict[str, Any]) -> None:
+        """Start to save `items`, trees of arrays by name, and `config`, which JSON can hold.
+
+        Returns when the arrays are copied off the devices; their buffers may then be donated. Errors of the writing
+        itself are raised by the next `save`, `wait` or `close`. Saving a state once more is no error.
+        """
+        import orbax.checkpoint as ocp
+
+        flat = {name: _flatten(tree) for name, tree in items.items()}
+        for name, path, leaf in ((name, path, leaf) for name in flat for path, leaf in flat[name].items()):
+            if not isinstance(leaf, jax.Array) or leaf.size == 0:  # Orbax would raise in a thread, and hang at exit
+                raise TypeError(f"{name}: {path} is no array with elements but {leaf!r:.60}: save only arrays")
+        manifest = _seal({"config": config, "items": {name: _summary(arrays) for name, arrays in flat.items()}})
+        manager = self._open()
+        if step in manager.all_steps():
+            self.wait()
+            if self._manifest(step)["items"] == manifest["items"]:
+                return
+            raise UserError(f"{self.directory} already holds a different step {step}; it is not overwritten")
+        saves = {name: ocp.args.StandardSave(arrays) for name, arrays in flat.items()}
+        manager.save(step, args=ocp.args.Composite(manifest=ocp.args.JsonSave(manifest), **saves), force=True)
+
+    def restore(self, items: dict[str, PyTree], step: int | None = None) -> tuple[dict[str, PyTree], int]:
+        """The named items of the newest whole step, each array with the sharding that its leaf asks for, and that step.
+
+        Leaves are arrays or `ShapeDtypeStruct`s with shardings, on any mesh and any number of processes;
+        `restore({"ema": …})` reads the EMA alone. A damaged step is reported and passed over, on every process alike.
+        Raises `UserError` when there is no whole step, when the explicit `step` is not one, or when its arrays are
+        those of another model.
+        """
+        wanted = {name: _flatten(tree) for name, tree in items.items()}
+        while True:
+            left = [each for each in self.steps() if each not in self._damaged and step in (None, each)]
+            candidate = _agree(max(left, default=-1))
+            if candidate < 0:
+                known = ", ".join(map(str, self.steps())) or "none"
+                what = "no whole checkpoint" if step is None else f"no whole checkpoint of step {step}"
+                raise UserError(f"{self.directory} holds {what} (saved steps: {known}; damaged: {sorted(self._damaged) or 'none'})")
+            restored, problem = self._read(candidate, wanted)
+            if problem is None:
+                return {name: _unflatten(tree, restored[name]) for name, tree in items.items()}, candidate
+            self._damaged.add(candidate)
+            if jax.process_index() == 0:
+                log.warning("checkpoint %s is damaged: %s", self.directory / str(candidate), problem)
+
+    def config(self, step: int) -> dict[str, Any]:
+        """The configuration that was saved with a step; raises `UserError` when it cannot be read."""
+        try:
+            return self._manifest(step)["config"]
+        except Exception as error:
+            raise UserError(f"checkpoint {self.directory / str(step)}: {_line(error)}") from error
+
+    def wait(self) -> None:
+        """Wait until what was saved so far is complete."""
+        if self._manager:
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait, then release the threads."""
+        if self._manager:
+            self._manager.close()
+            self._manager = None
+
+    def _open(self):
+        """The manager that writes; made late, since it makes the folder. What was found damaged is removed first:
+        it would count among the newest, and so push out steps that are whole."""
+        import orbax.checkpoint as ocp
+        from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
+
+        if self._manager is None:
+            last, every = self._keep
+            keep = [LatestN(last)] + ([EveryNSteps(every)] if every else [])
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=AnyPreservationPolicy(keep), cleanup_tmp_directories=True, save_root_metadata=False
+            )
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        for step in sorted(self._damaged & set(self._manager.all_steps())):
+            self._manager.delete(step)
+        self._damaged.clear()
+        return self._manager
+
+    def _manifest(self, step: int) -> dict[str, Any]:
+        manifest = json.loads((self.directory / str(step) / "manifest" / "metadata").read_text())
+        if _seal(manifest) != manifest:
+            raise ValueError("the manifest does not match its digest")
+        return manifest
+
+    def _read(self, step: int, wanted: dict[str, dict[str, Any]]) -> tuple[dict[str, dict[str, jax.Array]], str | None]:
+        """The arrays of a step, or why it is damaged."""
+        import orbax.checkpoint as ocp
+
+        restored, sums, problem = {}, {}, None
+        try:
+            sums = self._manifest(step)["items"]
+            for name, arrays in wanted.items():
+                _compare(f"{self.directory / str(step)}: {name}", sums[name], arrays)
+                # The handler alone: a manager's restore waits for the other processes, also when this one fails.
+                structs = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for k, x in arrays.items()}
+                handler = ocp.StandardCheckpointHandler()
+                restored[name] = handler.restore(self.directory / str(step) / name, args=ocp.args.StandardRestore(structs))
+        except UserError:
+            raise
+        except Exception as error:  # whatever tensorstore, zstd or JSON make of damaged bytes
+            problem = _line(error)
+        if _agree(problem is not None, any_process=True):
+            return {}, problem or "another process could not read it"
+        for name, arrays in restored.items():
+            found = _summary(arrays)
+            if bad := [path for path in found if found[path] != sums[name][path]]:
+                return {}, f"{name}: the checksum of {bad[0]} and {len(bad) - 1} other array(s) does not match"
+        return restored, None
+
+
+def _flatten(tree: PyTree) -> dict[str, Any]:
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _unflatten(tree: PyTree, arrays: dict[str, Any]) -> PyTree:
+    return jax.tree.unflatten(jax.tree.structure(tree), [arrays[path] for path in _flatten(tree)])
+
+
+def _seal(manifest: dict[str, Any]) -> dict[str, Any]:
+    body = {key: value for key, value in manifest.items() if key != "digest"}
+    return {**body, "digest": hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()}
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def _agree(value: int, any_process: bool = False) -> int:
+    """One value for all processes: that of process 0, or the largest."""
+    if jax.process_count() == 1:
+        return value
+    values = multihost_utils.process_allgather(np.int32(value))
+    return int(values.max() if any_process else values[0])
+
+
+def _compare(where: str, saved: dict[str, list], wanted: dict[str, Any]) -> None:
+    """Raises `UserError` unless shapes and types are the same: Orbax would cast, or crop, without a word."""
+    asked = {path: [list(x.shape), str(x.dtype)] for path, x in wanted.items()}
+    for path in sorted(saved.keys() | asked.keys()):
+        ours, theirs = asked.get(path), saved[path][:2] if path in saved else None
+        if ours != theirs:
+            raise UserError(f"{where} is of another model: {path} is {theirs or 'missing'} there, {ours or 'missing'} here")
+
+
+def _summary(arrays: dict[str, jax.Array]) -> dict[str, list]:
+    """Shape, type and checksum of each array."""
+    return {path: [list(x.shape), str(x.dtype), total] for (path, x), total in zip(arrays.items(), checksums(list(arrays.values())), strict=True)}
+
+
+def checksums(arrays: list[jax.Array]) -> list[int]:
+    """`Σ_i h(bits_i, i) mod 2³²` of each array, i the index in the whole array; the same however it is split.
+
+    Each device sums what it holds; only the sums travel. `h(·, i)` is one-to-one, so that a change in one element
+    always shows, and any other with probability 1 − 2⁻³².
+    """
+    shares, owners = [], []
+    for number, array in enumerate(arrays):
+        strides = [math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim)]
+        for shard in array.addressable_shards:
+            if shard.replica_id == 0:
+                offset = sum((index.start or 0) * stride for index, stride in zip(shard.index, strides, strict=True))
+                shares.append(_share(shard.data, np.uint32(offset % 2**32), tuple(strides)))
+                owners.append(number)
+    totals = np.zeros(len(arrays), np.uint32)
+    np.add.at(totals, owners, np.array(jax.device_get(shares), np.uint32))
+    if jax.process_count() > 1:
+        totals = multihost_utils.process_allgather(totals).sum(0, dtype=np.uint32)
+    return [int(total) for total in totals]
+
+
+@functools.partial(jax.jit, static_argnames="strides")
+def _share(x: Shaped[Array, "..."], offset: UInt32[Array, ""], strides: tuple[int, ...]) -> UInt32[Array, ""]:
+    """The part of a checksum that one shard holds, its first element at index `offset` of the whole array."""
+    bits = x.astype(jnp.uint8) if x.dtype == bool else jax.lax.bitcast_convert_type(x, f"uint{8 * min(x.dtype.itemsize, 4)}")
+    index = offset
+    for axis, stride in enumerate(strides):
+        index = index + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
+    if bits.ndim > x.ndim:  # 64-bit elements are two words
+        index = 2 * index[..., None] + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, x.ndim)
+    # The finaliser of MurmurHash3: every step can be undone, so different bits at one index never collide.
+    h = bits.astype(jnp.uint32) ^ (index * jnp.uint32(0x9E3779B1))
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
