@@ -1,0 +1,121 @@
+"""What a linear SDE is: the interface that samplers, models and losses see."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, PRNGKeyArray
+
+from gddim.sde.host import in_float64
+from gddim.sde.linalg import Array, as_times, inverse, lq, product, symmetric_root, transpose
+
+Time = Any  # a Python float, a NumPy or a JAX scalar; NumPy arrays of times map over their axes
+
+
+class AbstractLinearSDE(eqx.Module):
+    """`du = F_t u dt + G_t dw` on states `u` of shape `(*dims, k, C)`: gDDIM (arXiv 2206.05564) Eq. 1.
+
+    `dims` are pixel positions (`(H, W)`, or `()` for points), `k` the fields that the SDE couples, `C` the channels.
+    Coefficients have shape `(*#dims, k, k)`, `#dims` absent or the full `dims`, and act over the last two axes.
+
+    **Host and device.** Python or NumPy times give NumPy float64 coefficients, vectorised over arrays of times; JAX
+    times give JAX coefficients in their own precision, under any transformation. A subclass written in `jax.numpy`
+    alone works too: it is then evaluated in float64 on the CPU where a table is computed. Fields are static (a process
+    has no array leaves), so it passes through `jit` as it is.
+    """
+
+    k: eqx.AbstractVar[int]
+    horizon: eqx.AbstractVar[float]
+
+    @abc.abstractmethod
+    def transition(self, t: Time, s: Time) -> Array:
+        """`Ψ(t, s)`, from time s to time t: `∂_t Ψ(t, s) = F_t Ψ(t, s)`, `Ψ(s, s) = I`. Returns `(*#dims, k, k)`."""
+
+    @abc.abstractmethod
+    def noise_factor(self, t: Time) -> Array:
+        """`R_t` with `R Rᵀ = Σ_t` and `R' = (F + ½ GGᵀΣ⁻¹) R`, gDDIM Eq. 17. Returns `(*#dims, k, k)`."""
+
+    @abc.abstractmethod
+    def to_pixels(self, u: Array) -> Array:
+        """From the basis in which the process is diagonal over `dims` to pixels; keeps the shape."""
+
+    @abc.abstractmethod
+    def from_pixels(self, x: Array) -> Array:
+        """The inverse of `to_pixels`; keeps the shape."""
+
+    def covariance(self, t: Time) -> Array:
+        """`Σ_t` of the state given the data: `Σ' = FΣ + ΣFᵀ + GGᵀ`. Returns `(*#dims, k, k)`."""
+        R = self.noise_factor(t)
+        return product(R, transpose(R))
+
+    def cholesky_factor(self, t: Time) -> Array:
+        """`L_t`, lower triangular with a positive diagonal, `L Lᵀ = Σ_t`. Returns `(*#dims, k, k)`."""
+        return lq(self.noise_factor(t))[0]
+
+    def drift(self, t: Time) -> Array:
+        """`F_t = ∂_t Ψ(t, s)` at s = t. Returns `(*#dims, k, k)`."""
+        return self._derivatives(t)[0]
+
+    def diffusion_squared(self, t: Time) -> Array:
+        """`G_t G_tᵀ = 2 (R' − F R) Rᵀ`, per unit of time. Returns `(*#dims, k, k)`."""
+        _, velocity, R = self._derivatives(t)
+        GG = 2 * product(velocity, transpose(R))
+        return (GG + transpose(GG)) / 2
+
+    def velocity_factors(self, t: Time) -> tuple[Array, Array]:
+        """`F_t` and `½ GGᵀR⁻ᵀ = R' − F R`, so that the probability flow is `du/dt = F u + (½ GGᵀR⁻ᵀ) ε`."""
+        return self._derivatives(t)[:2]
+
+    def _derivatives(self, t: Time) -> tuple[Array, Array, Array]:
+        """`F`, `R' − F R` and `R` at t."""
+        if not isinstance(t, jax.Array):
+            times = np.asarray(t, np.float64)
+            return tuple(in_float64(lambda x, i=i: self._derivatives(x)[i], times) for i in range(3))
+        one = jnp.ones_like(t)
+        _, F = jax.jvp(lambda x: jnp.asarray(self.transition(x, t)), (t,), (one,))
+        R, rate = jax.jvp(lambda x: jnp.asarray(self.noise_factor(x)), (t,), (one,))
+        return F, rate - product(F, R), R
+
+    def lift(self, x0: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Data in pixels `(*dims, C)` to the state `(*dims, k, C)` at t = 0: field 0 holds it, the others are 0."""
+        u = self.from_pixels(x0)[..., None, :]
+        rest = jnp.zeros((*u.shape[:-2], self.k - 1, u.shape[-1]), u.dtype)
+        return jnp.concatenate([u, rest], -2)
+
+    def project(self, u: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The data in pixels `(*dims, C)` that the state `(*dims, k, C)` holds in its field 0."""
+        return self.to_pixels(u[..., 0, :])
+
+    def perturb(self, u0: Float[Array, "..."], t: Time, eps: Float[Array, "..."]) -> Float[Array, "..."]:
+        """`u_t = Ψ(t, 0) u_0 + R_t ε`, all states `(*dims, k, C)`, ε standard normal. Raises `ValueError` for another k."""
+        self.check_state(u0, "u0")
+        self.check_state(eps, "eps")
+        return product(self.transition(t, 0.0), u0) + product(self.noise_factor(t), eps)
+
+    def sample_prior(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
+        """A state of `shape = (*dims, k, C)` from `N(0, Σ_T + ψψᵀ)`, `ψ = Ψ(T, 0) e_0`: what white data of variance 1
+        become at T. For VP this is N(0, 1), for CLD N(0, 1) × N(0, M) up to e^{−2B(T)√m_inv}.
+        """
+        xi = jax.random.normal(key, shape)
+        self.check_state(xi, "shape")
+        psi = self.transition(self.horizon, 0.0)[..., :, :1]
+        S = product(psi, transpose(psi)) + self.covariance(self.horizon)
+        return product(symmetric_root(S), xi)
+
+    def score(self, eps: Float[Array, "..."], t: Time) -> Float[Array, "..."]:
+        """`∇log p_t(u) = −R_t⁻ᵀ ε(u, t)`, of the shape of ε. Infinite at a t where `R_t` is singular."""
+        self.check_state(eps, "eps")
+        return -product(transpose(inverse(self.noise_factor(t))), eps)
+
+    def check_state(self, u: Array, name: str = "u") -> None:
+        """Raise `ValueError` unless `u` has the shape `(*dims, k, C)` of this process."""
+        dims = np.shape(self.transition(self.horizon, 0.0))[:-2]
+        good = u.ndim >= 2 and u.shape[-2] == self.k and (not dims or u.shape[:-2] == dims)
+        if not good:
+            expected = ", ".join([*(map(str, dims) if dims else ["*dims"]), str(self.k), "C"])
+            raise ValueError(f"{name} has shape {u.shape}; {type(self).__name__} takes ({expected})")
