@@ -43,9 +43,9 @@ class Checkpointer:
         if self.directory.exists():
             if not self.directory.is_dir():
                 raise UserError(f"checkpoints: {self.directory} is a file, not a folder")
-            for child in self.directory.iterdir():
-                if not child.name.split(".orbax-checkpoint-tmp")[0].isdigit():
-                    raise UserError(f"checkpoints: {self.directory} holds {child.name}, which is no checkpoint; use another folder")
+            other = [child.name for child in self.directory.iterdir() if not child.name.split(".")[0].isdigit()]
+            if other:
+                raise UserError(f"checkpoints: {self.directory} holds {other[0]}, no checkpoint: use another folder")
 
     def steps(self) -> list[int]:
         """The steps that were saved completely, ascending."""
@@ -62,9 +62,10 @@ class Checkpointer:
         import orbax.checkpoint as ocp
 
         flat = {name: _flatten(tree) for name, tree in items.items()}
-        for name, path, leaf in ((name, path, leaf) for name in flat for path, leaf in flat[name].items()):
-            if not isinstance(leaf, jax.Array) or leaf.size == 0:  # Orbax would raise in a thread, and hang at exit
-                raise TypeError(f"{name}: {path} is no array with elements but {leaf!r:.60}: save only arrays")
+        for name, arrays in flat.items():
+            for path, leaf in arrays.items():
+                if not isinstance(leaf, jax.Array) or leaf.size == 0:  # Orbax would raise in a thread and hang at exit
+                    raise TypeError(f"{name}: {path} is {leaf!r:.60}; only arrays with elements can be saved")
         manifest = _seal({"config": config, "items": {name: _summary(arrays) for name, arrays in flat.items()}})
         manager = self._open()
         if step in manager.all_steps():
@@ -88,9 +89,8 @@ class Checkpointer:
             left = [each for each in self.steps() if each not in self._damaged and step in (None, each)]
             candidate = _agree(max(left, default=-1))
             if candidate < 0:
-                known = ", ".join(map(str, self.steps())) or "none"
-                what = "no whole checkpoint" if step is None else f"no whole checkpoint of step {step}"
-                raise UserError(f"{self.directory} holds {what} (saved steps: {known}; damaged: {sorted(self._damaged) or 'none'})")
+                what = "no whole checkpoint" + ("" if step is None else f" of step {step}")
+                raise UserError(f"{self.directory}: {what} (steps {self.steps()}, of which damaged {sorted(self._damaged)})")
             restored, problem = self._read(candidate, wanted)
             if problem is None:
                 return {name: _unflatten(tree, restored[name]) for name, tree in items.items()}, candidate
@@ -149,10 +149,10 @@ class Checkpointer:
             sums = self._manifest(step)["items"]
             for name, arrays in wanted.items():
                 _compare(f"{self.directory / str(step)}: {name}", sums[name], arrays)
-                # The handler alone: a manager's restore waits for the other processes, also when this one fails.
                 structs = {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for k, x in arrays.items()}
-                handler = ocp.StandardCheckpointHandler()
-                restored[name] = handler.restore(self.directory / str(step) / name, args=ocp.args.StandardRestore(structs))
+                # The handler alone: a manager's restore waits for the other processes, also when this one fails.
+                handler, asked = ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(structs)
+                restored[name] = handler.restore(self.directory / str(step) / name, args=asked)
         except UserError:
             raise
         except Exception as error:  # whatever tensorstore, zstd or JSON make of damaged bytes
@@ -167,7 +167,8 @@ class Checkpointer:
 
 
 def _flatten(tree: PyTree) -> dict[str, Any]:
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def _unflatten(tree: PyTree, arrays: dict[str, Any]) -> PyTree:
@@ -197,12 +198,13 @@ def _compare(where: str, saved: dict[str, list], wanted: dict[str, Any]) -> None
     for path in sorted(saved.keys() | asked.keys()):
         ours, theirs = asked.get(path), saved[path][:2] if path in saved else None
         if ours != theirs:
-            raise UserError(f"{where} is of another model: {path} is {theirs or 'missing'} there, {ours or 'missing'} here")
+            raise UserError(f"{where} is of another model: {path}: {theirs or 'missing'} there, {ours or 'missing'} here")
 
 
 def _summary(arrays: dict[str, jax.Array]) -> dict[str, list]:
     """Shape, type and checksum of each array."""
-    return {path: [list(x.shape), str(x.dtype), total] for (path, x), total in zip(arrays.items(), checksums(list(arrays.values())), strict=True)}
+    totals = checksums(list(arrays.values()))
+    return {path: [list(x.shape), str(x.dtype), total] for (path, x), total in zip(arrays.items(), totals, strict=True)}
 
 
 def checksums(arrays: list[jax.Array]) -> list[int]:
@@ -229,7 +231,8 @@ def checksums(arrays: list[jax.Array]) -> list[int]:
 @functools.partial(jax.jit, static_argnames="strides")
 def _share(x: Shaped[Array, "..."], offset: UInt32[Array, ""], strides: tuple[int, ...]) -> UInt32[Array, ""]:
     """The part of a checksum that one shard holds, its first element at index `offset` of the whole array."""
-    bits = x.astype(jnp.uint8) if x.dtype == bool else jax.lax.bitcast_convert_type(x, f"uint{8 * min(x.dtype.itemsize, 4)}")
+    word = f"uint{8 * min(x.dtype.itemsize, 4)}"
+    bits = x.astype(word) if x.dtype == bool else jax.lax.bitcast_convert_type(x, word)
     index = offset
     for axis, stride in enumerate(strides):
         index = index + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)

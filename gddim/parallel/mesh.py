@@ -40,8 +40,8 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: list[jax.Device] | Non
     if fsdp < 1 or (data < 1 and data != -1):
         raise UserError(f"mesh.data={data}, mesh.fsdp={fsdp}: sizes must be positive (mesh.data=-1: fill the devices)")
     if count % fsdp or (data != -1 and data * fsdp != count):
-        accepted = ", ".join(f"{count // f}×{f}" for f in range(1, count + 1) if count % f == 0)
-        raise UserError(f"mesh.data={data} × mesh.fsdp={fsdp} does not fit {count} device(s); data×fsdp may be {accepted}")
+        fit = ", ".join(f"{count // f}×{f}" for f in range(1, count + 1) if count % f == 0)
+        raise UserError(f"mesh.data={data}, mesh.fsdp={fsdp} do not fit {count} device(s); data×fsdp may be {fit}")
     shape = (count // fsdp, fsdp)
     return jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
@@ -95,7 +95,7 @@ def init_sharded(make: Callable[[], PyTree], mesh: Mesh, rule: Rule = default_ru
 def per_device_batch(batch_size: int, mesh: Mesh | AbstractMesh) -> int:
     """Examples of a global batch on each device; raises `UserError` when the devices do not divide it."""
     if batch_size < 1 or batch_size % mesh.size:
-        raise UserError(f"a batch of {batch_size} does not divide over {mesh.size} device(s): use a multiple of {mesh.size}")
+        raise UserError(f"batch {batch_size} cannot be split over {mesh.size} device(s): use a multiple of {mesh.size}")
     return batch_size // mesh.size
 
 

@@ -36,9 +36,7 @@ def cluster(env: Mapping[str, str], on_tpu: bool) -> dict[str, str | int] | None
     rank = {"process_id": int(env[pair[0]]), "num_processes": int(env[pair[1]])} if pair else {}
     if address := env.get("JAX_COORDINATOR_ADDRESS"):
         if not rank:
-            raise UserError(
-                "JAX_COORDINATOR_ADDRESS is set, but not which process this is: set JAX_NUM_PROCESSES and JAX_PROCESS_ID"
-            )
+            raise UserError("JAX_COORDINATOR_ADDRESS is set: set JAX_NUM_PROCESSES and JAX_PROCESS_ID as well")
         return {"coordinator_address": address, **rank}
     if on_tpu:
         return {}
@@ -46,7 +44,7 @@ def cluster(env: Mapping[str, str], on_tpu: bool) -> dict[str, str | int] | None
         return None
     if "SLURM_STEP_NODELIST" in env or "OMPI_MCA_orte_hnp_uri" in env:
         return dict(rank)
-    raise UserError(f"{pair[1]}={rank['num_processes']} processes, but no coordinator: set JAX_COORDINATOR_ADDRESS=host:port")
+    raise UserError(f"a job of {rank['num_processes']} processes, but no JAX_COORDINATOR_ADDRESS=host:port")
 
 
 def initialize() -> None:
@@ -113,8 +111,8 @@ class PreemptionGuard:
         if self._signalled and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._signalled = True
-        message = f"{signal.Signals(number).name}: saving, then stopping (Ctrl-C to stop at once)\n"
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, message.encode())  # a print may not interrupt a print
+        message = f"\n{signal.Signals(number).name}: saving, then stopping (Ctrl-C: stop at once)\n"
+        os.write(2, message.encode())  # a print may not interrupt a print
         if self._together:
             os.kill(os.getpid(), signal.SIGTERM)
 
