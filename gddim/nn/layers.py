@@ -5,18 +5,51 @@ one batched NHWC/HWIO convolution, which is the layout that every XLA backend ru
 """
 
 import math
+from collections.abc import Callable
+from typing import TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key
 
 from gddim.errors import UserError
 
+T = TypeVar("T")
 
-def init_kernel(key: Key[Array, ""], shape: tuple[int, ...], scale: float = 1.0) -> Float[Array, "..."]:
-    """Uniform with variance `scale` / mean of fan-in and fan-out, as published; `scale` 0 stands for 1e-10."""
-    return jax.nn.initializers.variance_scaling(scale or 1e-10, "fan_avg", "uniform")(key, shape)
+
+class Draw:
+    """Hands out initial values, cut from one long draw: a draw for each parameter compiles for a minute."""
+
+    def __init__(self, values: Float[Array, " n"] | None = None):
+        # NumPy slices compile nothing; while tracing (a sharded initialiser) they have to be XLA's.
+        self.values = values if values is None or isinstance(values, jax.core.Tracer) else np.asarray(values)
+        self.used = 0
+
+    def uniform(self, shape: tuple[int, ...], bound: float = 1.0) -> Float[Array, "..."]:
+        """Uniform in (-bound, bound)."""
+        start, self.used = self.used, self.used + math.prod(shape)
+        if self.values is None:
+            return jnp.zeros(shape)
+        return jnp.asarray(self.values[start : self.used].reshape(shape) * np.float32(bound))
+
+    def kernel(self, shape: tuple[int, ...], scale: float = 1.0) -> Float[Array, "..."]:
+        """Uniform, of variance `scale` / mean of fan-in and fan-out, as published; `scale` 0 stands for 1e-10."""
+        fan = math.prod(shape[:-2]) * (shape[-2] + shape[-1]) / 2
+        return self.uniform(shape, math.sqrt(3 * (scale or 1e-10) / fan))
+
+
+def constant(value: float, size: int) -> Float[Array, " n"]:
+    """A vector of one value, made without compiling a program for its size."""
+    return jnp.asarray(np.full(size, value, np.float32))
+
+
+def initialise(make: Callable[[Draw], T], key: Key[Array, ""]) -> T:
+    """The module that `make` builds, its parameters drawn from `key`."""
+    counter = Draw()
+    eqx.filter_eval_shape(lambda: make(counter))
+    return make(Draw(jax.random.uniform(key, (counter.used,), minval=np.nextafter(np.float32(-1), np.float32(0)))))
 
 
 class Dense(eqx.Module):
@@ -25,9 +58,9 @@ class Dense(eqx.Module):
     weight: Float[Array, "i o"]
     bias: Float[Array, " o"]
 
-    def __init__(self, inputs: int, outputs: int, *, scale: float = 1.0, key: Key[Array, ""]):
-        self.weight = init_kernel(key, (inputs, outputs), scale)
-        self.bias = jnp.zeros(outputs)
+    def __init__(self, inputs: int, outputs: int, *, scale: float = 1.0, draw: Draw):
+        self.weight = draw.kernel((inputs, outputs), scale)
+        self.bias = constant(0, outputs)
 
     def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
         bias = self.bias.astype(x.dtype)
@@ -40,9 +73,9 @@ class Conv(eqx.Module):
     weight: Float[Array, "k k i o"]
     bias: Float[Array, " o"]
 
-    def __init__(self, inputs: int, outputs: int, size: int = 3, *, scale: float = 1.0, key: Key[Array, ""]):
-        self.weight = init_kernel(key, (size, size, inputs, outputs), scale)
-        self.bias = jnp.zeros(outputs)
+    def __init__(self, inputs: int, outputs: int, size: int = 3, *, scale: float = 1.0, draw: Draw):
+        self.weight = draw.kernel((size, size, inputs, outputs), scale)
+        self.bias = constant(0, outputs)
 
     def __call__(self, x: Float[Array, "h w i"], stride: int = 1, padding: str = "SAME") -> Float[Array, "a b o"]:
         weight = self.weight.astype(x.dtype)
@@ -72,8 +105,8 @@ class GroupNorm(eqx.Module):
                 f"width: a layer of {channels} channels cannot be normalised in min(channels // 4, 32) equal groups; "
                 "choose a width that is a multiple of 4 up to 128, a multiple of 32 beyond"
             )
-        self.scale = jnp.ones(channels)
-        self.bias = jnp.zeros(channels)
+        self.scale = constant(1, channels)
+        self.bias = constant(0, channels)
 
     def __call__(self, x: Float[Array, "h w c"], swish: bool = False) -> Float[Array, "h w c"]:
         wide = x.astype(jnp.float32)
@@ -95,11 +128,10 @@ class Attention(eqx.Module):
     value: Dense
     out: Dense
 
-    def __init__(self, channels: int, *, key: Key[Array, ""]):
-        keys = jax.random.split(key, 4)
+    def __init__(self, channels: int, *, draw: Draw):
         self.norm = GroupNorm(channels)
-        self.query, self.key, self.value = (Dense(channels, channels, scale=0.1, key=k) for k in keys[:3])
-        self.out = Dense(channels, channels, scale=0.0, key=keys[3])
+        self.query, self.key, self.value = (Dense(channels, channels, scale=0.1, draw=draw) for _ in range(3))
+        self.out = Dense(channels, channels, scale=0.0, draw=draw)
 
     def __call__(self, x: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
         h = self.norm(x).reshape(1, -1, 1, x.shape[-1])  # (batch, pixels, heads, channels)

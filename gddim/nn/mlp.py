@@ -7,7 +7,7 @@ import jax
 from jaxtyping import Array, Float, Key
 
 from gddim.errors import UserError
-from gddim.nn.layers import Dense, sinusoidal_embedding
+from gddim.nn.layers import Dense, Draw, initialise, sinusoidal_embedding
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class MLPConfig:
 
     def build(self, in_shape: tuple[int], out_channels: int, key: Key[Array, ""]) -> "MLP":
         """A network of this configuration with fresh parameters, from `(D,)` to `(out_channels,)`."""
-        return MLP(self, in_shape[0], out_channels, key=key)
+        return initialise(lambda draw: MLP(self, in_shape[0], out_channels, draw=draw), key)
 
 
 class MLP(eqx.Module):
@@ -38,15 +38,12 @@ class MLP(eqx.Module):
     layers: list[tuple[Dense, Dense]]
     last: Dense
 
-    def __init__(self, config: MLPConfig, in_features: int, out_features: int, *, key: Key[Array, ""]):
+    def __init__(self, config: MLPConfig, in_features: int, out_features: int, *, draw: Draw):
         width = config.width
-        keys = iter(jax.random.split(key, 4 + 2 * config.depth))
-        self.time = Dense(width, width, key=next(keys)), Dense(width, width, key=next(keys))
-        self.first = Dense(in_features, width, key=next(keys))
-        self.layers = [
-            (Dense(width, width, key=next(keys)), Dense(width, width, key=next(keys))) for _ in range(config.depth)
-        ]
-        self.last = Dense(width, out_features, scale=0.0, key=next(keys))
+        self.time = Dense(width, width, draw=draw), Dense(width, width, draw=draw)
+        self.first = Dense(in_features, width, draw=draw)
+        self.layers = [(Dense(width, width, draw=draw), Dense(width, width, draw=draw)) for _ in range(config.depth)]
+        self.last = Dense(width, out_features, scale=0.0, draw=draw)
 
     def __call__(
         self, x: Float[Array, " i"], t: Float[Array, ""], key: Key[Array, ""] | None = None

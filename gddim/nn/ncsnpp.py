@@ -16,10 +16,12 @@ from gddim.nn.layers import (
     Attention,
     Conv,
     Dense,
+    Draw,
     GroupNorm,
     downsample,
     downsample_conv,
     fourier_embedding,
+    initialise,
     sinusoidal_embedding,
     upsample,
 )
@@ -71,7 +73,7 @@ class NCSNppConfig:
 
     def build(self, in_shape: tuple[int, int, int], out_channels: int, key: Key[Array, ""]) -> "NCSNpp":
         """A network of this configuration with fresh parameters, from `(H, W, C_in)` to `(H, W, out_channels)`."""
-        return NCSNpp(self, in_shape, out_channels, key=key)
+        return initialise(lambda draw: NCSNpp(self, in_shape, out_channels, draw=draw), key)
 
 
 class Block(eqx.Module):
@@ -98,18 +100,17 @@ class Block(eqx.Module):
         outputs: int,
         config: NCSNppConfig,
         *,
-        key: Key[Array, ""],
+        draw: Draw,
         attend: bool = False,
         resample: Literal["none", "down", "up"] = "none",
     ):
-        keys = jax.random.split(key, 5)
         self.norm_in = GroupNorm(inputs)
-        self.conv_in = Conv(inputs, outputs, key=keys[0])
-        self.time = Dense(4 * config.width, outputs, key=keys[1])
+        self.conv_in = Conv(inputs, outputs, draw=draw)
+        self.time = Dense(4 * config.width, outputs, draw=draw)
         self.norm_out = GroupNorm(outputs)
-        self.conv_out = Conv(outputs, outputs, scale=0.0, key=keys[2])
-        self.shortcut = Conv(inputs, outputs, 1, key=keys[3]) if inputs != outputs or resample != "none" else None
-        self.attention = Attention(outputs, key=keys[4]) if attend else None
+        self.conv_out = Conv(outputs, outputs, scale=0.0, draw=draw)
+        self.shortcut = Conv(inputs, outputs, 1, draw=draw) if inputs != outputs or resample != "none" else None
+        self.attention = Attention(outputs, draw=draw) if attend else None
         self.resample, self.fir, self.dropout = resample, config.fir, config.dropout
 
     def __call__(
@@ -154,7 +155,7 @@ class NCSNpp(eqx.Module):
     config: NCSNppConfig = eqx.field(static=True)
     in_shape: tuple[int, int, int] = eqx.field(static=True)
 
-    def __init__(self, config: NCSNppConfig, in_shape: tuple[int, int, int], out_channels: int, *, key: Key[Array, ""]):
+    def __init__(self, config: NCSNppConfig, in_shape: tuple[int, int, int], out_channels: int, *, draw: Draw):
         height, width, channels = in_shape
         factor = 2 ** (len(config.multipliers) - 1)
         if min(height, width) < 1 or height % factor or width % factor:
@@ -162,19 +163,18 @@ class NCSNpp(eqx.Module):
                 f"multipliers: {len(config.multipliers)} levels halve the image {factor.bit_length() - 1} times, "
                 f"so its sides must be multiples of {factor}; got {height}x{width}"
             )
-        keys = iter(jax.random.split(key, 8 + 2 * len(config.multipliers) * (config.blocks + 3)))
 
         def block(inputs: int, outputs: int, **kwargs: Any) -> Block:
-            return Block(inputs, outputs, config, key=next(keys), **kwargs)
+            return Block(inputs, outputs, config, draw=draw, **kwargs)
 
         fourier = config.embedding == "fourier"
         features = config.width * (2 if fourier else 1)
-        self.frequencies = 16 * jax.random.normal(next(keys), (config.width,)) if fourier else None
+        self.frequencies = 16 * math.sqrt(2) * jax.lax.erf_inv(draw.uniform((config.width,))) if fourier else None
         self.time = (
-            Dense(features, 4 * config.width, key=next(keys)),
-            Dense(4 * config.width, 4 * config.width, key=next(keys)),
+            Dense(features, 4 * config.width, draw=draw),
+            Dense(4 * config.width, 4 * config.width, draw=draw),
         )
-        self.conv_in = Conv(channels, config.width, key=next(keys))
+        self.conv_in = Conv(channels, config.width, draw=draw)
 
         sizes = [height // 2**level for level in range(len(config.multipliers))]
         levels = list(enumerate(zip(sizes, (config.width * m for m in config.multipliers), strict=True)))
@@ -191,7 +191,7 @@ class NCSNpp(eqx.Module):
                 resample = block(now, now, resample="down")
                 skips.append(now)
                 if config.progressive_input == "residual":
-                    progressive = Conv(pyramid, now, key=next(keys))
+                    progressive = Conv(pyramid, now, draw=draw)
                     pyramid = now
             self.down.append(Level(blocks, resample, progressive))
         self.middle = [block(now, now, attend=True), block(now, now)]
@@ -204,7 +204,7 @@ class NCSNpp(eqx.Module):
                 now = outputs
             self.up.append(Level(blocks, block(now, now, resample="up") if level else None, None))
         self.norm_out = GroupNorm(now)
-        self.conv_out = Conv(now, out_channels, scale=0.0, key=next(keys))
+        self.conv_out = Conv(now, out_channels, scale=0.0, draw=draw)
         self.config, self.in_shape = config, in_shape
 
     def __call__(
