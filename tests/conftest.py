@@ -1,4 +1,4 @@
-"""How every test runs: eight fake CPU devices, strict promotion, shapes checked, compiled programs kept between runs."""
+"""How every test runs: eight fake CPU devices, strict promotion, shapes checked, compiled programs kept."""
 
 import os
 import platform
@@ -13,10 +13,10 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-import hypothesis
-import jax
-import jaxtyping
-import pytest
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -41,6 +41,6 @@ def gddim_data() -> Path:
 
 @pytest.fixture(scope="session")
 def fixtures_dir() -> Path:
-    """The folder of reference files (published checkpoints' layout, network outputs); skips the test where there is none."""
+    """The folder of reference files of the published networks; skips the test where there is none."""
     default = Path(__file__).resolve().parents[2] / "shared" / "fixtures"
     return _folder("GDDIM_FIXTURES", default, "needs the reference files")

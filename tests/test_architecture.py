@@ -1,0 +1,176 @@
+"""The rules of the house, read off the source: who imports whom, and what nobody does."""
+
+import ast
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("gddim", "experiments", "infra", "tests")
+TREES = {path: ast.parse(path.read_text()) for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))}
+PACKAGE = [path for path in TREES if path.is_relative_to(ROOT / "gddim")]
+
+# What each part of gddim may import of the other parts, from the ground up; everything may import `errors`.
+GROUND = {"sde": set(), "nn": set(), "parallel": set(), "logs": set(), "workdir": set()}
+MAY_IMPORT = {
+    "errors": set(),
+    **GROUND,
+    "data": {"parallel"},
+    "checkpoint": {"parallel"},
+    "samplers": {"sde"},
+    "model": {"sde", "nn"},
+    "loss": {"sde", "nn", "model"},
+    "check": {"sde", "samplers", "model"},
+    "train": {*GROUND, "data", "checkpoint", "model", "loss"},
+    "evaluation": {"sde", "nn", "parallel", "data", "samplers", "model"},
+    "convert": {"sde", "nn", "parallel", "checkpoint", "model"},
+}
+READ_THE_COMMAND_LINE = {"experiment", "check", "convert", "__main__"}
+PICKLES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
+
+
+def at(path: Path, node: ast.AST | None = None) -> str:
+    return str(path.relative_to(ROOT)) + (f":{node.lineno}" if node else "")  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def part(path: Path) -> str:
+    """The module or subpackage directly below gddim that a file belongs to."""
+    return path.relative_to(ROOT / "gddim").parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The full name of everything that a file imports, also inside functions."""
+    package = path.relative_to(ROOT).parts[:-1]
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = [*package[: len(package) + 1 - node.level]] if node.level else []
+            yield from (".".join([*above, node.module or "", alias.name]).replace("..", ".") for alias in node.names)
+
+
+def tops(path: Path) -> set[str]:
+    return {module.split(".")[0] for module in imports(path)}
+
+
+def parts_imported(path: Path) -> set[str]:
+    """The other parts of gddim that a file imports; a name that gddim re-exports counts as the part that defines it."""
+    exports = [name.split(".") for name in imports(ROOT / "gddim" / "__init__.py") if name.startswith("gddim.")]
+    defined_in = {name[-1]: name[1] for name in exports}
+    own = [name.split(".") for name in imports(path) if name.startswith("gddim.")]
+    return {defined_in.get(name[1], name[1]) for name in own} - {part(path)}
+
+
+def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def test_imports_run_one_way():
+    wrong = []
+    for path in PACKAGE:
+        if part(path) in {"__init__", "experiment"}:  # they stand above all others
+            continue
+        assert part(path) in MAY_IMPORT, f"say in MAY_IMPORT where {at(path)} stands"
+        wrong += [f"{at(path)} imports {p}" for p in parts_imported(path) - MAY_IMPORT[part(path)] - {"errors"}]
+    grids = ROOT / "gddim" / "samplers" / "grids.py"
+    wrong += [f"{at(grids)} imports {p}" for p in parts_imported(grids) - {"errors"}]
+    wrong += [f"{at(path)} imports {t}" for path in PACKAGE for t in tops(path) & {"experiments", "infra", "tests"}]
+    assert not wrong
+
+
+def test_the_order_of_imports_has_no_circle():
+    left = set(MAY_IMPORT)
+    while lowest := {p for p in left if not MAY_IMPORT[p] & left}:
+        left -= lowest
+    assert not left
+
+
+def test_only_the_command_line_reads_the_command_line():
+    wrong = []
+    for path in PACKAGE:
+        if {part(path), path.stem} & READ_THE_COMMAND_LINE:
+            continue
+        wrong += [f"{at(path)} imports {t}" for t in tops(path) & {"argparse", "tyro"}]
+        attributes = [node for node in ast.walk(TREES[path]) if isinstance(node, ast.Attribute)]
+        wrong += [at(path, node) for node in attributes if ast.unparse(node) == "sys.argv"]
+    assert not wrong
+
+
+def test_only_parallel_makes_meshes():
+    makers = {"Mesh", "jax.make_mesh", "jax.sharding.Mesh", "sharding.Mesh"}
+    parallel = {path for path in PACKAGE if part(path) == "parallel"}
+    others = [path for path in TREES if path.parent.name != "tests" and path not in parallel]
+    assert not [at(path, call) for path in others for function, call in calls(path) if function in makers]
+    assert not [at(path) for path in others for module in imports(path) if "mesh_utils" in module]
+
+
+def test_nothing_turns_x64_on_globally():
+    wrong = []
+    for path, tree in TREES.items():
+        scoped = {id(item.context_expr) for node in ast.walk(tree) if isinstance(node, ast.With) for item in node.items}
+        for function, call in calls(path):
+            update = function.endswith("config.update") and "x64" in ast.unparse(call)
+            if update or (function.endswith("enable_x64") and id(call) not in scoped):
+                wrong.append(at(path, call))
+    assert not wrong
+
+
+def test_no_pickle_and_no_eval():
+    wrong = [f"{at(path)} imports {t}" for path in TREES for t in tops(path) & PICKLES]
+    for path in TREES:
+        for function, call in calls(path):
+            allowed = [k for k in call.keywords if k.arg == "allow_pickle" and ast.unparse(k.value) != "False"]
+            if function in {"eval", "exec"} or allowed:
+                wrong.append(at(path, call))
+    assert not wrong
+
+
+def test_no_method_is_overridden_and_nobody_asks_which_process():
+    processes = {"VP", "CLD", "Blurring", "LinearSDE"}
+    wrong = []
+    for path in PACKAGE:
+        for function, call in calls(path):
+            names = {node.id for node in ast.walk(call) if isinstance(node, ast.Name)}
+            if function == "super" or (function == "isinstance" and names & processes):
+                wrong.append(at(path, call))
+    assert not wrong
+
+
+def test_files_are_short():
+    files = [*TREES, *(path for path in (ROOT / "infra").rglob("*") if path.is_file() and path.suffix != ".pyc")]
+    assert not [at(path) for path in files if len(path.read_text().splitlines()) > 350]
+
+
+IMPORT_EVERYTHING = """
+import importlib, pkgutil, sys
+import gddim
+
+heavy = {"diffrax", "grain", "matplotlib", "orbax", "PIL", "sklearn", "tensorboardX", "tyro"} & set(sys.modules)
+assert not heavy, f"import gddim loads {heavy}"
+for module in pkgutil.walk_packages(gddim.__path__, "gddim."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+import jax
+from jax._src import xla_bridge
+
+assert not xla_bridge.backends_are_initialized(), "importing touched a device"
+assert not jax.config.jax_enable_x64 and jax.config.jax_numpy_dtype_promotion == "standard", "importing set a flag"
+"""
+
+
+def test_importing_touches_no_device_sets_no_flag_and_loads_nothing_heavy():
+    done = subprocess.run([sys.executable, "-c", IMPORT_EVERYTHING], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_import_is_quick():
+    def seconds() -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "import gddim"], check=True, cwd=ROOT)
+        return time.perf_counter() - start
+
+    assert any(seconds() < 2 for _ in range(3))
