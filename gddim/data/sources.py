@@ -35,6 +35,11 @@ class Source(Protocol):
 class Dataset(Protocol):
     """What an experiment names: building it reads nothing; `train` and `test` read, and raise UserError by name."""
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`(*dims, C)` of a record."""
+        ...
+
     def train(self) -> Source: ...
 
     def test(self) -> Source: ...
@@ -100,6 +105,8 @@ class Digits:
     writers than those trained on.
     """
 
+    shape = (8, 8, 1)
+
     def train(self) -> ArraySource:
         return ArraySource(self._shuffled()[:1500])
 
@@ -128,6 +135,8 @@ class FiveRings:
     """Number of points held out, drawn independently."""
     seed: int = 0
     """Seed of both sets."""
+
+    shape = (2,)
 
     def train(self) -> ArraySource:
         return ArraySource(self._draw(self.train_points, 0))
