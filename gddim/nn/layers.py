@@ -135,7 +135,8 @@ class Attention(eqx.Module):
 
     def __call__(self, x: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
         h = self.norm(x).reshape(1, -1, 1, x.shape[-1])  # (batch, pixels, heads, channels)
-        h = jax.nn.dot_product_attention(self.query(h), self.key(h), self.value(h))
+        with jax.numpy_dtype_promotion("standard"):  # it mixes bfloat16 and float32 inside
+            h = jax.nn.dot_product_attention(self.query(h), self.key(h), self.value(h))
         return (x + self.out(h.reshape(x.shape))) * math.sqrt(0.5)
 
 
