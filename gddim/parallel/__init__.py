@@ -10,7 +10,6 @@ from gddim.parallel.mesh import global_batch as global_batch
 from gddim.parallel.mesh import init_sharded as init_sharded
 from gddim.parallel.mesh import make_mesh as make_mesh
 from gddim.parallel.mesh import per_device_batch as per_device_batch
-from gddim.parallel.mesh import process_rows as process_rows
 from gddim.parallel.mesh import replicated as replicated
 from gddim.parallel.mesh import state_shardings as state_shardings
 from gddim.parallel.processes import EXIT_PREEMPTED as EXIT_PREEMPTED

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Int, PyTree
+from jaxtyping import PyTree
 
 from gddim.errors import UserError
 
@@ -33,6 +33,9 @@ class MeshConfig:
 def make_mesh(config: MeshConfig = MeshConfig(), devices: list[jax.Device] | None = None) -> Mesh:
     """The mesh `data × fsdp` over all devices of all processes (or over `devices`), with `Auto` axes.
 
+    Devices go in the order of their processes, so that row i of a batch is the same record, with the same noise, on any
+    mesh, while process p of n reads the p-th n-th of it, and an fsdp group lies within a host where it fits.
+    (`jax.make_mesh` would follow the wiring of a TPU slice instead, and scatter a host's rows.)
     Raises `UserError` when the product is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
@@ -42,8 +45,9 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: list[jax.Device] | Non
     if count % fsdp or (data != -1 and data * fsdp != count):
         fit = ", ".join(f"{count // f}×{f}" for f in range(1, count + 1) if count % f == 0)
         raise UserError(f"mesh.data={data}, mesh.fsdp={fsdp} do not fit {count} device(s); data×fsdp may be {fit}")
-    shape = (count // fsdp, fsdp)
-    return jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    grid = np.array(ordered).reshape(count // fsdp, fsdp)
+    return Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
@@ -99,18 +103,8 @@ def per_device_batch(batch_size: int, mesh: Mesh | AbstractMesh) -> int:
     return batch_size // mesh.size
 
 
-def process_rows(batch_size: int, mesh: Mesh) -> Int[np.ndarray, " rows"]:
-    """The rows of a global batch that this process reads, ascending: those of its own devices.
-
-    One contiguous block wherever a mesh keeps a host's devices together; a TPU mesh follows the wiring instead.
-    """
-    per_device_batch(batch_size, mesh)
-    slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    return np.sort(np.concatenate([np.arange(batch_size)[index] for index in slices if index is not None]))
-
-
 def global_batch(local: PyTree[np.ndarray], mesh: Mesh) -> PyTree[jax.Array]:
-    """The global batch of which this process read the rows `process_rows`; each device gets its own, none is copied."""
+    """The global batch of which process p of n read the p-th n-th; each device is given its own rows only."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), local)
 
