@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from gddim.errors import UserError
+from gddim.nn.convolution import conv_same
 
 T = TypeVar("T")
 
@@ -68,7 +69,7 @@ class Dense(eqx.Module):
 
 
 class Conv(eqx.Module):
-    """Convolution with an odd square kernel, zero padding that keeps the size (`stride` 1) or as `padding` says."""
+    """Convolution with an odd square kernel; zeros beyond the border keep the size."""
 
     weight: Float[Array, "k k i o"]
     bias: Float[Array, " o"]
@@ -77,14 +78,9 @@ class Conv(eqx.Module):
         self.weight = draw.kernel((size, size, inputs, outputs), scale)
         self.bias = constant(0, outputs)
 
-    def __call__(self, x: Float[Array, "h w i"], stride: int = 1, padding: str = "SAME") -> Float[Array, "a b o"]:
+    def __call__(self, x: Float[Array, "h w i"]) -> Float[Array, "h w o"]:
         weight = self.weight.astype(x.dtype)
-        if weight.shape[0] == 1:
-            y = x @ weight[0, 0]
-        else:
-            y = jax.lax.conv_general_dilated(
-                x[None], weight, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-            )[0]
+        y = x @ weight[0, 0] if weight.shape[0] == 1 else conv_same(x[None], weight)[0]
         return y + self.bias.astype(x.dtype)[None, None]
 
 
@@ -183,14 +179,17 @@ def downsample(x: Float[Array, "h w c"], fir: bool) -> Float[Array, "h//2 w//2 c
 
 def downsample_conv(x: Float[Array, "h w i"], conv: Conv, fir: bool) -> Float[Array, "h//2 w//2 o"]:
     """Half the size by a strided 3x3 convolution, with the filter (1, 3, 3, 1)/8 before it if `fir`."""
-    if not fir:
-        return conv(x, stride=2)
-    for axis in (0, 1):  # as upfirdn with two zeros on either side: one sample longer than x
-        pad = [(0, 0)] * 3
-        pad[axis] = (2, 2)
-        taps = (jax.lax.slice_in_dim(jnp.pad(x, pad), i, i + x.shape[axis] + 1, axis=axis) for i in range(4))
-        x = sum(weight * tap for weight, tap in zip((0.125, 0.375, 0.375, 0.125), taps, strict=True))
-    return conv(x, stride=2, padding="VALID")
+    padding = "VALID" if fir else "SAME"
+    if fir:
+        for axis in (0, 1):  # with two zeros on either side: one sample longer than x
+            pad = [(0, 0)] * 3
+            pad[axis] = (2, 2)
+            taps = [jax.lax.slice_in_dim(jnp.pad(x, pad), i, i + x.shape[axis] + 1, axis=axis) for i in range(4)]
+            x = 0.125 * (taps[0] + taps[3]) + 0.375 * (taps[1] + taps[2])
+    y = jax.lax.conv_general_dilated(
+        x[None], conv.weight.astype(x.dtype), (2, 2), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )[0]
+    return y + conv.bias.astype(x.dtype)[None, None]
 
 
 def _neighbours(x: Float[Array, "h w c"], axis: int) -> tuple[Float[Array, "h w c"], Float[Array, "h w c"]]:
