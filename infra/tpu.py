@@ -130,7 +130,8 @@ class Slice:
         job = f"GDDIM_EXTRAS=tpu,gcs infra/run {shlex.join(command)}; echo $? >job.status"
         while True:
             self.create()
-            if self.dry_run or self.ssh("all", IS_SET_UP.format(commit=self.commit)).returncode:
+            missing = self.ssh("all", IS_SET_UP.format(commit=self.commit)).returncode
+            if missing or self.dry_run:
                 self.copy()
             self.ssh("all", START.format(job=shlex.quote(job)))
             statuses = self.follow() or [PREEMPTED]

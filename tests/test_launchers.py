@@ -1,0 +1,276 @@
+"""The launchers against pretended services: what they ask for, when they start a run again, and when they do not."""
+
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gddim.parallel import EXIT_PREEMPTED
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMAND = ["python", "-m", "experiments.cld_cifar10", "--workdir", "gs://bucket/a run"]
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "infra" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+gke, gpu, tpu = load("gke"), load("gpu"), load("tpu")
+
+
+def dry_run(*words: str) -> str:
+    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def executable(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def test_all_agree_on_the_status_of_a_preempted_run():
+    assert {tpu.PREEMPTED, gpu.PREEMPTED} == {EXIT_PREEMPTED}
+    assert f'"$status" -eq {EXIT_PREEMPTED} ' in (ROOT / "infra" / "slurm.sh").read_text()
+    assert f"values: [{EXIT_PREEMPTED}, {tpu.ABORTED}]" in (ROOT / "infra" / "jobset.yaml").read_text()
+
+
+# TPU slices
+
+
+class Cloud(tpu.Slice):
+    """A slice whose gcloud is pretended: each entry of `lives` is what one start of the run ends with on every worker.
+
+    A number is an exit status, "gone" takes the slice away during the run, "cut" loses the connection once.
+    """
+
+    def __init__(self, lives, there=False):
+        super().__init__("n", "p", "z", "v4-32", None, True, False)
+        self.lives, self.there, self.commit_there, self.did = list(lives), there, None, []
+
+    def gcloud(self, *words, capture=False):
+        verb, script = words[1], next((w for w in words if w.startswith("--command=")), "")
+        status, out = 0, ""
+        if verb == "describe":
+            status, out = (0, "ACTIVE\n") if self.there else (0, "SUSPENDED\n") if self.did else (1, "")
+        elif verb in ("create", "delete"):
+            self.there, self.commit_there = verb == "create", None
+            self.did.append(verb)
+        elif verb == "scp":
+            self.did.append("copy")
+        elif "add-apt-repository" in script:
+            self.commit_there = True
+        elif "job.commit" in script:
+            status = 0 if self.commit_there else 1
+        elif "setsid" in script:
+            self.did.append("start")
+        elif "tail" in script:
+            if self.lives[0] in ("cut", "gone"):
+                self.there = self.lives.pop(0) == "cut"
+                status = 255
+        elif "job.status" in script:
+            out = "".join(f"{s}\n" for s in self.lives.pop(0))
+        return subprocess.CompletedProcess(words, status, out)
+
+
+@pytest.mark.parametrize(
+    ("lives", "status", "did"),
+    [
+        ([[0, 0]], 0, "create copy start"),
+        ([[75, 75], [0, 0]], 0, "create copy start start"),
+        (["gone", [0, 0]], 0, "create copy start delete create copy start"),
+        (["cut", [0, 0]], 0, "create copy start"),
+        ([[1, 134]], 1, "create copy start"),  # one worker failed, JAX ended the other
+        ([[134, 134], [0, 0]], 0, "create copy start start"),  # a host was lost
+        ([[75, 75], [2, 2]], 2, "create copy start start"),
+    ],
+)
+def test_tpu_starts_again_only_what_was_preempted(lives, status, did, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    cloud = Cloud(lives)
+    assert cloud.run(COMMAND) == status
+    assert cloud.did == did.split()
+    assert cloud.lives == []
+
+
+def test_tpu_dry_run_prints_the_exact_commands():
+    words = ["run", "n", "--project", "p", "--zone", "z", "--type", "v5p-256", "--spot", "--dry-run", "--", *COMMAND]
+    text = dry_run("infra/tpu.py", *words)
+    printed = shlex.split(text.replace("\ngcloud", "\n;\ngcloud").replace("\ngit", "\n;\ngit"))
+    commands = [group.split("\0") for group in "\0".join(printed).split("\0;\0")]
+    kinds = [words[3:5] if words[0] == "gcloud" else words[:1] for words in commands]
+    assert kinds[1] == ["queued-resources", "create"]
+    assert {"--accelerator-type=v5p-256", "--runtime-version=v2-alpha-tpuv5", "--spot"} <= set(commands[1])
+    assert " ".join(kind[-1] for kind in kinds) == "describe create describe ssh git scp ssh ssh ssh ssh"
+    assert all({"--project=p", "--zone=z"} <= set(words) for words in commands if words[0] == "gcloud")
+    script = next(word for words in commands for word in words if "setsid" in word)
+    job = shlex.split(re.search(r"setsid nohup sh -c ('.*') >", script)[1])[0]  # pyright: ignore
+    assert shlex.split(job.split(";")[0])[2:] == COMMAND
+
+
+@pytest.mark.parametrize("status", [0, 75, 3])
+def test_tpu_worker_scripts_run(tmp_path, status):
+    """START, FOLLOW and STATUS as a worker's shell would run them."""
+    executable(tmp_path / "gddim" / "infra" / "run", f'#!/bin/sh\necho "$GDDIM_EXTRAS $*"\nsleep 0.5\nexit {status}\n')
+
+    def shell(script: str) -> str:
+        return subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=30).stdout
+
+    job = "GDDIM_EXTRAS=tpu,gcs infra/run a 'b c'; echo $? >job.status"
+    shell(tpu.START.format(job=shlex.quote(job)))
+    shell(tpu.START.format(job=shlex.quote(job)))  # under way: nothing is started
+    assert shell(tpu.FOLLOW) == "tpu,gcs a b c\n"
+    assert shell(tpu.STATUS) == f"{status}\n"
+
+
+# Kubernetes
+
+
+def jobset(*words: str) -> dict:
+    return yaml.safe_load(dry_run("infra/gke.py", "run1", "--image", "i:1", *words, "--dry-run", "--", *COMMAND))
+
+
+TPU = ["--tpu", "tpu-v5p-slice", "--topology", "4x4x8"]
+GPU = ["--gpu", "nvidia-h100-80gb", "--nodes", "16"]
+
+
+@pytest.mark.parametrize(
+    ("words", "nodes", "chip", "chips"), [(TPU, 32, "google.com/tpu", 4), (GPU, 16, "nvidia.com/gpu", 8)]
+)
+def test_jobset_has_what_the_controller_wants(words, nodes, chip, chips):
+    whole = jobset(*words)
+    assert (whole["apiVersion"], whole["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert whole["metadata"]["name"] == "run1"
+    assert whole["spec"]["failurePolicy"]["maxRestarts"] > 0
+    (workers,) = whole["spec"]["replicatedJobs"]
+    job = workers["template"]["spec"]
+    assert (job["completionMode"], job["backoffLimit"]) == ("Indexed", 0)
+    assert job["parallelism"] == job["completions"] == nodes
+    pod = job["template"]["spec"]
+    assert pod["restartPolicy"] == "Never"  # required with a podFailurePolicy
+    (container,) = pod["containers"]
+    assert (container["image"], container["command"]) == ("i:1", COMMAND)
+    assert container["resources"]["limits"] == {chip: chips}
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert all(isinstance(entry["value"], str) for entry in container["env"])
+    assert all(isinstance(value, str) for value in pod["nodeSelector"].values())
+
+
+def ends_with(job: dict, exit_status: int = 0, disrupted: bool = False) -> str:
+    """What the Job controller does with a failed pod: the action of the first rule that matches."""
+    for rule in job["podFailurePolicy"]["rules"]:
+        if conditions := rule.get("onPodConditions"):
+            if disrupted and conditions == [{"type": "DisruptionTarget", "status": "True"}]:
+                return rule["action"]
+        else:
+            codes = rule["onExitCodes"]
+            assert codes["containerName"] == job["template"]["spec"]["containers"][0]["name"]
+            if (exit_status in codes["values"]) == (codes["operator"] == "In"):
+                return rule["action"]
+    return "Count"
+
+
+def test_jobset_starts_again_only_what_was_preempted():
+    whole = jobset(*TPU)
+    job = whole["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert [ends_with(job, status) for status in (75, 134, 1, 2, 137)] == ["Count", "Count", *["FailJob"] * 3]
+    assert ends_with(job, 137, disrupted=True) == "Count"
+    # A job failed by the policy fails the whole; one failed by a counted pod falls through to a restart.
+    (rule,) = whole["spec"]["failurePolicy"]["rules"]
+    assert rule == {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+
+
+def test_jobset_of_gpus_names_its_coordinator():
+    whole = jobset(*GPU, "--spot", "--claim", "cifar")
+    pod = whole["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    env = {entry["name"]: entry["value"] for entry in pod["containers"][0]["env"]}
+    assert env["JAX_COORDINATOR_ADDRESS"] == f"run1-{whole['spec']['replicatedJobs'][0]['name']}-0-0.run1:{gke.PORT}"
+    assert env["JAX_NUM_PROCESSES"] == "16"
+    assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == pod["tolerations"][0]["value"] == "true"
+    assert pod["volumes"][-1]["persistentVolumeClaim"]["claimName"] == "cifar"
+
+
+@pytest.mark.parametrize("words", [["Run", *GPU], ["r", "--tpu", "t"], ["r", "--tpu", "t", "--topology", "3x1"]])
+def test_gke_refuses_by_name(words):
+    words = [sys.executable, "infra/gke.py", *words, "--image", "i", "--", "x"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.match(r"gke.py: error: (name|--topology) ", done.stderr.splitlines()[-1])
+
+
+# SLURM and one machine
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(0, False), (75, True), (1, False), (137, False)])
+def test_slurm_requeues_only_what_was_preempted(tmp_path, status, requeued):
+    log = tmp_path / "log"
+    executable(tmp_path / "infra" / "run", f'#!/bin/sh\necho run "$GDDIM_EXTRAS $*" >>{log}\n')
+    executable(tmp_path / "bin" / "srun", f'#!/bin/sh\necho srun "$*" >>{log}\nexit {status}\n')
+    executable(tmp_path / "bin" / "scontrol", f'#!/bin/sh\necho scontrol "$*" >>{log}\n')
+    env = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "17"}
+    assert subprocess.run([ROOT / "infra" / "slurm.sh", "python", "-m", "x"], env=env).returncode == status
+    srun = f"srun --kill-on-bad-exit=0 --wait=300 {tmp_path}/infra/run python -m x"
+    assert log.read_text().splitlines() == ["run cuda true", srun, *["scontrol requeue 17"] * requeued]
+
+
+def test_slurm_dry_run_and_refusal(tmp_path):
+    done = subprocess.run(["infra/slurm.sh", "--dry-run", "python"], cwd=ROOT, capture_output=True, text=True)
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [f"{ROOT}/infra/run", "srun"]
+    done = subprocess.run([ROOT / "infra" / "slurm.sh", "python"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+def machine(folder: Path, script: str) -> list[str]:
+    """A command line of infra/gpu.py beside an infra/run that is `script`."""
+    executable(folder / "infra" / "run", f"#!/bin/sh\ncd {folder}\n{script}")
+    shutil.copy(ROOT / "infra" / "gpu.py", folder / "infra" / "gpu.py")
+    return [sys.executable, str(folder / "infra" / "gpu.py"), "--gpus", "0,1", "--", "train", "a b"]
+
+
+@pytest.mark.parametrize(("statuses", "status"), [((0,), 0), ((75, 75, 0), 0), ((75, 1), 1), ((2,), 2)])
+def test_one_machine_starts_again_only_what_was_preempted(tmp_path, statuses, status):
+    (tmp_path / "statuses").write_text("".join(f"{s}\n" for s in statuses))
+    script = 'echo "$CUDA_VISIBLE_DEVICES $*" >>log\ns=$(head -1 statuses)\nsed -i 1d statuses\nexit $s\n'
+    assert subprocess.run(machine(tmp_path, script)).returncode == status
+    assert (tmp_path / "log").read_text().splitlines() == ["0,1 train a b"] * len(statuses)
+
+
+@pytest.mark.parametrize("how", ["kill", "Ctrl-C"])
+def test_one_machine_ends_when_it_is_asked_to(tmp_path, how):
+    script = "trap 'exit 75' INT TERM\necho >>started\nfor i in $(seq 200); do sleep 0.05; done\nexit 1\n"
+    process = subprocess.Popen(machine(tmp_path, script), start_new_session=True)
+    while not (tmp_path / "started").exists():
+        time.sleep(0.01)
+    if how == "kill":
+        process.send_signal(signal.SIGTERM)
+    else:
+        os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=30) == 75
+    assert (tmp_path / "started").read_text() == "\n"
+
+
+def test_one_machine_dry_run():
+    text = dry_run("infra/gpu.py", "--gpus", "3", "--dry-run", "--", *COMMAND)
+    words = shlex.split(text)
+    assert words[:3] == ["GDDIM_EXTRAS=cuda", "JAX_PLATFORMS=cuda,cpu", "CUDA_VISIBLE_DEVICES=3"]
+    assert words[3:] == [str(ROOT / "infra" / "run"), *COMMAND]
+
+
+def test_no_launcher_names_a_project_or_carries_a_secret():
+    for path in (ROOT / "infra").iterdir():
+        text = path.read_text() if path.is_file() else ""
+        assert not re.search(r"(?i)password|secret|token|api[_-]?key|BEGIN .*PRIVATE", text), path
