@@ -186,7 +186,7 @@ class InceptionFeatures(eqx.Module):
     network: InceptionV3
     digest: str = eqx.field(static=True)
     convention: str = eqx.field(static=True)
-    metrics: tuple[str, ...] = eqx.field(static=True, default=("frechet", "kid", "precision", "recall"))
+    metrics: tuple[str, ...] = eqx.field(static=True, default=("frechet", "kid", "precision_recall"))
     chunk: int = eqx.field(static=True, default=32)
 
     @staticmethod

@@ -9,7 +9,7 @@ import io
 import math
 import pickletools
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,7 +121,8 @@ def _walk(file: io.BufferedIOBase) -> Any:
         del stack[start:]
         return items
 
-    for opcode, argument, position in pickletools.genops(file):
+    opcodes: Iterator[Any] = pickletools.genops(file)  # pyright: ignore[reportArgumentType]
+    for opcode, argument, position in opcodes:
         match opcode.name:
             case "PROTO" | "FRAME":
                 pass
@@ -158,10 +159,10 @@ def _walk(file: io.BufferedIOBase) -> Any:
             case "GLOBAL":
                 stack.append(_Name(argument))
             case "REDUCE":
-                arguments = stack.pop()
-                stack[-1] = _call(stack[-1], arguments)
+                arguments, function = stack.pop(), stack.pop()
+                stack.append(_call(function, arguments))
             case "BINPERSID":
-                stack[-1] = _storage(*stack[-1])
+                stack.append(_storage(*stack.pop()))
             case "BUILD":
                 stack.pop()  # attributes of the dictionary itself: version numbers of its modules
             case other:

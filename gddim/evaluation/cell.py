@@ -1,0 +1,190 @@
+"""One cell of a table: samples of a model drawn, brought into a feature space and compared with a reference."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jaxtyping import Array, Float
+
+from gddim.data import to_uint8
+from gddim.errors import UserError
+from gddim.evaluation.drawing import Solver, draw
+from gddim.evaluation.features import FeatureSpace
+from gddim.evaluation.provenance import hardware, software, spell
+from gddim.evaluation.samplers import sampler_name, steps_for
+from gddim.evaluation.statistics import Statistics, compare, features_of, to_host
+from gddim.samplers import AbstractSampler, power_grid
+from gddim.samplers.base import AbstractAdaptive, Last
+from gddim.sde import AbstractLinearSDE
+
+Row = dict[str, Any]
+ROUNDING = "to the nearest uint8, clipped"
+LEAST = 4  # samples that every metric needs
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One entry of a table: a sampler, a budget of network calls (the last one included), and which samples."""
+
+    sampler: AbstractSampler | AbstractAdaptive
+    nfe: int
+    samples: int
+    seed: int = 0
+    power: float = 2.0
+    t_min: float = 1e-3
+    last: Last = "none"
+
+    def grid(self, sde: AbstractLinearSDE) -> Float[np.ndarray, " n"]:
+        """The times of as many steps as the calls allow; an adaptive sampler takes what it needs and gets the ends."""
+        fixed = isinstance(self.sampler, AbstractSampler)
+        steps = steps_for(self.sampler, self.nfe, self.last) if fixed else 1
+        return power_grid(sde.horizon, self.t_min, steps, self.power)
+
+    def check(self, sde: AbstractLinearSDE) -> None:
+        """Raise `UserError` for what this cell would fail with."""
+        if self.samples < LEAST:
+            raise UserError(f"samples: {self.samples} given, an evaluation needs at least {LEAST}")
+        try:
+            self.grid(sde)
+            if isinstance(self.sampler, AbstractSampler):
+                self.sampler.coefficients(sde, power_grid(sde.horizon, self.t_min, 1, self.power))
+        except ValueError as error:
+            raise UserError(f"sampler {sampler_name(self.sampler)}: {error}") from error
+
+    def describe(self) -> Row:
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return fields | {"sampler": sampler_name(self.sampler), "parameters": spell(self.sampler)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """What the cells of a sweep share: a model with a `.sde`, the shape of a record, a reference, a feature space.
+
+    `provenance` says where the model comes from (checkpoint digest, step, EMA or raw). `batch` samples are drawn at a
+    time, sharded by `sharding`; neither changes a sample. Images are rounded to uint8 before features are taken, as
+    saving and reading them would. Raises `UserError` when the reference was taken in another feature space.
+    """
+
+    model: Any
+    shape: tuple[int, ...]
+    space: FeatureSpace
+    reference: Statistics
+    provenance: Row
+    batch: int = 128
+    sharding: jax.sharding.Sharding | None = None
+
+    def __post_init__(self) -> None:
+        theirs = self.reference.origin["features"]
+        if theirs != self.space.name:
+            raise UserError(f"the reference was taken in the feature space {theirs}, not in {self.space.name}")
+
+    @functools.cached_property
+    def origin(self) -> Row:
+        """All that decides the numbers of a cell but the cell itself."""
+        return self.provenance | {
+            "process": spell(self.model.sde),
+            "model": type(self.model).__name__,
+            "features": self.space.name,
+            "reference": self.reference.origin | {"digest": self.reference.digest()},
+            "rounding": ROUNDING if len(self.shape) == 3 else "none",
+            **software(),
+        }
+
+    def run(
+        self,
+        cell: Cell,
+        state: epath.Path | None = None,
+        save_every: float = 30.0,
+        keep: Callable[[int, np.ndarray], None] | None = None,
+        advance: Callable[[int], object] = lambda samples: None,
+    ) -> Row:
+        """The row of one cell. `state` is a file for its progress, written at most every `save_every` seconds.
+
+        `keep(first, samples)` receives the samples drawn, `advance(samples)` how many were.
+        """
+        key = {"cell": cell.describe(), "provenance": self.origin}
+        origin = {"features": self.space.name, "cell": digest_of(key)}
+        found, calls, before = _resume(state, origin)
+        first = found.count if found else 0
+        advance(first)
+        solver = Solver.of(cell.sampler, self.model.sde, cell.grid(self.model.sde), cell.last)
+        began = saved = time.perf_counter()
+        rate = _Rate(began)
+        for start, x, features, made in self._ahead(cell, solver, first):
+            n = min(self.batch, cell.samples - start)
+            part = Statistics.of(to_host(features)[:n], self.space, start, origin)
+            found = found.then(part) if found else part
+            calls += int(to_host(made)[:n].sum())
+            if keep:
+                keep(start, to_host(x)[:n])
+            advance(n)
+            rate.add(n)
+            if state and time.perf_counter() - saved >= save_every and found.count < cell.samples:
+                seconds = before + time.perf_counter() - began
+                dataclasses.replace(found, origin=origin | {"calls": calls, "seconds": seconds}).save(state)
+                saved = time.perf_counter()
+        assert found is not None
+        measured = {
+            "nfe": calls / cell.samples,
+            "seconds": before + time.perf_counter() - began,
+            "images_per_second": rate.value(),
+            "devices": hardware(),
+        }
+        return key | {"metrics": compare(found, self.reference, self.space.metrics), "measured": measured}
+
+    def _ahead(self, cell: Cell, solver: Solver, first: int) -> Iterator[tuple[int, Array, Array, Array]]:
+        """Number, samples, features and network calls of each batch; the devices have the next one by then."""
+        pending = None
+        for start in range(first, cell.samples, self.batch):
+            indices = jax.device_put(np.arange(start, start + self.batch, dtype=np.int32), self.sharding)
+            x, made = draw(self.model, solver, self.shape, jnp.asarray(cell.seed, jnp.int32), indices)
+            x = to_uint8(x) if len(self.shape) == 3 else x
+            pending, ready = (start, x, features_of(self.space, x), made), pending
+            if ready:
+                yield ready
+        if pending:
+            yield pending
+
+
+def digest_of(row: Row) -> str:
+    """Names a row by all that decides its numbers."""
+    key = json.dumps({part: row[part] for part in ("cell", "provenance")}, sort_keys=True)
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def _resume(state: epath.Path | None, origin: Row) -> tuple[Statistics | None, int, float]:
+    """What a cell had reached: its statistics, network calls and seconds. A damaged file is as good as none."""
+    if state and state.exists():
+        with contextlib.suppress(UserError):
+            found = Statistics.load(state)
+            calls, seconds = found.origin.pop("calls"), found.origin.pop("seconds")
+            if found.origin == origin:
+                return found, calls, seconds
+    return None, 0, 0.0
+
+
+class _Rate:
+    """Samples a second, the first batch with its compilation left out where there are more."""
+
+    def __init__(self, began: float):
+        self._began, self._count, self._first = began, 0, None
+
+    def add(self, n: int) -> None:
+        self._count += n
+        self._last = time.perf_counter()
+        self._first = self._first or (self._last, n)
+
+    def value(self) -> float:
+        if self._first is None:
+            return 0.0
+        began, skipped = (self._began, 0) if self._count == self._first[1] else self._first
+        return (self._count - skipped) / (self._last - began)

@@ -1,0 +1,41 @@
+"""Feature spaces: functions from samples to vectors, in which two sets of samples are compared."""
+
+from typing import Protocol, runtime_checkable
+
+import equinox as eqx
+import numpy as np
+from jaxtyping import Array, Float, Shaped
+
+from gddim.data import to_unit
+
+
+@runtime_checkable
+class FeatureSpace(Protocol):
+    """What `Statistics` are taken in: a module whose call runs inside a compiled program, on a batch."""
+
+    name: str
+    """Tells two spaces apart whose distances may not be compared, resize rule and weights included."""
+    metrics: tuple[str, ...]
+    """What a table shows for it, of the names that `statistics.compare` knows."""
+    chunk: int
+    """Samples that one device takes at a time."""
+
+    def __call__(self, samples: Shaped[Array, "b ..."], /) -> Float[Array, "b d"]: ...
+
+    def probabilities(self, features: Float[np.ndarray, "b d"], /) -> Float[np.ndarray, "b classes"] | None:
+        """Class probabilities for the Inception Score; None where there are no classes."""
+        ...
+
+
+class PixelFeatures(eqx.Module):
+    """The numbers themselves, flattened: pixels in [-1, 1], coordinates of points. For data too small for a network."""
+
+    name: str = eqx.field(static=True, default="pixels")
+    metrics: tuple[str, ...] = eqx.field(static=True, default=("frechet", "energy", "precision_recall"))
+    chunk: int = eqx.field(static=True, default=1024)
+
+    def __call__(self, samples: Shaped[Array, "b ..."]) -> Float[Array, "b d"]:
+        return to_unit(samples).reshape(len(samples), -1)
+
+    def probabilities(self, features: Float[np.ndarray, "b d"]) -> None:
+        return None

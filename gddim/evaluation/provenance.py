@@ -1,0 +1,58 @@
+"""What a number was computed with."""
+
+import dataclasses
+import functools
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import gddim
+
+_PACKAGES = ("jax", "jaxlib", "equinox", "numpy", "scipy", "diffrax")
+
+
+@functools.cache
+def software() -> dict[str, Any]:
+    """Versions of Python, of this package and of those whose rounding it inherits, and the commit of a checkout."""
+    versions = {name: version(name) for name in _PACKAGES}
+    return {
+        "versions": {"python": platform.python_version(), "gddim": gddim.__version__, **versions},
+        "commit": _commit(),
+    }
+
+
+def spell(value: Any) -> str:
+    """An object with all its static parameters, defaults included and functions by name: the same in every process."""
+    if callable(value) and not dataclasses.is_dataclass(value):
+        return f"{value.__module__}.{value.__qualname__}"
+    if not dataclasses.is_dataclass(value):
+        return repr(value)
+    fields = (f"{field.name}={spell(getattr(value, field.name))}" for field in dataclasses.fields(value) if field.init)
+    return f"{type(value).__name__}({', '.join(fields)})"
+
+
+def hardware() -> str:
+    """Number and kind of the devices."""
+    devices = jax.devices()
+    return f"{len(devices)} × {devices[0].device_kind}"
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package runs from, marked if files differ from it; None outside of one."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        if not git("rev-parse", "--show-toplevel") or Path(git("rev-parse", "--show-toplevel")) != root:
+            return None
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("-modified" if changed else "")
+    except (OSError, subprocess.TimeoutExpired):
+        return None

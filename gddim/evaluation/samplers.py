@@ -1,0 +1,75 @@
+"""Samplers by name, as a command line and a table spell them."""
+
+import dataclasses
+from typing import Any
+
+from gddim.errors import UserError
+from gddim.samplers import GDDIM, RK45, SSCS, AbstractSampler, CholeskyMultistep, EulerMaruyama, Heun, count_calls
+from gddim.samplers.base import AbstractAdaptive, Last
+
+_FORMS = {"gddim": GDDIM, "cholesky": CholeskyMultistep, "em": EulerMaruyama, "heun": Heun, "sscs": SSCS, "rk45": RK45}
+_WORDS = {"eps": ("interpolate", "eps"), "data": ("interpolate", "data"), "corrector": ("corrector", True)}
+ACCEPTED = (
+    "gddim[:ORDER][:data][:corrector][:lam=λ], cholesky[:ORDER], em[:lam=λ], heun, sscs, rk45[:rtol=…][:atol=…]; "
+    "for example gddim:3:data or em:lam=1"
+)
+
+
+def parse_sampler(text: str) -> AbstractSampler | AbstractAdaptive:
+    """The sampler that a word such as `gddim:3:data` names. Raises `UserError` that lists what is accepted."""
+    name, *options = text.strip().lower().split(":")
+    if name not in _FORMS:
+        raise UserError(f"sampler {text!r}: {name!r} is none; accepted are {ACCEPTED}")
+    known = {field.name for field in dataclasses.fields(_FORMS[name])}
+    arguments: dict[str, Any] = {}
+    for option in options:
+        argument, value = _argument(option)
+        if argument not in known or argument in arguments:
+            why = "is given twice" if argument in arguments else f"is no option of {name}"
+            raise UserError(f"sampler {text!r}: {option!r} {why}; accepted are {ACCEPTED}")
+        arguments[argument] = value
+    try:
+        return _FORMS[name](**arguments)
+    except ValueError as error:
+        raise UserError(f"sampler {text!r}: {error}") from error
+
+
+def _argument(option: str) -> tuple[str, Any]:
+    """The argument that one option sets; its name is empty if the option is malformed."""
+    if option.isdigit():
+        return "order", int(option)
+    if option in _WORDS:
+        return _WORDS[option]
+    name, _, number = option.partition("=")
+    try:
+        return name, float(number)
+    except ValueError:
+        return "", None
+
+
+def sampler_name(sampler: AbstractSampler | AbstractAdaptive) -> str:
+    """The shortest word that `parse_sampler` reads as this sampler; the `repr` of one that has no word."""
+    name = next((name for name, form in _FORMS.items() if isinstance(sampler, form)), None)
+    if name is None:
+        return repr(sampler)
+    words = [name]
+    for field in dataclasses.fields(sampler):
+        value = getattr(sampler, field.name)
+        if field.name == "order":
+            words.append(str(value))
+        elif value != field.default:
+            word = next((word for word, setting in _WORDS.items() if setting == (field.name, value)), None)
+            words.append(word or f"{field.name}={value:g}")
+    return ":".join(words)
+
+
+def steps_for(sampler: AbstractSampler, nfe: int, last: Last = "none") -> int:
+    """The most steps that make at most `nfe` network calls, the last one included.
+
+    What is left over (Heun with an odd number of calls) is not spent; rows of a table tell the calls made. Raises
+    `UserError` if one step makes too many.
+    """
+    least = count_calls(sampler, 1, last)
+    if nfe < least:
+        raise UserError(f"nfe: {nfe} given, but {sampler_name(sampler)} with last={last} makes at least {least} calls")
+    return max(steps for steps in range(1, nfe + 1) if count_calls(sampler, steps, last) <= nfe)

@@ -1,0 +1,154 @@
+"""Statistics of a set of samples in a feature space, with where they come from; what an evaluation compares."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import zipfile
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from jaxtyping import Array, Float, Shaped
+
+from gddim.data import Source
+from gddim.errors import UserError
+from gddim.evaluation import metrics
+from gddim.evaluation.features import FeatureSpace
+from gddim.evaluation.metrics import Moments, ScoreSums
+
+SUBSET = 5000  # features kept for the metrics that compare pairs: KID, energy distance, precision and recall
+FEW = 10_000  # below so many samples a Fréchet distance is biased enough that its name must tell their number
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """Moments of a stream of features, its first `SUBSET` features, the sums of its Inception Score, and its origin."""
+
+    moments: Moments
+    subset: Float[np.ndarray, "m d"]
+    scores: ScoreSums | None
+    origin: dict[str, Any]
+
+    @staticmethod
+    def of(
+        features: Shaped[np.ndarray, "b d"], space: FeatureSpace, first: int, origin: dict[str, Any]
+    ) -> "Statistics":
+        """Of samples `first`, `first + 1`, … of a stream."""
+        features = np.asarray(features)
+        p = space.probabilities(features)
+        scores = None if p is None else ScoreSums.of(p, first)
+        kept = features[: max(SUBSET - first, 0)].astype(np.float32)
+        return Statistics(Moments.of(features), kept, scores, origin)
+
+    def then(self, later: "Statistics") -> "Statistics":
+        """Of this stream followed by a later part of it."""
+        scores = self.scores.merge(later.scores) if self.scores and later.scores else self.scores
+        subset = np.concatenate([self.subset, later.subset])
+        return Statistics(self.moments.merge(later.moments), subset, scores, self.origin)
+
+    @property
+    def count(self) -> int:
+        return self.moments.count
+
+    def digest(self) -> str:
+        """Tells apart statistics that differ in any bit."""
+        parts = [self.moments.mean, self.moments.scatter, self.subset]
+        return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()[:16]
+
+    def save(self, path: os.PathLike) -> None:
+        """Write an npz file that appears whole or not at all."""
+        arrays: dict[str, Any] = {f"moments.{k}": v for k, v in dataclasses.asdict(self.moments).items()}
+        if self.scores:
+            arrays |= {f"scores.{k}": v for k, v in dataclasses.asdict(self.scores).items()}
+        buffer = io.BytesIO()
+        np.savez(buffer, subset=self.subset, origin=np.array(json.dumps(self.origin)), **arrays)
+        write_whole(epath.Path(path), buffer.getvalue())
+
+    @staticmethod
+    def load(path: os.PathLike) -> "Statistics":
+        """Read what `save` wrote. Raises `UserError` for anything else."""
+        try:
+            with np.load(io.BytesIO(epath.Path(path).read_bytes()), allow_pickle=False) as file:
+                arrays = dict(file)
+            parts = {
+                part: {key.removeprefix(f"{part}."): v for key, v in arrays.items() if key.startswith(f"{part}.")}
+                for part in ("moments", "scores")
+            }
+            parts["moments"]["count"] = int(parts["moments"]["count"])
+            scores = ScoreSums(**parts["scores"]) if parts["scores"] else None
+            return Statistics(Moments(**parts["moments"]), arrays["subset"], scores, json.loads(str(arrays["origin"])))
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path} holds no statistics that can be read: {error}") from error
+
+
+def write_whole(path: epath.Path, content: bytes) -> None:
+    """Write a file such that a kill at any moment leaves the old content or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.parent / f".{path.name}.new"
+    new.write_bytes(content)
+    new.replace(path)
+
+
+def to_host(x: Shaped[Array, "..."]) -> Shaped[np.ndarray, "..."]:
+    """The whole array on every host."""
+    return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))
+
+
+@eqx.filter_jit
+def features_of(space: FeatureSpace, samples: Shaped[Array, "b ..."]) -> Float[Array, "b d"]:
+    """The one compiled program of a feature space and a shape."""
+    return space(samples)
+
+
+def source_statistics(
+    source: Source, space: FeatureSpace, name: str, sharding: jax.sharding.Sharding | None = None, progress: bool = True
+) -> Statistics:
+    """Of a whole data set, read in a shuffled order so that the subset is a sample of it.
+
+    Devices take `space.chunk` records each at a time, whatever their number, so that it changes no bit of a feature.
+    """
+    from tqdm import tqdm
+
+    order = np.random.default_rng(0).permutation(len(source))
+    size = space.chunk * (sharding.num_devices if sharding else 1)
+    origin = {"source": name, "records": len(source), "features": space.name}
+    found = None
+    with tqdm(total=len(source), desc=name, unit="img", disable=None if progress else True) as bar:
+        for first in range(0, len(source), size):
+            indices = order[first : first + size]
+            padded = np.concatenate([indices, np.full(size - len(indices), indices[0])])
+            batch = jax.device_put(source[padded], sharding)
+            features = to_host(features_of(space, batch))[: len(indices)]
+            part = Statistics.of(features, space, first, origin)
+            found = found.then(part) if found else part
+            bar.update(len(indices))
+    if found is None:
+        raise UserError(f"{name} holds no records")
+    return found
+
+
+def compare(samples: Statistics, reference: Statistics, names: tuple[str, ...]) -> dict[str, float]:
+    """The metrics of these names between two statistics, and the standard errors that some have.
+
+    Raises `UserError` when they were taken in different feature spaces.
+    """
+    spaces = samples.origin["features"], reference.origin["features"]
+    if spaces[0] != spaces[1]:
+        raise UserError(f"statistics of different feature spaces cannot be compared: {spaces[0]} and {spaces[1]}")
+    found: dict[str, float] = {}
+    if "frechet" in names:
+        found["frechet"] = metrics.frechet_distance(samples.moments, reference.moments)
+    if "kid" in names:
+        found["kid"], found["kid_error"] = metrics.kid(samples.subset, reference.subset)
+    if "energy" in names:
+        found["energy"] = metrics.energy_distance(samples.subset, reference.subset)
+    if "precision_recall" in names:
+        found["precision"], found["recall"] = metrics.precision_recall(samples.subset, reference.subset)
+    if samples.scores:
+        found["inception_score"], found["inception_score_spread"] = samples.scores.score()
+    return found

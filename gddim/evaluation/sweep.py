@@ -1,0 +1,101 @@
+"""A table of metrics over samplers and network calls: each cell computed once, resumable at any moment."""
+
+import io
+import json
+import os
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from etils import epath
+
+from gddim.errors import UserError
+from gddim.evaluation.cell import Cell, Evaluator, Row, digest_of
+from gddim.evaluation.samplers import sampler_name
+from gddim.evaluation.statistics import Statistics, compare, write_whole
+
+FLOOR = "data"  # the sampler of the row that compares data with data
+RESULTS = "results.jsonl"
+
+
+def sweep(
+    evaluator: Evaluator,
+    cells: Sequence[Cell],
+    folder: os.PathLike,
+    floor: Statistics | None = None,
+    keep_samples: bool = False,
+    save_every: float = 30.0,
+) -> list[Row]:
+    """The rows of all cells, in order; those already in `folder/results.jsonl` with the same provenance are kept.
+
+    A row is written when its cell is done, the progress inside a cell at most every `save_every` seconds: however
+    it is interrupted, calling it again ends with the same rows. `floor` adds a row that compares other data with the
+    reference, which is as good as a sampler can be. Raises `UserError` before anything is drawn.
+    """
+    from tqdm import tqdm
+
+    folder = epath.Path(folder)
+    results = folder / RESULTS
+    rows = read_rows(results) if results.exists() else []
+    known = {digest_of(row): row for row in rows}
+
+    def add(row: Row) -> None:
+        known[digest_of(row)] = row
+        rows.append(row)
+        if jax.process_index() == 0:
+            write_whole(results, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    wanted = []
+    if floor is not None:
+        row = {"cell": {"sampler": FLOOR, "nfe": 0, "samples": floor.count}, "provenance": evaluator.origin}
+        wanted.append(digest_of(row))
+        if wanted[-1] not in known:
+            metrics = compare(floor, evaluator.reference, evaluator.space.metrics)
+            add(row | {"metrics": metrics, "measured": {"origin": floor.origin}})
+    keys = [digest_of({"cell": cell.describe(), "provenance": evaluator.origin}) for cell in cells]
+    missing = [cell for cell, key in zip(cells, keys, strict=True) if key not in known]
+    for cell in {(cell.sampler, cell.last): cell for cell in missing}.values():
+        cell.check(evaluator.model.sde)
+    work = sum(cell.samples * cell.nfe for cell, key in zip(cells, keys, strict=True) if key not in known)
+    with tqdm(total=work, unit="call", unit_scale=True, disable=None) as bar:
+        for cell, key in zip(cells, keys, strict=True):
+            if key in known:
+                continue
+            bar.set_description(f"{sampler_name(cell.sampler)} at {cell.nfe} calls, seed {cell.seed}")
+            state = folder / "cells" / f"{key}.npz"
+            keep = _Keeper(folder / "samples" / key) if keep_samples else None
+            add(evaluator.run(cell, state, save_every, keep, lambda n, nfe=cell.nfe: bar.update(n * nfe)))
+            if jax.process_index() == 0:
+                state.unlink(missing_ok=True)
+    return [known[key] for key in [*wanted, *keys]]
+
+
+def read_rows(path: os.PathLike) -> list[Row]:
+    """The rows of a results file. Raises `UserError` for what is none."""
+    try:
+        rows = [json.loads(line) for line in epath.Path(path).read_text().splitlines()]
+        if not all({"cell", "provenance", "metrics", "measured"} <= row.keys() for row in rows):
+            raise ValueError("a row lacks its cell, provenance, metrics or measurements")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} holds no results that can be read: {error}") from error
+    return rows
+
+
+class _Keeper:
+    """Writes samples by number: images of 1 or 3 channels as PNG, anything else as npy."""
+
+    def __init__(self, folder: epath.Path):
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, first: int, samples: np.ndarray) -> None:
+        from PIL import Image
+
+        for i, x in enumerate(samples, first):
+            buffer = io.BytesIO()
+            if x.dtype == np.uint8 and x.shape[-1] in (1, 3):
+                Image.fromarray(x.squeeze(-1) if x.shape[-1] == 1 else x).save(buffer, "PNG")
+            else:
+                np.save(buffer, x)
+            suffix = "png" if buffer.getvalue().startswith(b"\x89PNG") else "npy"
+            (self._folder / f"{i:06d}.{suffix}").write_bytes(buffer.getvalue())
