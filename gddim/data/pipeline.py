@@ -76,7 +76,7 @@ class _Batches:
         return sys.maxsize
 
     def __getitem__(self, index: int) -> Shaped[np.ndarray, "b ..."]:
-        return self.source[batch_indices(len(self.source), self.batch_size, self.seed, int(index))[self.mine]]
+        return self.source[batch_indices(len(self.source), self.batch_size, self.seed, index)[self.mine]]
 
 
 def batches(
@@ -104,7 +104,7 @@ def batches(
     share = batch_size // process_count
     mine = slice(process_index * share, (process_index + 1) * share)
     numbered = grain.MapDataset.source(_Batches(source, batch_size, seed, mine))
-    return iter(numbered[start:].to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+    return iter(numbered[start:].to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)))
 
 
 def prefetch(

@@ -1,6 +1,7 @@
-"""What a data set is, and the two that need no file: the digits that scikit-learn carries and five rings of points."""
+"""What a data set is, and those that are one array: the digits that scikit-learn carries, five rings, a NumPy file."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -152,3 +153,54 @@ class FiveRings:
         angle = rng.uniform(0, 2 * np.pi, count)
         points = centres[circle] + np.stack([np.cos(angle), np.sin(angle)], axis=1)
         return ((points - centres.mean(0)) / np.sqrt(centres.var(0) + 0.5)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class ArrayFile:
+    """A `.npy` file, or a `.npz` file with one array or with `train` and `test`.
+
+    Images are uint8 `(N, H, W, C)`, or floating in [-1, 1]; points are floating `(N, C)`. A uint8 or float32 `.npy` is
+    mapped, not read, and may be larger than memory.
+    """
+
+    path: str
+    """The file."""
+    flip: bool = False
+    """Whether training may mirror images left to right."""
+    test_every: int = 10
+    """Of the records in order every n-th is held out; 0 holds out none, and tests on all. Unused if `test` exists."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.train().shape
+
+    def train(self) -> ArraySource:
+        return self._read("train", 0)
+
+    def test(self) -> ArraySource:
+        return self._read("test", 1)
+
+    def _read(self, name: str, part: int) -> ArraySource:
+        try:
+            loaded = np.load(Path(self.path).expanduser(), mmap_mode="r", allow_pickle=False)
+            arrays = loaded if isinstance(loaded, Mapping) else {"": loaded}
+            if len(arrays) > 1 and not {"train", "test"} <= set(arrays):
+                raise UserError(f"{self.path} has arrays {', '.join(arrays)}: keep one, or name two train and test")
+            array = arrays[name if len(arrays) > 1 else next(iter(arrays))]
+        except UserError:
+            raise
+        except Exception as error:  # zip, zlib, header and object errors alike
+            raise UserError(f"cannot read {self.path} ({error}): a .npy or .npz file of numbers is needed") from error
+        if np.issubdtype(array.dtype, np.floating):
+            array = _checked(self.path, array.astype(np.float32, copy=False))
+        rows = None if len(arrays) > 1 else every_nth(len(array), self.test_every)[part]
+        return ArraySource(array, self.flip, rows)
+
+
+def _checked(path: str, array: Float[np.ndarray, "n *shape"]) -> Float[np.ndarray, "n *shape"]:
+    low, high = array.min(initial=0), array.max(initial=0)
+    if not np.isfinite(low + high):
+        raise UserError(f"{path} holds values that are not finite")
+    if array.ndim == 4 and max(-low, high) > 1:
+        raise UserError(f"{path}: floating images must lie in [-1, 1], found {low:g} to {high:g}; or store uint8")
+    return array

@@ -1,0 +1,85 @@
+"""`python -m gddim.data prepare|std`: shards of a data set, and the standard deviation that the Denoiser wants."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import UserError
+from . import CIFAR10, SVHN, ArrayFile, CelebA, Dataset, Digits, FiveRings, ImageFolder, Shards
+from .moments import moments, spectrum
+from .shards import prepare
+
+_NAMED = {"digits": Digits, "five-rings": FiveRings, "cifar10": CIFAR10, "svhn": SVHN, "celeba": CelebA}
+_SOURCE = f"{', '.join(_NAMED)}, or the path of a folder or zip of images, of a .npy or .npz file, or of shards"
+
+
+def _dataset(options: argparse.Namespace) -> Dataset:
+    path = Path(options.source).expanduser()
+    if options.source in _NAMED:
+        return _NAMED[options.source]()
+    if not path.exists():
+        raise UserError(f"no data set {options.source}: give {_SOURCE}")
+    if path.suffix in (".npy", ".npz"):
+        return ArrayFile(options.source, flip=options.flip)
+    if (path / "manifest.json").is_file():
+        return Shards(options.source)
+    if options.size is None:
+        raise UserError(f"{options.source} holds images: say --size PIXELS to resize them to")
+    return ImageFolder(options.source, options.size, options.channels, options.flip)
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    dest = Path(options.dest).expanduser()
+    prepare(_dataset(options), dest)
+    written = Shards(str(dest))
+    print(f"{dest}: {len(written.train()):,} records to train, {len(written.test()):,} held out")
+
+
+def _std(options: argparse.Namespace) -> None:
+    out = options.spectrum and Path(options.spectrum).expanduser()
+    if out and out.exists():
+        raise UserError(f"{out} exists: name another file")
+    source = _dataset(options).train()
+    mean, std, rms = moments(source)
+    print(f"{len(source):,} records {source.shape}: mean {mean:.5f}, std {std:.5f}, rms {rms:.5f}")
+    if out:
+        if len(source.shape) != 3:
+            raise UserError(f"a spectrum needs images (H, W, C), not records {source.shape}")
+        by_frequency = spectrum(source)
+        with open(out, "xb") as file:
+            np.savez(file, std=by_frequency[0], rms=by_frequency[1])
+        print(f"{out}: std and rms of each of the {source.shape[0]}×{source.shape[1]} frequencies")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m gddim.data", description=__doc__)
+    verbs = parser.add_subparsers(required=True, metavar="prepare|std")
+    for name, action, text in (
+        ("prepare", _prepare, "write SOURCE as shards into the folder DEST; the same command goes on where it stopped"),
+        ("std", _std, "print mean, standard deviation and root mean square of SOURCE's training records in [-1, 1]"),
+    ):
+        verb = verbs.add_parser(name, help=text, description=text)
+        verb.set_defaults(action=action)
+        verb.add_argument("source", metavar="SOURCE", help=_SOURCE)
+        if name == "prepare":
+            verb.add_argument("dest", metavar="DEST", help="folder, new or begun by the same command")
+        else:
+            verb.add_argument("--spectrum", metavar="FILE", help="also write them by DCT frequency to this .npz file")
+        verb.add_argument("--size", type=int, help="for image files: height and width to resize to")
+        verb.add_argument("--channels", type=int, default=3, help="for image files: 1 grey, 3 colour; 2, 4 with alpha")
+        verb.add_argument("--flip", action="store_true", help="a mirrored image is as good as the image")
+    options = parser.parse_args()
+    try:
+        options.action(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on where it stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

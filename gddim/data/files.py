@@ -1,0 +1,87 @@
+"""Files that must arrive whole: downloads, locks, digests."""
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPException
+from pathlib import Path
+from typing import BinaryIO
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+from tqdm import tqdm
+
+from ..errors import UserError
+
+_TIMEOUT_SECONDS = 30
+
+
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Holds the lock file `path` alone among processes; one that may not wait gets UserError."""
+    import fcntl
+
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process writes in {path.parent}: wait for it, or name another folder") from None
+        yield
+
+
+def digest(path: Path, algorithm: str) -> str:
+    """Hexadecimal digest of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+def fetch(url: str, path: Path, md5: str) -> None:
+    """Downloads `url` to `path`, whole and with the right digest or not at all.
+
+    What an interrupted download left in `path.part` is continued, or begun again where that cannot give the digest.
+    Of several processes one downloads and the others wait. Raises UserError that says which file to put where.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path.parent / ".lock"):
+            resumed = part.exists()
+            if path.exists():
+                return
+            _download(url, part)
+            if digest(part, "md5") != md5 and resumed:
+                part.unlink()
+                _download(url, part)
+            if digest(part, "md5") != md5:
+                part.unlink()
+                raise UserError(
+                    f"{url} sends something else than md5 {md5}: put {path.name} into {path.parent} yourself"
+                )
+            part.replace(path)
+    except (OSError, HTTPException) as error:
+        raise UserError(f"cannot download {url} ({error}): try again, or put {path.name} into {path.parent}") from error
+
+
+def _download(url: str, part: Path) -> None:
+    """Appends to `part` what it lacks of `url`, from the beginning if the server cannot continue."""
+    start = part.stat().st_size if part.exists() else 0
+    try:
+        response = urlopen(
+            Request(url, headers={"Range": f"bytes={start}-"} if start else {}), timeout=_TIMEOUT_SECONDS
+        )
+    except HTTPError as error:
+        if error.code == 416:  # nothing lies beyond what is here
+            return
+        raise
+    with response, open(part, "ab" if response.status == 206 else "wb") as file:
+        _copy(response, file, part.stem)
+
+
+def _copy(response, file: BinaryIO, name: str) -> None:
+    expected = response.headers.get("Content-Length")
+    with tqdm.wrapattr(response, "read", total=expected and int(expected), desc=name, disable=None) as counted:
+        begin = file.tell()
+        shutil.copyfileobj(counted, file, 2**20)
+    if expected and file.tell() - begin < int(expected):
+        raise ConnectionError("the connection ended early")
