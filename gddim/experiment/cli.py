@@ -1,0 +1,147 @@
+"""The command line of every experiment."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Literal, NoReturn
+
+import jax
+import tyro
+from etils import epath
+
+from gddim.errors import UserError
+from gddim.experiment.config import MAY_CHANGE, Experiment
+from gddim.experiment.plan import Plan
+from gddim.experiment.training import Preempted, run_training
+from gddim.experiment.verbs import dry_run, evaluate, sample
+from gddim.experiment.workdir import check_config, describe, locked, write_config
+from gddim.parallel import EXIT_PREEMPTED, initialize, leave
+from gddim.train import Diverged
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EPILOGUE = """Exit status: 0 done; 1 failed, or the loss was not finite; 2 a wrong option, value or path, nothing written;
+75 stopped by SIGTERM or Ctrl-C, the state saved: the same command continues."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """What to do with an experiment."""
+
+    verb: Annotated[Literal["run", "train", "sample", "evaluate"], tyro.conf.Positional]
+    """train: to the last step, continuing the run in the workdir; sample: write samples and pictures of them;
+    evaluate: write the table of distances; run: all three."""
+    workdir: str
+    """Folder of the run, local or gs://…; made where there is none."""
+    experiment: Annotated[Experiment, tyro.conf.arg(name="")]
+    step: int | None = None
+    """Checkpoint that is sampled or evaluated; without it the newest whole one."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print the configuration and what it needs, and do nothing."""
+
+
+def main(experiment: Experiment, argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line of an experiment file; ends the process with a status that says how it went."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        carry_out(parse(experiment, argv))
+    except UserError as error:
+        _end(EXIT_USAGE, f"error: {error}")
+    except Preempted as error:
+        _end(EXIT_PREEMPTED, f"{error}; to continue: {shlex.join([*_program().split(), *argv])}")
+    except Diverged as error:
+        _end(EXIT_FAILED, f"error: not finite at {error}; the checkpoints before it are untouched")
+    except OSError as error:
+        _end(EXIT_FAILED, f"error: {error}")
+    except KeyboardInterrupt:
+        _end(EXIT_INTERRUPTED, "interrupted; the same command continues from the last checkpoint")
+    sys.exit(0)
+
+
+def parse(experiment: Experiment, argv: Sequence[str]) -> Command:
+    """The command that the arguments ask for. Raises `UserError`, in one line, for a wrong name or value."""
+    default = Command("run", f"runs/{experiment.name}", experiment)
+    about = f"{sys.modules['__main__'].__doc__ or experiment.name}\n\n{EPILOGUE}"
+
+    def ask(*words: str) -> tuple[Command, list[str]]:
+        return tyro.cli(
+            Command, args=words, default=default, prog=_program(), description=about, return_unknown_args=True
+        )
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            command, unknown = ask(*argv)
+    except SystemExit as error:
+        if not error.code:
+            raise
+        raise UserError(_one_line(said.getvalue())) from None
+    if unknown:
+        with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+            ask("--help")
+        raise UserError(_unknown(unknown[0], re.findall(r"^│ (--[\w.-]+)", said.getvalue(), re.MULTILINE)))
+    if command.step is not None and command.verb in ("run", "train"):
+        raise UserError("--step is for sample and evaluate; training continues from the newest checkpoint")
+    return command
+
+
+def carry_out(command: Command) -> None:
+    """Do what a command says. Whatever can be wrong with it raises `UserError` before anything is written."""
+    experiment, workdir = command.experiment, epath.Path(command.workdir).expanduser()
+    initialize()
+    known = check_config(workdir, describe(experiment), MAY_CHANGE)
+    plan = Plan(experiment)
+    if command.dry_run:
+        return dry_run(plan)
+    if command.verb in ("run", "train"):
+        source = experiment.data.train()
+    elif not known:
+        raise UserError(f"--workdir {workdir} holds no run: train it first")
+    main = jax.process_index() == 0
+    with locked(workdir) if main else contextlib.nullcontext():
+        check_config(workdir, describe(experiment), MAY_CHANGE)
+        if command.verb in ("run", "train"):
+            if main:
+                write_config(workdir, describe(experiment))
+            run_training(plan, source, workdir)
+        if command.verb in ("run", "sample"):
+            sample(plan, workdir, command.step)
+        if command.verb in ("run", "evaluate"):
+            evaluate(plan, workdir, command.step)
+
+
+def _end(status: int, message: str) -> NoReturn:
+    if jax.process_index() == 0 or status != EXIT_PREEMPTED:
+        print(message, file=sys.stderr, flush=True)
+    leave(status)
+
+
+def _program() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {spec.name}" if spec else f"python {sys.argv[0]}"
+
+
+def _one_line(box: str) -> str:
+    """What tyro says in a framed box: its first paragraph, and the kind of value that it describes after it."""
+    rows = [row.strip("│ ") for row in box.splitlines() if row.startswith("│")]
+    end = next((i for i, row in enumerate(rows) if row.startswith("──")), len(rows))
+    words = re.sub(r"^Error parsing (experiment\.)?", "", " ".join(rows[:end]))
+    kind = [after for row, after in zip(rows, rows[1:], strict=False) if row == "Argument helptext:"]
+    return f"{words} (accepted: {kind[0]})" if kind else words
+
+
+def _unknown(word: str, options: list[str]) -> str:
+    """The line for an argument that no option takes: the nearest options, then the others of its group."""
+    name = word.split("=")[0]
+    if not name.startswith("-"):
+        return f"{word!r} is neither a verb (run, train, sample, evaluate) nor the value of an option"
+    near = difflib.get_close_matches(name, options, n=3)
+    group = [option for option in options if option.rpartition(".")[0] == name.rpartition(".")[0]]
+    groups = sorted({option.partition(".")[0] + ".…" for option in options if "." in option})
+    return f"unknown option {name}; accepted: {', '.join(dict.fromkeys(near + (group or groups)))}"

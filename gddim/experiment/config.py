@@ -1,0 +1,208 @@
+"""What an experiment is: dataclasses of objects, each field documented for the command line."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
+
+import jax
+import tyro
+from jaxtyping import PRNGKeyArray
+
+from gddim.data import Dataset
+from gddim.errors import UserError
+from gddim.evaluation.samplers import parse_sampler, sampler_name
+from gddim.model import Denoiser, EpsModel
+from gddim.parallel import MeshConfig
+from gddim.samplers import GDDIM, AbstractAdaptive, AbstractSampler, CholeskyMultistep, EulerMaruyama
+from gddim.sde import AbstractLinearSDE
+
+# What may differ between a run and its continuation: it changes neither the gradient of a step nor what came before.
+MAY_CHANGE = (
+    "train.steps train.accumulate train.fused train.report_every train.show_every train.save_every train.keep "
+    "train.keep_every sampling eval mesh data.root net.remat net.scan_blocks"
+).split()
+
+Sampler = Annotated[
+    AbstractSampler | AbstractAdaptive,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="SAMPLER",
+        instance_from_str=lambda words: parse_sampler(words[0]),
+        is_instance=lambda value: isinstance(value, AbstractSampler | AbstractAdaptive),
+        str_from_instance=lambda sampler: [sampler_name(sampler)],
+    ),
+]
+
+
+@runtime_checkable
+class NetConfig(Protocol):
+    """A network yet to be built, as `NCSNppConfig` and `MLPConfig` are."""
+
+    def build(self, in_shape: tuple[int, ...], out_channels: int, key: PRNGKeyArray) -> Any: ...
+
+
+def require(good: bool, message: str) -> None:
+    """Raise `UserError` with a message that says what was given and what is accepted."""
+    if not good:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the network predicts (design: the denoiser is EDM's preconditioning for a matrix SDE)."""
+
+    predicts: Literal["data", "eps"] = "data"
+    """The data, preconditioned; or the noise ε in R coordinates, as published."""
+    data_std: float = 0.5
+    """Standard deviation of the data, which preconditions the prediction of data."""
+    mixed_score: bool = False
+    """Add that of the velocity, R⁻¹(0, v), to a predicted ε."""
+
+    def __post_init__(self):
+        require(self.data_std > 0, f"data_std must be > 0, not {self.data_std}")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the network is trained."""
+
+    steps: int = 100_000
+    """Steps in all; a run that was stopped, or given more, continues."""
+    batch: int = 128
+    """Examples a step, over all devices."""
+    accumulate: int = 1
+    """Parts into which a batch is cut, one after another, where memory is short."""
+    fused: int = 1
+    """Steps a dispatch, for accelerators; slow on a CPU."""
+    learning_rate: float = 2e-4
+    """Peak of Adam's learning rate."""
+    warmup: int = 5_000
+    """Steps over which the learning rate rises to its peak."""
+    cooldown: int = 0
+    """Last steps, over which it falls to zero."""
+    beta1: float = 0.9
+    """Adam's decay of the first moment."""
+    clip: float = 1.0
+    """Largest global norm of the gradient."""
+    ema: float = 0.9999
+    """Decay of the average of the parameters, which is what samples; reached gradually."""
+    report_every: int = 100
+    """Steps between two reports of loss, gradient norm, learning rate and images/s."""
+    show_every: int = 0
+    """Steps between two grids of samples in TensorBoard; 0: none."""
+    save_every: int = 10_000
+    """Steps between two checkpoints."""
+    keep: int = 3
+    """Newest checkpoints that are kept."""
+    keep_every: int = 0
+    """Checkpoints at its multiples are kept for good; 0: none."""
+
+    def __post_init__(self):
+        for name in ("steps", "batch", "accumulate", "fused", "report_every", "save_every", "keep"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("warmup", "cooldown", "show_every", "keep_every"):
+            require(getattr(self, name) >= 0, f"{name} must be at least 0, not {getattr(self, name)}")
+        for name in ("learning_rate", "clip"):
+            require(0 < getattr(self, name) < math.inf, f"{name} must be > 0, not {getattr(self, name)}")
+        for name in ("ema", "beta1"):
+            require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), not {getattr(self, name)}")
+        require(
+            self.batch % self.accumulate == 0,
+            f"batch {self.batch} must be a multiple of accumulate {self.accumulate}",
+        )
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How samples are drawn: by `sample`, for the grids while training, and where an evaluation does not say."""
+
+    sampler: Annotated[Sampler, tyro.conf.arg(name="sampler", prefix_name=False)] = GDDIM(3, interpolate="data")
+    """The sampler."""
+    nfe: int = 50
+    """Network calls a sample, the last step's included."""
+    samples: int = 64
+    """How many."""
+    batch: int = 64
+    """How many at a time, over all devices; changes no sample."""
+    power: float = 2.0
+    """Times are uniform in t^(1/power)."""
+    t_min: float = 1e-3
+    """Time at which the sampler stops."""
+    last: Literal["none", "euler", "data"] = "none"
+    """One more network call, from t_min to 0: an Euler step of the reverse SDE without noise, or the data prediction."""
+    seed: int = 0
+    """Sample i depends on the checkpoint, the sampler, this and i."""
+
+    def __post_init__(self):
+        for name in ("nfe", "samples", "batch"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("power", "t_min"):
+            require(getattr(self, name) > 0, f"{name} must be > 0, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Which samplers are compared, at how many network calls."""
+
+    samplers: tuple[Sampler, ...] = (
+        EulerMaruyama(),
+        CholeskyMultistep(2),
+        CholeskyMultistep(3),
+        GDDIM(1),
+        GDDIM(2),
+        GDDIM(3),
+        GDDIM(2, interpolate="data"),
+        GDDIM(3, interpolate="data"),
+    )
+    """The rows of the table (order 1 is the same in both interpolations)."""
+    nfe: tuple[int, ...] = (6, 10, 20, 50)
+    """Its columns: network calls a sample."""
+    samples: int = 500
+    """Samples a cell."""
+    batch: int = 500
+    """Samples at a time, over all devices; changes no sample."""
+
+    def __post_init__(self):
+        require(len(self.nfe) > 0 and min(self.nfe) >= 1, f"nfe must be positive numbers, not {self.nfe}")
+        require(len(self.samplers) > 0, "samplers: give at least one")
+        for name in ("samples", "batch"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A process, a network, a data set, and what is done with them."""
+
+    name: tyro.conf.Suppress[str]
+    sde: AbstractLinearSDE
+    net: NetConfig
+    data: Dataset
+    model: Model = Model()
+    train: Training = Training()
+    sampling: Sampling = Sampling()
+    eval: Evaluation = Evaluation()
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    seed: int = 0
+    """Seed of the parameters, the order of the data and the noise of training."""
+
+    def __post_init__(self):
+        t_min, horizon = self.sampling.t_min, self.sde.horizon
+        require(t_min < horizon, f"sampling.t_min must be below the horizon {horizon} of the process, not {t_min}")
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """Of one state, `(*dims, k, C)`."""
+        *dims, channels = self.data.shape
+        return (*dims, self.sde.k, channels)
+
+    def build(self, key: PRNGKeyArray) -> Denoiser | EpsModel:
+        """The model with fresh parameters."""
+        *dims, channels = self.data.shape
+        fields = self.sde.k * channels
+        eps = self.model.predicts == "eps"
+        net = self.net.build((*dims, fields), fields if eps else channels, key)
+        if eps:
+            return EpsModel(self.sde, net, mixed_score=self.model.mixed_score)
+        return Denoiser(self.sde, net, data_std=self.model.data_std)

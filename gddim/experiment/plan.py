@@ -1,0 +1,80 @@
+"""An experiment made ready for the devices: everything that is known before an array exists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from gddim.data import random_flip, to_unit
+from gddim.experiment.config import Experiment
+from gddim.loss import denoising_loss
+from gddim.parallel import init_sharded, make_mesh, per_device_batch, state_shardings
+from gddim.train import TrainState, adam, fuse, learning_rate, make_update
+
+
+class Plan:
+    """The mesh, the training step and the shapes of the state of an experiment, checked against each other.
+
+    Raises `UserError` for what does not fit: the batch and the devices, the images and the network.
+    """
+
+    def __init__(self, experiment: Experiment):
+        train = experiment.train
+        self.experiment = experiment
+        self.mesh = make_mesh(experiment.mesh)
+        self.batch_per_device = per_device_batch(train.batch // train.accumulate, self.mesh)
+        self.schedule = learning_rate(train.learning_rate, train.steps, train.warmup, train.cooldown)
+        self.optimizer = adam(self.schedule, train.beta1, train.clip)
+        model = eqx.filter_eval_shape(experiment.build, jax.random.key(experiment.seed))
+        self.static = eqx.filter(model, lambda leaf: not isinstance(leaf, jax.ShapeDtypeStruct))
+        shapes = eqx.filter_eval_shape(self._init)
+        self.shardings = state_shardings(shapes, self.mesh)
+        self.shapes = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, self.shardings
+        )
+
+    def init(self) -> TrainState:
+        """The state before the first step, made in its shards."""
+        return init_sharded(self._init, self.mesh)
+
+    def _init(self) -> TrainState:
+        return TrainState.create(self.experiment.build(jax.random.key(self.experiment.seed)), self.optimizer)
+
+    def model(self, params: PyTree) -> Any:
+        """The model that has these parameters."""
+        return eqx.combine(params, self.static)
+
+    def step(self, flip: bool, accumulate: int) -> Callable:
+        """The pure training step, of records that may or may not be mirrored."""
+
+        def loss(params, x0s, keys):
+            return denoising_loss(self.model(params), x0s, keys)
+
+        def prepare(batch, key):
+            return to_unit(random_flip(batch, key) if flip else batch)
+
+        train = self.experiment.train
+        return make_update(
+            loss, prepare, self.optimizer, self.schedule,
+            seed=self.experiment.seed, ema=train.ema, accumulate=accumulate,
+        )  # fmt: skip
+
+    def update(self, flip: bool) -> Callable:
+        """The jitted step, which takes the state's buffers over; several steps if the experiment fuses them."""
+        step, fused = self.step(flip, self.experiment.train.accumulate), self.experiment.train.fused
+        return jax.jit(fuse(step) if fused > 1 else step, donate_argnums=0, out_shardings=(self.shardings, None))
+
+    def flops(self) -> tuple[float, float]:
+        """Floating-point operations of the network for one image, and of a training step, by XLA's count of the program."""
+        experiment = self.experiment
+        shape, dtype = experiment.data.shape, jnp.uint8 if len(experiment.data.shape) == 3 else jnp.float32
+        state, t = jax.ShapeDtypeStruct(experiment.state_shape, jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
+        batch = jax.ShapeDtypeStruct((experiment.train.batch, *shape), dtype)
+        forward = jax.jit(lambda params, u, t: self.model(params)(u, t)).lower(self.shapes.model, state, t)
+        step = jax.jit(self.step(flip=False, accumulate=1)).lower(self.shapes, batch)
+        return forward.cost_analysis()["flops"], step.cost_analysis()["flops"]

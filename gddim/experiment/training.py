@@ -1,0 +1,101 @@
+"""The verb `train`: a run from its newest checkpoint to its last step."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from etils import epath
+
+from gddim.checkpoint import Checkpointer
+from gddim.data import Source, batches, prefetch
+from gddim.experiment.config import Experiment
+from gddim.experiment.drawing import draw_samples
+from gddim.experiment.pictures import gallery
+from gddim.experiment.plan import Plan
+from gddim.experiment.workdir import describe
+from gddim.logs import Log
+from gddim.parallel import PreemptionGuard, global_batch
+from gddim.parallel import describe as describe_mesh
+from gddim.train import TrainState, next_step, train
+
+
+class Preempted(Exception):
+    """A signal ended training; the state is saved, and the same command continues."""
+
+
+def checkpoints(experiment: Experiment, workdir: epath.Path) -> Checkpointer:
+    """Those of the run in a workdir."""
+    settings = experiment.train
+    return Checkpointer(workdir / "checkpoints", keep_last=settings.keep, keep_every=settings.keep_every or None)
+
+
+def run_training(plan: Plan, source: Source, workdir: epath.Path) -> None:
+    """Train to the last step, from the newest whole checkpoint if there is one. Raises `Preempted` or `Diverged`."""
+    experiment, settings = plan.experiment, plan.experiment.train
+    with contextlib.ExitStack() as stack:
+        guard = stack.enter_context(PreemptionGuard())
+        saved = stack.enter_context(contextlib.closing(checkpoints(experiment, workdir)))
+        step, state = _start(plan, saved)
+        main = jax.process_index() == 0
+        log = Log(str(workdir / "tensorboard"), step=step, steps=settings.steps, batch=settings.batch, quiet=not main)
+        stack.callback(log.close)
+        log.say(describe_mesh(plan.mesh, state))
+        if step >= settings.steps:
+            log.say(f"trained already: {step} steps")
+            return
+        log.say(f"training from step {step} to {settings.steps}")
+        log.text("experiment", json.dumps(describe(experiment), indent=2))
+        rows = batches(source, settings.batch, experiment.seed, step, jax.process_index(), jax.process_count())
+        grouped = _group(rows, step, settings.steps, settings.fused)
+        placed = stack.enter_context(contextlib.closing(prefetch(grouped, lambda group: global_batch(group, plan.mesh))))
+
+        def save(step: int, state: TrainState) -> None:
+            saved.save(step, _items(state), describe(experiment))
+
+        def show(step: int, state: TrainState) -> None:
+            samples, _ = draw_samples(experiment, plan.mesh, plan.model(state.ema), experiment.sampling)
+            log.image(step, "samples", gallery(samples))
+
+        step, _ = train(
+            state,
+            plan.update(source.flip),
+            placed,
+            step=step,
+            steps=settings.steps,
+            fused=settings.fused,
+            log=log,
+            report_every=settings.report_every,
+            save=save,
+            save_every=settings.save_every,
+            show=show,
+            show_every=settings.show_every,
+            stop=guard.reached,
+        )
+    if step < settings.steps:
+        raise Preempted(f"saved at step {step} of {settings.steps}")
+
+
+def _start(plan: Plan, saved: Checkpointer) -> tuple[int, TrainState]:
+    """The step and the state from which to train: of the newest whole checkpoint, or fresh."""
+    if not saved.steps():
+        return 0, plan.init()
+    items, step = saved.restore(_items(plan.shapes))
+    return step, TrainState(**items["train"], ema=items["ema"])
+
+
+def _items(state: TrainState) -> dict[str, object]:
+    """What a checkpoint holds, the average apart from the rest so that it can be read alone."""
+    return {"train": {"step": state.step, "model": state.model, "opt_state": state.opt_state}, "ema": state.ema}
+
+
+def _group(rows: Iterator[np.ndarray], step: int, steps: int, fused: int) -> Iterator[np.ndarray | list[np.ndarray]]:
+    """The batches of each dispatch: one, or a list of as many as steps are fused."""
+    while step < steps:
+        after = next_step(step, steps, fused)
+        yield next(rows) if fused == 1 else list(itertools.islice(rows, after - step))
+        step = after

@@ -1,0 +1,82 @@
+"""The verbs `sample` and `evaluate`, and the dry run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from typing import Any
+
+import jax
+from etils import epath
+from tqdm import tqdm
+
+from gddim.evaluation.samplers import sampler_name
+from gddim.experiment.drawing import draw_samples, follow
+from gddim.experiment.outputs import origin_of, write_npz, write_png
+from gddim.experiment.pictures import film, gallery, trajectory
+from gddim.experiment.plan import Plan
+from gddim.experiment.training import checkpoints
+from gddim.experiment.workdir import describe, flatten
+from gddim.parallel import bytes_per_device
+
+
+def dry_run(plan: Plan) -> None:
+    """Print what a run would be and what it needs. Nothing is compiled and no array is made."""
+    experiment = plan.experiment
+    for name, value in flatten(describe(experiment)):
+        print(f"{name.removesuffix('.type')} = {json.dumps(value, ensure_ascii=False)}")
+    leaves = jax.tree.leaves(plan.shapes)
+    total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves) / 2**20
+    forward, step = plan.flops()
+    facts = {
+        "parameters": f"{sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(plan.shapes.model)):,}",
+        "devices": f"{plan.mesh.size} × {plan.mesh.devices.flat[0].device_kind}, {jax.process_count()} process(es)",
+        "mesh": ", ".join(f"{axis} {n}" for axis, n in plan.mesh.shape.items()),
+        "batch per device": f"{experiment.train.batch // plan.mesh.size}",
+        "state": f"{total:,.1f} MiB, {bytes_per_device(plan.shapes) / 2**20:,.1f} MiB on each device",
+        "checkpoint": f"about {total:,.1f} MiB",
+        "FLOPs per image, forward": f"{forward:.4g}",
+        "FLOPs per training step": f"{step:.4g}",
+    }
+    for name, fact in facts.items():
+        print(f"{name}: {fact}")
+
+
+def sample(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
+    """Write samples of a checkpoint's averaged model and pictures of how they come about; tell NFE and images/s."""
+    experiment, sampling = plan.experiment, plan.experiment.sampling
+    names = ("samples.npz", "samples.png", "trajectory.png", "denoise.png")
+    for name in names:
+        origin_of(workdir / name)
+    model, step = restored(plan, workdir, step)
+    origin = {"experiment": experiment.name, "step": step, **describe(sampling)}
+    draw_samples(experiment, plan.mesh, model, dataclasses.replace(sampling, samples=1))  # compiles
+    start = time.perf_counter()
+    with tqdm(total=sampling.samples, unit="img", disable=None) as bar:
+        data, calls = draw_samples(experiment, plan.mesh, model, sampling, each=lambda n: bar.update(n - bar.n))
+    rate = sampling.samples / (time.perf_counter() - start)
+    paths = follow(experiment, model, sampling, count=4 if data.ndim == 4 else 1000)
+    if jax.process_index() == 0:
+        write_npz(workdir / names[0], {"samples": data}, origin)
+        write_png(workdir / names[1], gallery(data), origin)
+        write_png(workdir / names[2], trajectory(experiment.sde, paths), origin)
+        write_png(workdir / names[3], film(paths), origin)
+        print(
+            f"{len(data)} samples of step {step} by {sampler_name(sampling.sampler)}: NFE {calls:g}, "
+            f"{rate:.4g} images/s; {workdir}: {', '.join(names)}",
+            flush=True,
+        )
+
+
+def restored(plan: Plan, workdir: epath.Path, step: int | None) -> tuple[Any, int]:
+    """The averaged model of a checkpoint, the newest whole one if no step is given, and its step."""
+    with contextlib.closing(checkpoints(plan.experiment, workdir)) as saved:
+        items, step = saved.restore({"ema": plan.shapes.ema}, step)
+    return plan.model(items["ema"]), step
+
+
+def evaluate(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
+    """Compare samplers on the averaged model of a checkpoint."""

@@ -1,0 +1,124 @@
+"""The folder of one run: whose it is, what configuration it holds, and that only one process group writes to it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from gddim.errors import UserError
+from gddim.evaluation.samplers import sampler_name
+from gddim.evaluation.statistics import write_whole
+from gddim.samplers import AbstractAdaptive, AbstractSampler
+
+CONFIG = "config.json"
+
+
+def describe(value: Any) -> Any:
+    """A dataclass tree as JSON: each object its type and its fields; a sampler its word, a function its name."""
+    if isinstance(value, AbstractSampler | AbstractAdaptive):
+        return sampler_name(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        return {"type": type(value).__name__, **fields}
+    if isinstance(value, list | tuple):
+        return [describe(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if callable(value):
+        return f"{value.__module__}.{value.__qualname__}"
+    return value
+
+
+def differences(saved: dict, given: dict, free: tuple[str, ...] = ()) -> list[str]:
+    """One line for each field of two descriptions that differs and is none of the `free` ones (or inside one)."""
+    saved, given = dict(flatten(saved)), dict(flatten(given))
+    lines = []
+    for name in sorted(saved.keys() | given.keys()):
+        held = any(f"{name}.".startswith(f"{prefix}.") for prefix in free)
+        if not held and saved.get(name) != given.get(name):
+            lines.append(f"  {name}: the run has {_show(saved, name)}, this command {_show(given, name)}")
+    return lines
+
+
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The fields of a description by their dotted names."""
+    if not isinstance(value, dict):
+        yield prefix, value
+        return
+    for name, item in value.items():
+        yield from flatten(item, f"{prefix}.{name}" if prefix else name)
+
+
+def _show(values: dict, name: str) -> str:
+    return json.dumps(values[name]) if name in values else "none"
+
+
+def read_config(path: epath.Path) -> dict | None:
+    """The configuration of the run in a workdir; None if there is nothing yet. Raises `UserError` for anything else."""
+    try:
+        if not path.exists():
+            return None
+        if not path.is_dir():
+            raise UserError(f"--workdir {path} is a file, not a folder")
+        if not (path / CONFIG).exists():
+            if foreign := sorted({p.name for p in path.iterdir()} - {f".{CONFIG}.new"}):
+                raise UserError(
+                    f"--workdir {path} holds something else ({', '.join(foreign[:3])}{', …' * (len(foreign) > 3)}) "
+                    f"and no {CONFIG} of a run: give a new or an empty folder"
+                )
+            return None
+        config = json.loads((path / CONFIG).read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"--workdir {path} cannot be read: {error}") from error
+    if not isinstance(config, dict) or config.get("type") != "Experiment":
+        raise UserError(f"--workdir {path} holds something else: its {CONFIG} is not that of a run")
+    return config
+
+
+def check_config(path: epath.Path, given: dict, free: tuple[str, ...]) -> bool:
+    """Whether a workdir holds a run of this configuration. Raises `UserError` if it holds another."""
+    saved = read_config(path)
+    if saved is None:
+        return False
+    if lines := differences(saved, given, free):
+        raise UserError(
+            f"--workdir {path} holds a run of another configuration; repeat its options or give another folder:\n"
+            + "\n".join(lines)
+        )
+    return True
+
+
+def write_config(path: epath.Path, config: dict) -> None:
+    """Save the configuration, atomically."""
+    try:
+        write_whole(path / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"--workdir {path} cannot be written: {error}") from error
+
+
+@contextlib.contextmanager
+def locked(path: epath.Path) -> Iterator[None]:
+    """Hold a workdir for this process, which the system releases however it ends. Object stores have no locks."""
+    if "://" in os.fspath(path):
+        yield
+        return
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        folder = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"--workdir {path} cannot be used: {error}") from error
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"--workdir {path} is in use by another run: wait for it, or give another folder") from error
+        yield
+    finally:
+        os.close(folder)

@@ -1,0 +1,87 @@
+"""What a run tells while it trains: a progress bar or plain lines, and TensorBoard."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+
+import numpy as np
+
+
+class Log:
+    """Scalars, pictures and text of one run; process 0 makes one, the others a silent one.
+
+    `folder` holds the TensorBoard events. A run resumed at `step` discards what an earlier life wrote beyond it.
+    """
+
+    def __init__(self, folder: str, *, step: int, steps: int, batch: int, quiet: bool = False):
+        self._steps, self._batch, self._quiet = steps, batch, quiet
+        self._since: tuple[int, float] | None = None  # the step and time that images/s counts from
+        self._writer = self._bar = None
+        if quiet:
+            return
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(folder, purge_step=step or None)
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1)
+
+    def tick(self, step: int) -> None:
+        """Note that `step` was dispatched. The first tick starts the clock, so that compilation is not in images/s."""
+        self._since = self._since or (step, time.perf_counter())
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keep what is done inside, pictures for example, out of images/s."""
+        start = time.perf_counter()
+        yield
+        if self._since is not None:
+            self._since = (self._since[0], self._since[1] + time.perf_counter() - start)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Report the means of an interval that ends at `step`, with its images/s and the time left."""
+        before, then = self._since or (step, time.perf_counter())
+        self._since = (step, time.perf_counter())
+        rate = (step - before) / max(self._since[1] - then, 1e-9)
+        values = values | {"images_per_second": rate * self._batch}
+        if self._quiet:
+            return
+        for name, value in values.items():
+            self._writer.add_scalar(f"train/{name}", value, step)
+        words = f"loss {values['loss']:.4f}, {values['images_per_second']:.4g} images/s"
+        if self._bar is not None:
+            self._bar.set_postfix_str(words, refresh=False)
+        else:
+            left = (self._steps - step) / rate if rate else 0.0
+            more = f"gradient norm {values['grad_norm']:.3g}, learning rate {values['learning_rate']:.3g}"
+            self.say(f"step {step}/{self._steps}: {words}, {more}, {left // 60:.0f}:{left % 60:02.0f} left")
+
+    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """A picture `(H, W, 3)` in uint8."""
+        if self._writer is not None:
+            self._writer.add_image(name, pixels, step, dataformats="HWC")
+
+    def text(self, name: str, words: str) -> None:
+        """A page of text, as it is."""
+        if self._writer is not None:
+            self._writer.add_text(name, "    " + words.replace("\n", "\n    "), 0)
+
+    def say(self, words: str) -> None:
+        """A line on the terminal that does not tear the progress bar."""
+        if self._bar is not None:
+            self._bar.write(words)
+        elif not self._quiet:
+            print(words, flush=True)
+
+    def close(self) -> None:
+        """Flush and end."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._writer is not None:
+            self._writer.close()

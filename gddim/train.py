@@ -1,0 +1,193 @@
+"""Training: the state, one jitted and donated step, and the loop around it."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, PyTree
+
+from gddim.logs import Log
+
+AHEAD = 2  # dispatches in flight: the device never waits for the host, and a signal is answered within two steps
+
+Metrics = dict[str, Any]
+
+
+class Diverged(RuntimeError):
+    """The loss or its gradient is not finite; nothing that came after was saved."""
+
+
+class TrainState(eqx.Module):
+    """All that a run needs to continue.
+
+    Randomness is `fold_in(key(seed), step)` and the position in the data `step × batch`, so neither is stored.
+    `model` and `ema` hold the arrays of the network only, so that no two buffers are the same and all may be donated.
+    """
+
+    step: Int[Array, ""]
+    model: PyTree
+    ema: PyTree
+    opt_state: PyTree
+
+    @classmethod
+    def create(cls, model: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
+        """The state before the first step of a model, whose static half is dropped."""
+        params = eqx.filter(model, eqx.is_inexact_array)
+        return cls(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+
+
+def learning_rate(peak: float, steps: int, warmup: int = 0, cooldown: int = 0) -> optax.Schedule:
+    """Linear from 0 to `peak` over the first `warmup` steps, and back to 0 over the last `cooldown` of `steps`."""
+
+    def schedule(step):
+        step = jnp.asarray(step, jnp.float32)
+        rise = jnp.minimum(1.0, (step + 1.0) / max(warmup, 1))
+        fall = jnp.clip((steps - step) / max(min(cooldown, steps), 1), 0.0, 1.0)
+        return peak * rise * (fall if cooldown else 1.0)
+
+    return schedule
+
+
+def adam(schedule: optax.Schedule, beta1: float = 0.9, clip: float = 1.0) -> optax.GradientTransformation:
+    """Adam on gradients whose global norm is cut to `clip`."""
+    return optax.chain(optax.clip_by_global_norm(clip), optax.adam(schedule, b1=beta1))
+
+
+def make_update(
+    loss: Callable[[PyTree, Array, Array], Float[Array, ""]],
+    prepare: Callable[[Array, Array], Array],
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    seed: int,
+    ema: float,
+    accumulate: int = 1,
+) -> Callable[[TrainState, Array], tuple[TrainState, Metrics]]:
+    """One training step `(state, batch) → (state, metrics)`, to be jitted with its state donated.
+
+    `loss(params, x0s, keys)` is the mean over examples, each with a key of its own, and `prepare(batch, key)` takes raw
+    records to what the model sees. Every example's randomness follows from (seed, step, row), so neither the number of
+    devices nor `accumulate`, into which the batch is cut, changes what is computed beyond rounding.
+    """
+
+    def gradient(params, x0s, keys):
+        if accumulate == 1:
+            return jax.value_and_grad(loss)(params, x0s, keys)
+
+        def strided(x):  # part a holds the rows a, a + accumulate, …: each device keeps the rows that it has
+            return jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0)
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, *part)), None
+
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        unroll = accumulate if jax.default_backend() == "cpu" else 1  # XLA:CPU runs convolutions in loops slowly
+        total, _ = jax.lax.scan(add, zero, (strided(x0s), strided(keys)), unroll=unroll)
+        return jax.tree.map(lambda x: x / accumulate, total)
+
+    def update(state, batch):
+        data_key, loss_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
+        x0s = prepare(batch, data_key)
+        value, grads = gradient(state.model, x0s, jax.random.split(loss_key, len(x0s)))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
+        params = optax.apply_updates(state.model, updates)
+        step = state.step.astype(jnp.float32)
+        rate = jnp.maximum(1.0 - ema, 9.0 / (10.0 + step))  # a young average forgets its random start faster
+        average = jax.tree.map(lambda e, p: e + rate * (p - e), state.ema, params)
+        metrics = {"loss": value, "grad_norm": optax.global_norm(grads), "learning_rate": schedule(state.step)}
+        return TrainState(state.step + 1, params, average, opt_state), metrics
+
+    return update
+
+
+def fuse(update: Callable) -> Callable:
+    """Several steps of `update` under one dispatch, one for each of a list of batches."""
+    return lambda state, batches: jax.lax.scan(update, state, jnp.stack(batches))
+
+
+class Ledger:
+    """The metrics of the steps dispatched so far; fetched late, so that the device never waits for the host."""
+
+    def __init__(self):
+        self._pending: collections.deque[tuple[int, Metrics]] = collections.deque()
+        self._rows: list[dict[str, float]] = []
+
+    def add(self, first: int, metrics: Metrics) -> None:
+        """Note the metrics of one dispatch, whose first step is `first`, and wait for the dispatch `AHEAD` before it."""
+        self._pending.append((first, metrics))
+        if len(self._pending) > AHEAD:
+            jax.block_until_ready(self._pending[-AHEAD - 1])
+
+    def settle(self, ahead: int = 0) -> None:
+        """Fetch all but the last `ahead` dispatches; raises `Diverged` at the first step that is not finite."""
+        done = [self._pending.popleft() for _ in range(len(self._pending) - ahead)]
+        for (first, _), metrics in zip(done, jax.device_get([metrics for _, metrics in done]), strict=True):
+            for i, values in enumerate(zip(*map(np.atleast_1d, metrics.values()), strict=True)):
+                row = dict(zip(metrics, map(float, values), strict=True))
+                if not (np.isfinite(row["loss"]) and np.isfinite(row["grad_norm"])):
+                    raise Diverged(f"step {first + i}: loss {row['loss']}, gradient norm {row['grad_norm']}")
+                self._rows.append(row)
+
+    def mean(self) -> dict[str, float]:
+        """The mean of each metric over the steps settled since the last call."""
+        rows, self._rows = self._rows, []
+        return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]} if rows else {}
+
+
+def train(
+    state: TrainState,
+    update: Callable[[TrainState, Array], tuple[TrainState, Metrics]],
+    batches: Iterator[Array],
+    *,
+    step: int,
+    steps: int,
+    fused: int = 1,
+    log: Log,
+    report_every: int,
+    save: Callable[[int, TrainState], None],
+    save_every: int,
+    show: Callable[[int, TrainState], None] = lambda step, state: None,
+    show_every: int = 0,
+    stop: Callable[[int], bool] = lambda step: False,
+) -> tuple[int, TrainState]:
+    """Go from `step` to `steps`, or until `stop(step)`; the state reached is saved either way, and returned.
+
+    A state is saved only once every step before it is known to be finite; `Diverged` names the first that is not.
+    """
+    ledger, saved = Ledger(), step
+    while step < steps and not stop(step):
+        before, step = step, next_step(step, steps, fused)
+        state, metrics = update(state, next(batches))
+        ledger.add(before, metrics)
+        log.tick(step)
+        if _due(report_every, before, step):
+            ledger.settle(AHEAD)
+            if means := ledger.mean():
+                log.scalars(step, means)
+        if _due(show_every, before, step):
+            with log.paused():
+                show(step, state)
+        if _due(save_every, before, step):
+            ledger.settle()
+            save(step, state)
+            saved = step
+    if step > saved:
+        ledger.settle()
+        save(step, state)
+    return step, state
+
+
+def next_step(step: int, steps: int, fused: int) -> int:
+    """The step after one dispatch: the next multiple of `fused`, wherever the run was resumed, or the last step."""
+    return min(step - step % fused + fused, steps)
+
+
+def _due(every: int, before: int, step: int) -> bool:
+    return every > 0 and step // every > before // every
