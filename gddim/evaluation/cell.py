@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -45,24 +45,30 @@ class Cell:
 
     def grid(self, sde: AbstractLinearSDE) -> Float[np.ndarray, " n"]:
         """The times of as many steps as the calls allow; an adaptive sampler takes what it needs and gets the ends."""
-        fixed = isinstance(self.sampler, AbstractSampler)
-        steps = steps_for(self.sampler, self.nfe, self.last) if fixed else 1
+        steps = steps_for(self.sampler, self.nfe, self.last) if isinstance(self.sampler, AbstractSampler) else 1
         return power_grid(sde.horizon, self.t_min, steps, self.power)
 
-    def check(self, sde: AbstractLinearSDE) -> None:
-        """Raise `UserError` for what this cell would fail with."""
-        if self.samples < LEAST:
-            raise UserError(f"samples: {self.samples} given, an evaluation needs at least {LEAST}")
-        try:
-            self.grid(sde)
-            if isinstance(self.sampler, AbstractSampler):
-                self.sampler.coefficients(sde, power_grid(sde.horizon, self.t_min, 1, self.power))
-        except ValueError as error:
-            raise UserError(f"sampler {sampler_name(self.sampler)}: {error}") from error
-
     def describe(self) -> Row:
+        """As JSON; an adaptive sampler makes the calls that it makes, whatever the budget."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return fields | {"sampler": sampler_name(self.sampler), "parameters": spell(self.sampler)}
+        nfe = self.nfe if isinstance(self.sampler, AbstractSampler) else None
+        return fields | {"sampler": sampler_name(self.sampler), "parameters": spell(self.sampler), "nfe": nfe}
+
+
+def check(cells: Sequence[Cell], sde: AbstractLinearSDE) -> None:
+    """Raise `UserError` for what a cell would fail with: too few calls or samples, a sampler of another process."""
+    for cell in cells:
+        if cell.samples < LEAST:
+            raise UserError(f"samples: {cell.samples} given, an evaluation needs at least {LEAST}")
+        if isinstance(cell.sampler, AbstractSampler):
+            steps_for(cell.sampler, cell.nfe, cell.last)
+    try:
+        for sampler, power, t_min in {(cell.sampler, cell.power, cell.t_min) for cell in cells}:
+            grid = power_grid(sde.horizon, t_min, 1, power)
+            if isinstance(sampler, AbstractSampler):
+                sampler.coefficients(sde, grid)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from gddim.errors import UserError
-from gddim.evaluation.cell import Cell, Evaluator, Row, digest_of
+from gddim.evaluation.cell import Cell, Evaluator, Row, check, digest_of
 from gddim.evaluation.samplers import sampler_name
 from gddim.evaluation.statistics import Statistics, compare, write_whole
 
@@ -45,29 +45,33 @@ def sweep(
         if jax.process_index() == 0:
             write_whole(results, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
-    wanted = []
+    named = {digest_of({"cell": cell.describe(), "provenance": evaluator.origin}): cell for cell in cells}
+    missing = {key: cell for key, cell in named.items() if key not in known}
+    check(list(missing.values()), evaluator.model.sde)
+    wanted = list(named)
     if floor is not None:
-        row = {"cell": {"sampler": FLOOR, "nfe": 0, "samples": floor.count}, "provenance": evaluator.origin}
-        wanted.append(digest_of(row))
-        if wanted[-1] not in known:
-            metrics = compare(floor, evaluator.reference, evaluator.space.metrics)
-            add(row | {"metrics": metrics, "measured": {"origin": floor.origin}})
-    keys = [digest_of({"cell": cell.describe(), "provenance": evaluator.origin}) for cell in cells]
-    missing = [cell for cell, key in zip(cells, keys, strict=True) if key not in known]
-    for cell in {(cell.sampler, cell.last): cell for cell in missing}.values():
-        cell.check(evaluator.model.sde)
-    work = sum(cell.samples * cell.nfe for cell, key in zip(cells, keys, strict=True) if key not in known)
+        row = _floor_row(evaluator, floor)
+        wanted.insert(0, digest_of(row))
+        if wanted[0] not in known:
+            add(row | {"metrics": compare(floor, evaluator.reference, evaluator.space.metrics)})
+    work = sum(cell.samples * cell.nfe for cell in missing.values())
     with tqdm(total=work, unit="call", unit_scale=True, disable=None) as bar:
-        for cell, key in zip(cells, keys, strict=True):
-            if key in known:
-                continue
+        for key, cell in missing.items():
             bar.set_description(f"{sampler_name(cell.sampler)} at {cell.nfe} calls, seed {cell.seed}")
             state = folder / "cells" / f"{key}.npz"
             keep = _Keeper(folder / "samples" / key) if keep_samples else None
-            add(evaluator.run(cell, state, save_every, keep, lambda n, nfe=cell.nfe: bar.update(n * nfe)))
+            row = evaluator.run(cell, state, save_every, keep, lambda n, nfe=cell.nfe: bar.update(n * nfe))
+            add(row)
             if jax.process_index() == 0:
                 state.unlink(missing_ok=True)
-    return [known[key] for key in [*wanted, *keys]]
+                found = ", ".join(f"{name} {value:.4g}" for name, value in row["metrics"].items())
+                tqdm.write(f"{sampler_name(cell.sampler)}, NFE {row['measured']['nfe']:g}: {found}")
+    return [known[key] for key in wanted]
+
+
+def _floor_row(evaluator: Evaluator, floor: Statistics) -> Row:
+    cell = {"sampler": FLOOR, "nfe": 0, "samples": floor.count, "seed": 0, **floor.origin, "digest": floor.digest()}
+    return {"cell": cell, "provenance": evaluator.origin, "measured": {}}
 
 
 def read_rows(path: os.PathLike) -> list[Row]:

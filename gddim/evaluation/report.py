@@ -1,0 +1,181 @@
+"""Results as tables in the layout of the papers, and as a plot of distance against network calls."""
+
+import io
+import json
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from gddim.evaluation.cell import Row
+from gddim.evaluation.published import TABLES, Published
+from gddim.evaluation.statistics import FEW, write_whole
+from gddim.evaluation.sweep import FLOOR
+
+TITLES = {
+    "kid": "KID",
+    "energy": "energy distance",
+    "precision": "precision",
+    "recall": "recall",
+    "inception_score": "Inception Score",
+}
+
+
+class Entry(NamedTuple):
+    """The seeds of one cell: mean and standard deviation of a metric, mean number of network calls."""
+
+    mean: float
+    spread: float
+    seeds: int
+    nfe: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3g}" if self.seeds == 1 else f"{self.mean:.3g} ± {self.spread:.2g}"
+
+
+class Group(NamedTuple):
+    """Rows that may stand in one table: the same model, reference, feature space and number of samples."""
+
+    rows: list[Row]
+    floor: Row | None
+
+    @property
+    def provenance(self) -> Row:
+        return self.rows[0]["provenance"]
+
+    @property
+    def samples(self) -> int:
+        return self.rows[0]["cell"]["samples"]
+
+    @property
+    def process(self) -> str:
+        return self.provenance["process"].split("(")[0]
+
+    def title(self, metric: str) -> str:
+        """What a metric is called here: a Fréchet distance of few samples says how few."""
+        inception = self.provenance["features"].startswith("inception")
+        name = TITLES.get(metric) or ("FID" if inception else "Fréchet distance")
+        few = metric == "frechet" and self.samples < FEW
+        return f"{name} of only {self.samples:,} samples" if few else name
+
+    def published(self) -> list[Published]:
+        """Other people's rows for the same process, where the metric is theirs: Inception features of CIFAR-10."""
+        source = str(self.provenance["reference"]["source"]).lower().replace("-", "")
+        same = self.provenance["features"].startswith("inception") and "cifar10" in source
+        return [row for row in TABLES if same and row.process == self.process]
+
+    def entries(self, metric: str) -> dict[str, dict[int | None, Entry]]:
+        """By sampler, then by budget of calls (None: adaptive)."""
+        found: dict[str, dict[int | None, list[Row]]] = {}
+        for row in self.rows:
+            if metric in row["metrics"]:
+                found.setdefault(self._label(row), {}).setdefault(row["cell"]["nfe"], []).append(row)
+        return {label: {nfe: _entry(rows, metric) for nfe, rows in cells.items()} for label, cells in found.items()}
+
+    def _label(self, row: Row) -> str:
+        """The sampler, with what else differs between the rows of this group."""
+        words = [row["cell"]["sampler"]]
+        for name in ("last", "power", "t_min"):
+            if len({other["cell"][name] for other in self.rows}) > 1:
+                words.append(f"{name}={row['cell'][name]}")
+        return ", ".join(words)
+
+
+def _entry(rows: list[Row], metric: str) -> Entry:
+    values = [row["metrics"][metric] for row in rows]
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return Entry(float(np.mean(values)), spread, len(values), float(np.mean([row["measured"]["nfe"] for row in rows])))
+
+
+def groups(rows: Sequence[Row]) -> list[Group]:
+    """Rows by what they may be compared with, in the order in which they were computed."""
+    found: dict[str, list[Row]] = {}
+    floors: dict[str, Row] = {}
+    for row in rows:
+        origin = json.dumps(row["provenance"], sort_keys=True)
+        if row["cell"]["sampler"] == FLOOR:
+            floors[origin] = row
+        else:
+            found.setdefault(json.dumps([origin, row["cell"]["samples"]]), []).append(row)
+    return [Group(rows, floors.get(json.loads(key)[0])) for key, rows in found.items()]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: for each group its origin, then for each metric the samplers against the network calls."""
+    return "\n".join(line for group in groups(rows) for line in _section(group))
+
+
+def _section(group: Group) -> list[str]:
+    origin = group.provenance
+    known = ("experiment", "checkpoint", "step", "weights", "features", "commit")
+    lines = [
+        f"## {group.process}: {group.samples:,} samples against {origin['reference']['source']}",
+        "",
+        ", ".join(f"{name} {origin[name]}" for name in known if origin.get(name) is not None) + ".",
+        "",
+    ]
+    seeds = {row["cell"]["seed"] for row in group.rows}
+    if len(seeds) > 1:
+        lines += [f"Mean ± standard deviation over {len(seeds)} seeds.", ""]
+    for metric in ("frechet", *TITLES):
+        lines += _metric_table(group, metric)
+    return lines
+
+
+def _metric_table(group: Group, metric: str) -> list[str]:
+    entries = group.entries(metric)
+    columns = sorted({nfe for cells in entries.values() for nfe in cells if nfe is not None})
+    adaptive = any(None in cells for cells in entries.values())
+    if not entries:
+        return []
+    header = [group.title(metric), *(f"NFE {nfe}" for nfe in columns), *(["adaptive"] if adaptive else [])]
+    body = []
+    for label, cells in entries.items():
+        line = [label, *(str(cells[nfe]) if nfe in cells else "" for nfe in columns)]
+        if adaptive:
+            line.append(f"{cells[None]} at {cells[None].nfe:.0f}" if None in cells else "")
+        body.append(line)
+    for row in group.published() if metric == "frechet" else []:
+        if set(row.values) & set(columns):
+            values = [str(row.values.get(nfe, "")) for nfe in columns]
+            body.append([f"*{row.label}*", *values, *([""] if adaptive else [])])
+    if group.floor and metric in group.floor["metrics"]:
+        value = f"{group.floor['metrics'][metric]:.3g}"
+        body.append([f"{group.floor['cell']['source']} (floor)", *[value] * (len(header) - 1)])
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return [*(f"| {' | '.join(cells)} |" for cells in [header, rule, *body]), ""]
+
+
+def plot(rows: Sequence[Row], path: os.PathLike, metric: str = "frechet") -> None:
+    """A PNG of the metric against the network calls made, log axes: one line a sampler, a floor, published rows."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    found = groups(rows)
+    figure = Figure(figsize=(6.5 * len(found), 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, group in zip(figure.subplots(1, len(found), squeeze=False).flat, found, strict=True):
+        _draw(axes, group, metric)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    write_whole(epath.Path(path), buffer.getvalue())
+
+
+def _draw(axes: Any, group: Group, metric: str) -> None:
+    entries = group.entries(metric)
+    for label, cells in entries.items():
+        points = sorted(cells.values(), key=lambda entry: entry.nfe)
+        nfe, mean = [entry.nfe for entry in points], [entry.mean for entry in points]
+        axes.errorbar(nfe, mean, [entry.spread for entry in points], marker="o", markersize=3, label=label)
+    for row in group.published():
+        values = {nfe: value for nfe, value in row.values.items() if not isinstance(value, str)}
+        axes.plot(list(values), list(values.values()), "--", marker=".", linewidth=0.8, label=row.label)
+    if group.floor and metric in group.floor["metrics"]:
+        axes.axhline(group.floor["metrics"][metric], color="grey", linestyle=":", label="floor")
+    ticks = sorted({round(entry.nfe) for cells in entries.values() for entry in cells.values()})
+    axes.set(xscale="log", yscale="log", xlabel="network calls", ylabel=group.title(metric), title=group.process)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.legend(fontsize=7)
