@@ -163,7 +163,7 @@ assert not jax.config.jax_enable_x64 and jax.config.jax_numpy_dtype_promotion ==
 
 def test_importing_touches_no_device_sets_no_flag_and_loads_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", IMPORT_EVERYTHING], capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not done.stdout + done.stderr
 
 
 def test_import_is_quick():

@@ -118,6 +118,10 @@ def test_run_starts_afresh_after_an_interruption(checkout):
     checkout.changes()
     assert checkout.run("true")[0] == 0
     assert checkout.changes() == ["venv", "pip test"]
+    assert checkout.run("true", GDDIM_EXTRAS="test,cuda", FAKE_PIP="1")[0] == 2  # broken off while bringing up to date
+    checkout.changes()
+    assert checkout.run("true")[0] == 0
+    assert checkout.changes() == ["venv", "pip test"]
 
 
 def test_two_at_once_install_once(checkout):
