@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
 PINS = [Requirement(line) for line in (ROOT / "infra" / "constraints.txt").read_text().splitlines() if line[0] != "#"]
 
 # Knows the calls that infra/run makes and notes those that change something.
@@ -94,10 +95,10 @@ def test_run_installs_again_only_when_something_changed(checkout):
             file.write("\n# changed\n")
         checkout.run("true")
         assert checkout.changes() == ["pip test"], name
-    checkout.run("true", GDDIM_EXTRAS="test,cuda")
+    checkout.run("true", GDDIM_EXTRAS="cuda")
     assert checkout.changes() == ["pip test,cuda"]
     checkout.run("true")
-    assert checkout.changes() == []  # the extras stay until others are asked for
+    assert checkout.changes() == []  # what is installed stays
     checkout.run("true", FAKE_VERSION="3.13.0")
     assert checkout.changes() == ["venv", "pip test,cuda"]
     checkout.root = checkout.root.rename(checkout.root.with_name("moved"))
@@ -138,13 +139,14 @@ def test_run_says_what_is_missing(checkout):
     status, _, err = checkout.run("true", GDDIM_PYTHON="no-such-python")
     assert status == 2
     assert "found as: no-such-python" in err
+    status, _, err = checkout.run("true", GDDIM_EXTRAS="cuda,gpu")
+    assert (status, err) == (2, f"infra/run: GDDIM_EXTRAS: no extra gpu; there are {' '.join(EXTRAS)}\n")
     status, _, err = checkout.run()
     assert (status, err) == (2, "infra/run: give a command, for example: ./infra/run pytest\n")
 
 
 def test_every_requirement_has_one_exact_pin_for_each_python():
-    extras = PROJECT["optional-dependencies"].values()
-    direct = [*PROJECT["dependencies"], *(line for extra in extras for line in extra)]
+    direct = [*PROJECT["dependencies"], *(line for extra in EXTRAS.values() for line in extra)]
     pinned = {pin.name.lower() for pin in PINS}
     assert {Requirement(line).name.lower() for line in direct} <= pinned
     assert all(re.fullmatch(r"==[\w.]+", str(pin.specifier)) and not pin.url for pin in PINS)
