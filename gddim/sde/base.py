@@ -1,7 +1,5 @@
 """What a linear SDE is: the interface that samplers, models and losses see."""
 
-from __future__ import annotations
-
 import abc
 from typing import Any
 
@@ -12,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, PRNGKeyArray
 
 from gddim.sde.host import in_float64
-from gddim.sde.linalg import Array, as_times, inverse, lq, product, symmetric_root, transpose
+from gddim.sde.linalg import Array, aligned, inverse, lq, product, symmetric_root, transpose
 
 Time = Any  # a Python float, a NumPy or a JAX scalar; NumPy arrays of times map over their axes
 
@@ -72,13 +70,14 @@ class AbstractLinearSDE(eqx.Module):
         return self._derivatives(t)[:2]
 
     def _derivatives(self, t: Time) -> tuple[Array, Array, Array]:
-        """`F`, `R' − F R` and `R` at t."""
+        """`F`, `R' − F R` and `R` at t, of one rank."""
         if not isinstance(t, jax.Array):
             times = np.asarray(t, np.float64)
             return tuple(in_float64(lambda x, i=i: self._derivatives(x)[i], times) for i in range(3))
         one = jnp.ones_like(t)
         _, F = jax.jvp(lambda x: jnp.asarray(self.transition(x, t)), (t,), (one,))
         R, rate = jax.jvp(lambda x: jnp.asarray(self.noise_factor(x)), (t,), (one,))
+        F, R, rate = aligned(F, R, rate)
         return F, rate - product(F, R), R
 
     def lift(self, x0: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -104,8 +103,8 @@ class AbstractLinearSDE(eqx.Module):
         xi = jax.random.normal(key, shape)
         self.check_state(xi, "shape")
         psi = self.transition(self.horizon, 0.0)[..., :, :1]
-        S = product(psi, transpose(psi)) + self.covariance(self.horizon)
-        return product(symmetric_root(S), xi)
+        signal, noise = aligned(product(psi, transpose(psi)), self.covariance(self.horizon))
+        return product(symmetric_root(signal + noise), xi)
 
     def score(self, eps: Float[Array, "..."], t: Time) -> Float[Array, "..."]:
         """`∇log p_t(u) = −R_t⁻ᵀ ε(u, t)`, of the shape of ε. Infinite at a t where `R_t` is singular."""

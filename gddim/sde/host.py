@@ -11,19 +11,15 @@ import numpy as np
 
 
 def in_float64(fn: Callable[..., Any], *times: np.ndarray) -> np.ndarray:
-    """`fn` of scalar times, mapped over arrays of times of one shape; float64 NumPy, `(*times.shape, *fn.shape)`.
+    """`fn`, which JAX can trace, of scalar times, mapped over arrays of times of one shape: one program on the CPU.
 
-    A function that JAX can trace runs as one program on the CPU under a local x64 scope; any other (one that calls
-    `math.exp`, say) is called time by time.
+    Returns float64 NumPy `(*times.shape, *fn.shape)`. Works while something else is being traced, too.
     """
-    shape = np.shape(times[0])
     flat = [np.asarray(t, np.float64).reshape(-1) for t in times]
-    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
-        try:
-            values = np.asarray(jax.jit(jax.vmap(lambda *ts: jnp.asarray(fn(*ts), jnp.float64)))(*flat))
-        except jax.errors.JAXTypeError:
-            values = np.stack([np.asarray(fn(*(float(t) for t in ts)), np.float64) for ts in zip(*flat, strict=True)])
-    return values.reshape(shape + values.shape[1:])
+    cpu = jax.local_devices(backend="cpu")[0]
+    with jax.ensure_compile_time_eval(), jax.enable_x64(True), jax.default_device(cpu):
+        values = np.asarray(jax.jit(jax.vmap(lambda *ts: jnp.asarray(fn(*ts), jnp.float64)))(*flat))
+    return values.reshape(np.shape(times[0]) + values.shape[1:])
 
 
 def on_host(fn: Callable[..., Any], *times: np.ndarray) -> np.ndarray:

@@ -36,6 +36,12 @@ def matrix(xp: ModuleType, rows: list[list[Array]]) -> Array:
     return xp.stack([xp.stack(row, -1) for row in rows], -2)
 
 
+def aligned(*arrays: Array) -> tuple[Array, ...]:
+    """The arrays with leading axes of size 1 so that all have one rank."""
+    rank = max(a.ndim for a in arrays)
+    return tuple(a.reshape((1,) * (rank - a.ndim) + a.shape) for a in arrays)
+
+
 def product(A: Array, B: Array) -> Array:
     """`A @ B` over the last two axes, `(*#dims, k, k), (*dims, k, C) → (*dims, k, C)`, in the precision of `B`.
 
@@ -43,9 +49,7 @@ def product(A: Array, B: Array) -> Array:
     """
     if isinstance(B, jax.Array) and not isinstance(A, jax.Array):
         A = jnp.asarray(A, B.dtype)
-    rank = max(A.ndim, B.ndim)
-    A = A.reshape((1,) * (rank - A.ndim) + A.shape)
-    B = B.reshape((1,) * (rank - B.ndim) + B.shape)
+    A, B = aligned(A, B)
     return (A[..., :, :, None] * B[..., None, :, :]).sum(-2)
 
 

@@ -1,0 +1,223 @@
+"""A sampler is a table of numbers and the one loop that reads it."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, PRNGKeyArray
+
+from gddim.samplers.grids import check_grid
+from gddim.sde.base import AbstractLinearSDE
+from gddim.sde.linalg import Array, product
+
+EpsFn = Callable[[Array, Array], Array]
+Last = Literal["none", "euler", "data"]
+SLOTS = 5  # history entries that the loop carries: order 4 and the corrector's
+
+
+class Coefficients(eqx.Module):
+    """The table of a sampler on a grid: float64 NumPy on the host, each array over the n steps first.
+
+    A step from `t = ts[i]` to `s = ts[i+1]` calls ε once, records `h_0 = record_u u + record_eps ε(u, times[i])`, and sets
+    `u_s = psi u + Σ_j weights_j h_j + noise ξ`, h_j the record of j calls before (those that do not exist have weight 0).
+    A corrector then calls ε at s, records that as h_0, and sets `u_s = psi u + Σ_j corrector_j h_j + corrector_noise ξ`
+    instead, with the same ξ. Between steps `h ← carry h + shift ξ`. All but `ts` and `times` act as `A @ u`.
+    """
+
+    ts: np.ndarray
+    """The grid, (n+1,)."""
+    times: np.ndarray
+    """The times at which ε is called, (n,)."""
+    psi: np.ndarray
+    """(n, *#dims, k, k)."""
+    weights: np.ndarray
+    """(n, q, *#dims, k, k)."""
+    noise: np.ndarray
+    """(n, *#dims, k, k), lower triangular, `noise noiseᵀ` the covariance that the step adds."""
+    record_u: np.ndarray
+    """(n+1, *#dims, k, k)."""
+    record_eps: np.ndarray
+    """(n+1, *#dims, k, k)."""
+    carry: np.ndarray | None = None
+    """(n, *#dims, k, k); None for the identity."""
+    shift: np.ndarray | None = None
+    """(n, *#dims, k, k); None for 0."""
+    corrector: np.ndarray | None = None
+    """(n, q+1, *#dims, k, k)."""
+    corrector_noise: np.ndarray | None = None
+    """(n, *#dims, k, k)."""
+    start: tuple[np.ndarray, np.ndarray] | None = None
+    """`psi` and `noise` of a transition before the first call (splitting methods)."""
+
+    def __check_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, np.ndarray) and not np.all(np.isfinite(value)):
+                raise ValueError(f"{name} is not finite on the grid {self.ts[0]} … {self.ts[-1]}; end it at a t_min > 0")
+
+    @property
+    def stochastic(self) -> bool:
+        return bool(np.any(self.noise)) or (self.start is not None and bool(np.any(self.start[1])))
+
+
+class AbstractAdaptive(eqx.Module):
+    """A sampler that chooses its own steps."""
+
+    @abc.abstractmethod
+    def solve(
+        self, sde: AbstractLinearSDE, eps_fn: EpsFn, u: Array, ts: Any, last: Last = "none"
+    ) -> tuple[Array, Array]:
+        """One state at `ts[-1]` (or at 0 after a `last` call), and the number of network calls that it took."""
+
+
+class AbstractSampler(eqx.Module):
+    """A sampler: a description that becomes numbers on a process and a grid. Fields are static."""
+
+    @abc.abstractmethod
+    def coefficients(self, sde: AbstractLinearSDE, ts: Any) -> Coefficients:
+        """The table on the grid `ts`. Raises `ValueError` for a grid that does not decrease within [0, horizon]."""
+
+    @abc.abstractmethod
+    def nfe(self, steps: int) -> int:
+        """Network calls of that many steps, without the final denoising call."""
+
+
+def count_calls(sampler: Any, steps: int, last: Last = "none") -> int:
+    """NFE of `sample` with that many steps: network calls, the final denoising call included."""
+    return sampler.nfe(steps) + (last != "none")
+
+
+class Calls(eqx.Module):
+    """A table laid out as a list of network calls: what the loop scans over. Leaves are `(calls, …)`."""
+
+    time: Array
+    slot: Array  # the history entry that this call's record goes to
+    record_u: Array
+    record_eps: Array
+    psi: Array
+    weights: Array  # (calls, SLOTS, …), in order of slots
+    accept: Array  # whether the new state is the base of what follows (a prediction is not)
+    step: Array  # names the step's ξ
+    noisy: Array
+    noise: Array
+    carry: Array
+    shift: Array
+
+
+def calls(table: Coefficients, sde: AbstractLinearSDE, last: Last = "none") -> Calls:
+    """Lay the table out as network calls, the final denoising call appended."""
+    n, shape = len(table.times), table.psi.shape[1:]
+    one, zero = np.broadcast_to(np.eye(shape[-1]), table.psi.shape), np.zeros(table.psi.shape)
+    steps, corrected = np.arange(n), np.full(n, table.corrector is not None)
+    predictor = dict(
+        time=table.times, slot=steps % SLOTS, record_u=table.record_u[:-1], record_eps=table.record_eps[:-1],
+        psi=table.psi, weights=table.weights, accept=~corrected, step=steps, noise=table.noise,
+        carry=one if table.carry is None else table.carry, shift=zero if table.shift is None else table.shift,
+    )  # fmt: skip
+    parts = [predictor]
+    if table.corrector is not None:  # its record is overwritten by that of the next call, at the corrected state
+        parts.append(predictor | dict(
+            time=table.ts[1:], slot=(steps + 1) % SLOTS, record_u=table.record_u[1:], record_eps=table.record_eps[1:],
+            weights=table.corrector, accept=corrected, noise=table.corrector_noise, carry=one, shift=zero,
+        ))  # fmt: skip
+    rows = {name: np.stack([_pad(part[name], name) for part in parts], 1) for name in predictor}
+    rows = {name: value.reshape(-1, *value.shape[2:]) for name, value in rows.items()}
+    if last != "none":
+        psi, weight = denoising_call(sde, table.ts[-1], last)
+        final = dict(
+            time=table.ts[-1], slot=n % SLOTS, record_u=zero[0], record_eps=one[0], psi=np.broadcast_to(psi, shape),
+            weights=_pad(np.broadcast_to(weight, (1, 1, *shape)), "weights")[0], accept=True, step=n, noise=zero[0],
+            carry=one[0], shift=zero[0],
+        )  # fmt: skip
+        rows = {name: np.concatenate([value, np.asarray(final[name])[None]]) for name, value in rows.items()}
+    order = (rows["slot"][:, None] - np.arange(SLOTS)) % SLOTS  # where the record of j calls before stands
+    by_slot = np.zeros_like(rows["weights"])
+    by_slot[np.arange(len(order))[:, None], order] = rows["weights"]
+    noisy = np.array([bool(np.any(x)) for x in rows["noise"]])
+    return Calls(**(rows | dict(weights=by_slot, noisy=noisy)))
+
+
+def _pad(value: np.ndarray, name: str) -> np.ndarray:
+    """Weights `(n, q, …)` to `(n, SLOTS, …)`; anything else as it is."""
+    if name != "weights":
+        return value
+    return np.concatenate([value, np.zeros((len(value), SLOTS - value.shape[1], *value.shape[2:]))], 1)
+
+
+def denoising_call(sde: AbstractLinearSDE, t: float, last: Last) -> tuple[np.ndarray, np.ndarray]:
+    """The matrices of u and ε in the final call from t to 0: an Euler step of the reverse SDE without noise, or `D`."""
+    if last == "data":
+        psi = sde.transition(0.0, t)
+        return psi, -psi @ sde.noise_factor(t)
+    if last != "euler":
+        raise ValueError(f"last={last!r} must be 'none', 'euler' or 'data'")
+    F, half = sde.velocity_factors(t)
+    return np.eye(sde.k) - t * F, -2 * t * half
+
+
+def denoise(sde: AbstractLinearSDE, eps_fn: EpsFn, u: Array, t: float, last: Last) -> Array:
+    """The state at 0 by one more call at the host time `t`: `last` is "euler" or "data"."""
+    psi, weight = denoising_call(sde, t, last)
+    return product(psi, u) + product(weight, eps_fn(u, jnp.asarray(t, u.dtype)).astype(u.dtype))
+
+
+@eqx.filter_jit
+def run(rows: Calls, eps_fn: EpsFn, u: Float[Array, "..."], key: PRNGKeyArray) -> Float[Array, "..."]:
+    """The one loop: u after all calls. `rows` are arguments of the compiled program, so no table recompiles it."""
+    rows = jax.tree.map(lambda x: jnp.asarray(x, u.dtype) if x.dtype == np.float64 else jnp.asarray(x), rows)
+
+    def step(state: tuple[Array, Array, Array], row: Calls) -> tuple[tuple[Array, Array, Array], None]:
+        base, u, history = state
+        eps = eps_fn(u, row.time).astype(u.dtype)
+        record = product(row.record_u, u) + product(row.record_eps, eps)
+        history = jax.lax.dynamic_update_index_in_dim(history, record, row.slot, 0)
+        u = product(row.psi, base) + sum(product(row.weights[j], history[j]) for j in range(SLOTS))
+
+        def add_noise(u: Array, history: Array) -> tuple[Array, Array]:
+            xi = jax.random.normal(jax.random.fold_in(key, row.step), u.shape, u.dtype)
+            moved = jnp.stack([product(row.carry, history[j]) + product(row.shift, xi) for j in range(SLOTS)])
+            return u + product(row.noise, xi), moved
+
+        u, history = jax.lax.cond(row.noisy, add_noise, lambda u, history: (u, history), u, history)
+        return (jnp.where(row.accept, u, base), u, history), None
+
+    start = (u, u, jnp.zeros((SLOTS, *u.shape), u.dtype))
+    (_, u, _), _ = jax.lax.scan(step, start, rows)
+    return u
+
+
+def sample(
+    sampler: Any,
+    sde: AbstractLinearSDE,
+    eps_fn: EpsFn,
+    u: Float[Array, "..."],
+    ts: Any,
+    key: PRNGKeyArray | None = None,
+    last: Last = "none",
+) -> Float[Array, "..."]:
+    """Carry one state `u` `(*dims, k, C)` at `ts[0]` to `ts[-1]`, or to 0 with a `last` call ("euler" or "data").
+
+    `eps_fn(u, t)` takes and returns one state; its result is cast to the precision of `u`. The call runs under `jit`,
+    `vmap` and `shard_map`; coefficients are computed on the host and are arguments of the compiled loop, which is one
+    program for every sampler of this package on grids that make the same number of calls. `key` draws the noise of λ > 0.
+    Raises `ValueError` for a wrong state shape, a grid that does not decrease within [0, horizon], a missing key.
+    """
+    sde.check_state(u)
+    ts = check_grid(sde, ts)
+    if isinstance(sampler, AbstractAdaptive):
+        return sampler.solve(sde, eps_fn, u, ts, last)[0]
+    table = sampler.coefficients(sde, ts)
+    if key is None:
+        if table.stochastic:
+            raise ValueError(f"{sampler} adds noise: sample needs a key")
+        key = jax.random.key(0)
+    if table.start is not None:
+        key, first = jax.random.split(key)
+        psi, noise = table.start
+        u = product(psi, u) + product(noise, jax.random.normal(first, u.shape, u.dtype))
+    return run(calls(table, sde, last), eps_fn, u, key)

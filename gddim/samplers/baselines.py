@@ -1,0 +1,192 @@
+"""What gDDIM is compared with: as tables for the same loop, but for the adaptive solver."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+
+from gddim.samplers.base import AbstractAdaptive, AbstractSampler, Coefficients, EpsFn, Last, denoise
+from gddim.samplers.gddim import history_nodes, triangular
+from gddim.samplers.grids import check_grid
+from gddim.samplers.quadrature import DIFFERENTIATE, Panels, lagrange
+from gddim.sde.base import AbstractLinearSDE
+from gddim.sde.linalg import Array, lq, product
+
+
+class CholeskyMultistep(AbstractSampler):
+    """The exponential Adams–Bashforth method in the Cholesky parameterisation, K = L in gDDIM's Table 1.
+
+    `u_s = Ψ(s,t) u_t + Σ_j [∫_t^s ½ Ψ(s,τ) GGᵀ L_τ⁻ᵀ ℓ_j(τ) dτ] ε^L_j`, with `ε^L = L⁻¹R ε` as history. Raises `ValueError` for
+    an order outside 1 … 4.
+    """
+
+    order: int = eqx.field(default=3, static=True)
+    """Number of nodes, 1 to 4."""
+
+    def __check_init__(self) -> None:
+        if self.order not in (1, 2, 3, 4):
+            raise ValueError(f"CholeskyMultistep: order={self.order} must be 1, 2, 3 or 4")
+
+    def nfe(self, steps: int) -> int:
+        return steps
+
+    def coefficients(self, sde: AbstractLinearSDE, ts: Any) -> Coefficients:
+        ts = check_grid(sde, ts)
+        panels, nodes = Panels(sde, ts, lam=0.0), history_nodes(ts, self.order)
+        R, psi = panels.at(sde.noise_factor, panels.tau), panels.psi(ts[1:], ts[:-1])
+        Y = panels.psi(panels.to_nodes(ts[1:]) + 0 * panels.tau, panels.tau) @ R
+        rate = np.einsum("ij,mj...->mi...", DIFFERENTIATE, Y) @ lq(R)[1].swapaxes(-1, -2)  # ½ Ψ GGᵀ L⁻ᵀ dτ/dξ
+        basis, _ = lagrange(nodes[panels.step], panels.tau)
+        weights = -panels.integrate(basis[(...,) + (None,) * (Y.ndim - 2)] * rate[:, :, None])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            rotation = lq(panels.at(sde.noise_factor, ts))[1]
+        rotation = np.where(np.isfinite(rotation), rotation, np.eye(sde.k))  # where R_0 = 0; no call follows
+        one = np.broadcast_to(np.eye(sde.k), (len(ts), *psi.shape[1:]))
+        return Coefficients(ts, ts[:-1], psi, weights, 0 * psi, record_u=0 * one, record_eps=rotation @ one)
+
+
+class EulerMaruyama(AbstractSampler):
+    """`u_s = u − h [F u + (1+λ²)/2 GGᵀR⁻ᵀ ε] + λ √h G ξ`, `h = t − s`: the reverse family by Euler's method.
+
+    λ = 0 is Euler on the probability flow. Raises `ValueError` for λ < 0.
+    """
+
+    lam: float = eqx.field(default=0.0, static=True)
+    """λ ≥ 0: 0 is the probability flow, 1 the reverse SDE."""
+
+    def __check_init__(self) -> None:
+        if not 0 <= self.lam < np.inf:
+            raise ValueError(f"EulerMaruyama: lam={self.lam} must be ≥ 0")
+
+    def nfe(self, steps: int) -> int:
+        return steps
+
+    def coefficients(self, sde: AbstractLinearSDE, ts: Any) -> Coefficients:
+        ts = check_grid(sde, ts)
+        F, half = sde.velocity_factors(ts[:-1])
+        h = -np.diff(ts).reshape(-1, *(1,) * (F.ndim - 1))
+        one = np.broadcast_to(np.eye(sde.k), (len(ts), *F.shape[1:]))
+        noise = self.lam * np.sqrt(h) * triangular_root(sde.diffusion_squared(ts[:-1])) + 0 * F
+        weights = -h * (1 + self.lam**2) * half
+        return Coefficients(ts, ts[:-1], one[1:] - h * F, weights[:, None], noise, record_u=0 * one, record_eps=one)
+
+
+class Heun(AbstractSampler):
+    """Heun's second-order method on the probability flow: the trapezoidal rule with Euler's prediction, two calls a step.
+
+    With `f = F u + ½ GGᵀR⁻ᵀ ε` as history: `û = u − h f(u, t)`, then `u_s = u − h/2 (f(u, t) + f(û, s))`.
+    """
+
+    def nfe(self, steps: int) -> int:
+        return 2 * steps
+
+    def coefficients(self, sde: AbstractLinearSDE, ts: Any) -> Coefficients:
+        ts = check_grid(sde, ts)
+        F, half = sde.velocity_factors(ts)
+        one = np.broadcast_to(np.eye(sde.k), F[1:].shape)
+        h = -np.diff(ts).reshape(-1, *(1,) * (F.ndim - 1)) * one
+        corrector = np.stack([-h / 2, -h / 2], 1)
+        return Coefficients(
+            ts, ts[:-1], one, -h[:, None], 0 * h, record_u=F, record_eps=half,
+            corrector=corrector, corrector_noise=0 * h,
+        )  # fmt: skip
+
+
+class SSCS(AbstractSampler):
+    """Symmetric splitting of the reverse SDE (Dockhorn et al. 2022, arXiv 2112.07068, §3.3), order 2 for λ = 1.
+
+    Half a step of the Ornstein–Uhlenbeck process `A = −F − GGᵀS⁻¹` exactly, the kick `h GGᵀ(∇log p + S⁻¹u)` at the middle
+    time, and the other half, with S the stationary covariance, `F S + S Fᵀ + GGᵀ = 0`. From that equation the transition
+    of A over [s, t] is `S Ψ(t, s)ᵀ S⁻¹`. Raises `ValueError` for a process without a stationary covariance.
+    """
+
+    def nfe(self, steps: int) -> int:
+        return steps
+
+    def coefficients(self, sde: AbstractLinearSDE, ts: Any) -> Coefficients:
+        ts = check_grid(sde, ts)
+        middle = (ts[1:] + ts[:-1]) / 2
+        S = _stationary(sde, np.concatenate([ts, middle]))
+        S_inv, one = np.linalg.inv(S), np.broadcast_to(np.eye(sde.k), (len(middle), *S.shape))
+        first, first_noise = self._relax(sde, S, ts[:-1], middle)
+        second, second_noise = self._relax(sde, S, middle, ts[1:])
+        h = -np.diff(ts).reshape(-1, *(1,) * S.ndim)
+        GG, (_, half) = sde.diffusion_squared(middle), sde.velocity_factors(middle)
+        psi, weights = second @ (one + h * GG @ S_inv), -2 * h * second @ half
+        noise = second_noise.copy()
+        # between two kicks, the second half step of one and the first of the next are one transition
+        psi[:-1], weights[:-1] = first[1:] @ psi[:-1], first[1:] @ weights[:-1]
+        noise[:-1] = triangular(np.concatenate([first[1:] @ noise[:-1], first_noise[1:]], -1))
+        record = np.concatenate([one, one[:1]])
+        return Coefficients(
+            ts, middle, psi, weights[:, None], noise, record_u=0 * record, record_eps=record,
+            start=(first[0], first_noise[0]),
+        )  # fmt: skip
+
+    @staticmethod
+    def _relax(sde: AbstractLinearSDE, S: np.ndarray, t: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The transition of A from t down to s and the factor of the noise that it adds."""
+        x, w = np.polynomial.legendre.leggauss(32)
+        tau = s[:, None] + (t - s)[:, None] * (1 + x) / 2
+        S_inv, at_s = np.linalg.inv(S), s[:, None] + 0 * tau
+        within = S @ sde.transition(tau, at_s).swapaxes(-1, -2) @ S_inv
+        root = triangular_root(sde.diffusion_squared(tau)) * np.sqrt((t - s)[:, None] / 2 * w)[..., None, None]
+        increments = np.moveaxis(within @ root, 1, -2)
+        noise = triangular(increments.reshape(len(t), sde.k, -1))
+        return S @ sde.transition(t, s).swapaxes(-1, -2) @ S_inv, noise
+
+
+class RK45(AbstractAdaptive):
+    """The probability flow by Dormand–Prince 5(4) with adaptive steps (diffrax), as in Song et al. 2021."""
+
+    rtol: float = eqx.field(default=1e-5, static=True)
+    """Relative tolerance of a step."""
+    atol: float = eqx.field(default=1e-5, static=True)
+    """Absolute tolerance of a step."""
+
+    def __check_init__(self) -> None:
+        if not (self.rtol > 0 and self.atol > 0):
+            raise ValueError(f"RK45: rtol={self.rtol} and atol={self.atol} must be > 0")
+
+    def solve(
+        self, sde: AbstractLinearSDE, eps_fn: EpsFn, u: Array, ts: Any, last: Last = "none"
+    ) -> tuple[Array, Array]:
+        import diffrax
+
+        def velocity(t: Array, u: Array, _: None) -> Array:
+            F, half = sde.velocity_factors(t)
+            return product(F, u) + product(half, eps_fn(u, t).astype(u.dtype))
+
+        ts = check_grid(sde, ts)
+        start, end = jnp.asarray(ts[0], u.dtype), jnp.asarray(ts[-1], u.dtype)
+        solution = diffrax.diffeqsolve(
+            diffrax.ODETerm(velocity), diffrax.Dopri5(), start, end, None, u, max_steps=100_000,
+            stepsize_controller=diffrax.PIDController(self.rtol, self.atol),
+        )  # fmt: skip
+        calls = 6 * solution.stats["num_steps"] + 2  # the last stage is the next step's first; two choose the first step
+        u = jnp.asarray(solution.ys)[0]
+        return (u, calls) if last == "none" else (denoise(sde, eps_fn, u, ts[-1], last), calls + 1)
+
+
+def triangular_root(GG: np.ndarray) -> np.ndarray:
+    """A lower triangular G of a positive semidefinite GGᵀ."""
+    values, vectors = np.linalg.eigh(GG)
+    return triangular(vectors * np.sqrt(np.maximum(values, 0))[..., None, :])
+
+
+def _stationary(sde: AbstractLinearSDE, ts: np.ndarray) -> np.ndarray:
+    """S with `F S + S Fᵀ + GGᵀ = 0` at all times, `(k, k)`."""
+    F, GG = sde.drift(ts), sde.diffusion_squared(ts)
+    message = f"SSCS needs a stationary covariance S, F S + S Fᵀ + GGᵀ = 0 at every t; {type(sde).__name__} has none"
+    if F.ndim > 3:
+        raise ValueError(message)
+    one = np.eye(sde.k)
+    kronecker = np.kron(F[0], one) + np.kron(one, F[0])
+    S = np.linalg.lstsq(kronecker, -GG[0].reshape(-1), rcond=None)[0].reshape(sde.k, sde.k)
+    residual = F @ S + S @ F.swapaxes(-1, -2) + GG
+    if np.abs(residual).max() > 1e-6 * np.abs(GG).max() or np.linalg.eigvalsh(S).min() <= 0:
+        raise ValueError(message)
+    return S

@@ -1,0 +1,180 @@
+"""Generalised DDIM: exponential Adams methods for any linear SDE, deterministic or not, on ε or on the data prediction."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import equinox as eqx
+import numpy as np
+
+from gddim.samplers.base import AbstractSampler, Coefficients
+from gddim.samplers.grids import check_grid
+from gddim.samplers.quadrature import Panels, W, collocate
+from gddim.sde.base import AbstractLinearSDE
+from gddim.sde.linalg import inverse
+
+
+class GDDIM(AbstractSampler):
+    """gDDIM (Zhang, Tao, Chen, ICLR 2023, arXiv 2206.05564) of any order, in both interpolations, for any λ.
+
+    With Ψ̂ the transition matrix of `F + (1+λ²)/2 GGᵀΣ⁻¹` (at λ = 0, `Ψ̂(s,t) = R_s R_t⁻¹`), ℓ_j the Lagrange basis on the
+    last `order` times, `m_j = u_j − R_j ε_j` and `P = λ² ∫_s^t Ψ̂(s,τ) GGᵀ Ψ̂(s,τ)ᵀ dτ`, a step t → s is
+
+        interpolate="eps":   u_s = Ψ(s,t) u_t + Σ_j ∫_t^s ℓ_j(τ) d[Ψ(s,τ) Ψ̂(τ,t) R_t] ε_j + P^{1/2} ξ
+        interpolate="data":  u_s = Ψ̂(s,t) u_t + Σ_j ∫_t^s ℓ_j(τ) d[Ψ̂(s,τ) Ψ(τ,t_j)] m_j + P^{1/2} ξ
+
+    Both equal gDDIM's Eq. 22 at order 1: DDIM for VP at λ = 0, DDPM's ancestral sampler at λ = 1. On data that are one
+    point both are exact in law at any λ and any number of steps. For ε with λ > 0 this needs the history to be what the
+    network would have said had the noise drawn since been there from the start: `ε_j ← Z ε_j + R_s⁻¹ P^{1/2} ξ`,
+    `Z = R_s⁻¹ Ψ̂(s,t) R_t`, after every step. The corrector adds the node s, with ε at the predicted state (Adams–Moulton,
+    PECE: two calls a step). The first `order − 1` steps use the orders that their history allows.
+
+    Raises `ValueError` for an order outside 1 … 4, λ < 0, or another `interpolate`.
+    """
+
+    order: int = eqx.field(default=3, static=True)
+    """Number of nodes, 1 (DDIM) to 4; the published code counts the polynomial's degree, one less."""
+    lam: float = eqx.field(default=0.0, static=True)
+    """λ ≥ 0: 0 is the probability flow, 1 the reverse SDE."""
+    corrector: bool = eqx.field(default=False, static=True)
+    """Correct every step by the Adams–Moulton rule with the node s: one order more for twice the calls."""
+    interpolate: Literal["eps", "data"] = eqx.field(default="eps", static=True)
+    """What the polynomials interpolate: the network's ε, or its data prediction (better for a Denoiser, and for λ > 0)."""
+
+    def __check_init__(self) -> None:
+        if self.order not in (1, 2, 3, 4):
+            raise ValueError(f"GDDIM: order={self.order} must be 1, 2, 3 or 4")
+        if not 0 <= self.lam < np.inf:
+            raise ValueError(f"GDDIM: lam={self.lam} must be ≥ 0")
+        if self.interpolate not in ("eps", "data"):
+            raise ValueError(f"GDDIM: interpolate={self.interpolate!r} must be 'eps' or 'data'")
+
+    def nfe(self, steps: int) -> int:
+        return steps * (1 + self.corrector)
+
+    def coefficients(self, sde: AbstractLinearSDE, ts: Any) -> Coefficients:
+        ts = check_grid(sde, ts)
+        panels = Panels(sde, ts, self.lam)
+        R, psi = panels.at(sde.noise_factor, ts), panels.psi(ts[1:], ts[:-1])
+        one = np.broadcast_to(np.eye(sde.k), (len(ts), *psi.shape[1:]))
+        z = Contraction(panels, R)
+        nodes = history_nodes(ts, self.order)
+        with_s = np.concatenate([ts[1:, None], nodes], 1)
+        if self.interpolate == "data":
+            return self._on_data(panels, R, psi, one, z, nodes, with_s)
+        return self._on_eps(panels, R, psi, one, z, nodes, with_s)
+
+    def _on_eps(self, panels, R, psi, one, z, nodes, with_s) -> Coefficients:
+        Q = panels.psi(panels.to_nodes(panels.ts[1:]) + 0 * panels.tau, panels.tau)
+        Q = Q @ panels.at(panels.sde.noise_factor, panels.tau) @ z.to_t
+        ends = R[1:] @ z.step, psi @ R[:-1]
+        table = dict(
+            ts=panels.ts, times=panels.ts[:-1], psi=psi, weights=panels.stieltjes(nodes, Q, *ends), noise=z.noise,
+            record_u=0 * one, record_eps=one,
+        )  # fmt: skip
+        shift = 0 * psi
+        if self.lam > 0:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                shift = inverse(R[1:]) @ z.noise
+            if panels.ts[-1] == 0 and not self.corrector:
+                shift[-1] = 0  # no call follows, and R_0 may be singular
+            table |= dict(carry=z.step + 0 * psi, shift=shift)
+        if self.corrector:  # acts on the history as it is after the step
+            with np.errstate(divide="ignore", invalid="ignore"):
+                corrector = panels.stieltjes(with_s, Q, *ends) @ inverse(z.step)[:, None]
+            table |= dict(corrector=corrector, corrector_noise=z.noise - corrector.sum(1) @ shift)
+        return Coefficients(**table)
+
+    def _on_data(self, panels, R, psi, one, z, nodes, with_s) -> Coefficients:
+        def weights(nodes: np.ndarray) -> np.ndarray:  # Ψ(·, t_j) folded in: m_j is the history, not D_j = Ψ(0, t_j) m_j
+            t = np.broadcast_to(panels.ts[:-1, None], nodes.shape)
+            return panels.stieltjes(nodes, Q, *ends) @ panels.psi(t, np.where(np.isnan(nodes), t, nodes))
+
+        with np.errstate(divide="ignore", invalid="ignore"):
+            psi_hat = R[1:] @ z.step @ inverse(R[:-1]) + 0 * psi
+        Q = panels.to_nodes(R[1:]) @ z.from_s @ inverse(panels.at(panels.sde.noise_factor, panels.tau))
+        Q = Q @ panels.psi(panels.tau, panels.to_nodes(panels.ts[:-1]) + 0 * panels.tau)
+        ends = psi, psi_hat
+        corrector = dict(corrector=weights(with_s), corrector_noise=z.noise) if self.corrector else {}
+        return Coefficients(
+            ts=panels.ts, times=panels.ts[:-1], psi=psi_hat, weights=weights(nodes), noise=z.noise,
+            record_u=one, record_eps=-R @ one, **corrector,
+        )  # fmt: skip
+
+
+def history_nodes(ts: np.ndarray, order: int) -> np.ndarray:
+    """The times `t_i, t_{i−1}, …` of each step's history, `(steps, order)`; NaN where there is none yet."""
+    index = np.arange(len(ts) - 1)[:, None] - np.arange(order)
+    return np.where(index < 0, np.nan, ts[np.maximum(index, 0)])
+
+
+class Contraction:
+    """`Z(a, b) = R_a⁻¹ Ψ̂(a, b) R_b` for a < b, and the noise of a step.
+
+    `Z` solves `∂_a Z = (λ²/2) M Z`, `M = R⁻¹GGᵀR⁻ᵀ` symmetric and positive: a contraction, I at λ = 0. For k = 1 it is a power
+    of `R_a / (Ψ(a, b) R_b)`; else it is found by collocation on each panel. `noise` is the triangular factor of
+    `P = R_s (I − Z(s,t) Z(s,t)ᵀ) R_sᵀ = R_s [∫_s^t λ² Z(s,τ) M Z(s,τ)ᵀ dτ] R_sᵀ`, by the integral, which does not cancel.
+    """
+
+    step: np.ndarray
+    """`Z(s, t)`, (steps, *#dims, k, k)."""
+    from_s: np.ndarray
+    """`Z(s, τ)` at the nodes, (panels, nodes, *#dims, k, k)."""
+    to_t: np.ndarray
+    """`Z(τ, t)` at the nodes."""
+    noise: np.ndarray
+    """(steps, *#dims, k, k)."""
+
+    def __init__(self, panels: Panels, R: np.ndarray):
+        if panels.lam == 0:
+            one = np.eye(R.shape[-1]).reshape((1,) * (R.ndim - 3) + R.shape[-2:])
+            self.step = np.broadcast_to(one, R[1:].shape)
+            self.from_s = self.to_t = np.broadcast_to(one, (*panels.tau.shape, *one.shape))
+            self.noise = np.zeros((len(R) - 1, *panels.psi(panels.ts[1:], panels.ts[:-1]).shape[1:]))
+        elif R.shape[-1] == 1:
+            self._scalar(panels, R)
+        else:
+            self._matrix(panels, R)
+
+    def _scalar(self, panels: Panels, R: np.ndarray) -> None:
+        s, t, tau = panels.ts[1:], panels.ts[:-1], panels.tau
+        at_s, at_t = (panels.to_nodes(x) + 0 * tau for x in (s, t))
+        R_tau, square = panels.at(panels.sde.noise_factor, tau), panels.lam**2
+        with np.errstate(divide="ignore"):
+            log_step = square * np.log(R[1:] / (panels.psi(s, t) * R[:-1]))
+        self.step = np.exp(log_step)
+        self.from_s = (panels.to_nodes(R[1:]) / (panels.psi(at_s, tau) * R_tau)) ** square
+        self.to_t = (R_tau / (panels.psi(tau, at_t) * panels.to_nodes(R[:-1]))) ** square
+        self.noise = R[1:] * np.sqrt(-np.expm1(2 * log_step))
+
+    def _matrix(self, panels: Panels, R: np.ndarray) -> None:
+        square, rate = panels.lam**2, panels.log_rate()
+        from_lower, whole = (x.swapaxes(-1, -2) for x in collocate(-square * rate))
+        to_upper, _ = collocate(square * rate, backward=True)
+        values, vectors = np.linalg.eigh(rate)
+        root = vectors * np.sqrt(2 * square * np.maximum(values, 0))[..., None, :]
+        root *= np.sqrt(W).reshape(-1, *(1,) * (rate.ndim - 2))
+        left, right = np.empty_like(whole), np.empty_like(whole)  # Z(s, lower) and Z(upper, t)
+        self.step = np.empty((len(R) - 1, *whole.shape[1:]))
+        self.noise = np.empty_like(self.step)
+        one = np.broadcast_to(np.eye(R.shape[-1]), whole.shape[1:])
+        for step, (start, stop) in enumerate(zip(panels.starts, [*panels.starts[1:], len(whole)], strict=True)):
+            Z, factor = one, 0 * one
+            for p in range(start, stop):
+                left[p] = Z
+                increments = np.moveaxis(Z @ from_lower[p] @ root[p], 0, -2)  # (*#dims, k, nodes, k)
+                factor = triangular(np.concatenate([factor, increments.reshape(*factor.shape[:-1], -1)], -1))
+                Z = Z @ whole[p]
+            self.step[step], self.noise[step] = Z, triangular(R[step + 1] @ factor)
+            Z = one
+            for p in reversed(range(start, stop)):
+                right[p] = Z
+                Z = whole[p] @ Z
+        self.from_s, self.to_t = left[:, None] @ from_lower, to_upper @ right[:, None]
+
+
+def triangular(B: np.ndarray) -> np.ndarray:
+    """The Cholesky factor of `B Bᵀ` for `B` `(…, k, n ≥ k)`, by QR, also where `B Bᵀ` is singular."""
+    L = np.linalg.qr(B.swapaxes(-1, -2), mode="r").swapaxes(-1, -2)
+    sign = np.where(np.einsum("...ii->...i", L) < 0, -1.0, 1.0)
+    return L * sign[..., None, :]

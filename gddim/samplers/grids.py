@@ -1,0 +1,95 @@
+"""Time grids: `steps + 1` decreasing float64 times from t_max to t_min."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gddim.sde.base import AbstractLinearSDE
+from gddim.sde.host import on_host
+
+
+def power_grid(t_max: float, t_min: float, steps: int, power: float = 2.0) -> np.ndarray:
+    """Times uniform in `t^{1/power}` from `t_max` down to `t_min`. Returns `(steps + 1,)`.
+
+    Raises `ValueError` unless `0 ≤ t_min < t_max`, `steps ≥ 1` and `power > 0`. gDDIM, appendix C.
+    """
+    _check_range(t_max, t_min, steps)
+    if not power > 0:
+        raise ValueError(f"power={power} must be > 0")
+    grid = np.linspace(t_max ** (1 / power), t_min ** (1 / power), steps + 1) ** power
+    grid[0], grid[-1] = t_max, t_min
+    return grid
+
+
+def uniform_grid(t_max: float, t_min: float, steps: int) -> np.ndarray:
+    """Times uniform in t. Returns `(steps + 1,)`."""
+    return power_grid(t_max, t_min, steps, power=1.0)
+
+
+def two_phase_grid(
+    t_max: float, t_min: float, steps: int, share: float = 0.5, fraction: float = 0.5, power: float = 2.0
+) -> np.ndarray:
+    """A `share` of the steps uniform from `t_max` to `fraction · t_max`, the rest a power grid down to `t_min`.
+
+    Returns `(steps + 1,)`. Raises `ValueError` unless share and fraction lie in (0, 1), `fraction · t_max > t_min`, and
+    both phases have a step.
+    """
+    _check_range(t_max, t_min, steps)
+    if not 0 < share < 1 or not 0 < fraction < 1:
+        raise ValueError(f"share={share} and fraction={fraction} must lie in (0, 1)")
+    middle, first = fraction * t_max, round(share * steps)
+    if not middle > t_min:
+        raise ValueError(f"fraction={fraction} of t_max={t_max} must lie above t_min={t_min}")
+    if not 0 < first < steps:
+        raise ValueError(f"share={share} of steps={steps} leaves a phase without steps")
+    return np.concatenate([uniform_grid(t_max, middle, first)[:-1], power_grid(middle, t_min, steps - first, power)])
+
+
+def log_snr_grid(sde: AbstractLinearSDE, t_max: float, t_min: float, steps: int) -> np.ndarray:
+    """Times uniform in the log signal-to-noise ratio `log ψᵀΣ_t⁻¹ψ`, `ψ = Ψ(t, 0) e_0`. Returns `(steps + 1,)`.
+
+    For k = 1 this is the usual `log α_t/σ_t²`; for CLD it is the precision that the whole state gives of the data. Raises
+    `ValueError` for a process with one ratio per frequency, and for `t_min = 0` where the ratio is infinite.
+    """
+    _check_range(t_max, t_min, steps)
+    if np.ndim(sde.transition(t_max, 0.0)) > 2:
+        raise ValueError(f"{type(sde).__name__} has a signal-to-noise ratio per frequency; use power_grid")
+
+    def log_snr(t: np.ndarray) -> np.ndarray:
+        whitened = np.linalg.solve(on_host(sde.noise_factor, t), on_host(lambda x: sde.transition(x, 0 * x), t)[..., :, :1])
+        return np.log((whitened**2).sum((-1, -2)))
+
+    low, high = np.full(steps - 1, t_min), np.full(steps - 1, t_max)
+    ends = log_snr(np.array([t_max, t_min]))
+    if not np.all(np.isfinite(ends)):
+        raise ValueError(f"the log signal-to-noise ratio is not finite on [{t_min}, {t_max}]; raise t_min")
+    target = np.linspace(*ends, steps + 1)[1:-1]
+    for _ in range(80):  # bisection: the ratio falls with t
+        middle = (low + high) / 2
+        above = log_snr(middle) > target
+        low, high = np.where(above, middle, low), np.where(above, high, middle)
+    return np.concatenate([[t_max], (low + high) / 2, [t_min]])
+
+
+def check_grid(sde: AbstractLinearSDE, ts: Any) -> np.ndarray:
+    """`ts` as float64 NumPy. Raises `ValueError` unless it is a strictly decreasing list of ≥ 2 times in [0, horizon]."""
+    try:
+        grid = np.asarray(ts, np.float64)
+    except Exception as error:
+        raise ValueError("ts must be concrete numbers (its coefficients are computed on the host), not traced") from error
+    if grid.ndim != 1 or grid.size < 2:
+        raise ValueError(f"ts has shape {grid.shape}; a grid is a list of at least two times")
+    if not np.all(np.diff(grid) < 0):
+        raise ValueError(f"ts must decrease strictly, given {np.array2string(grid, threshold=8)}")
+    if grid[-1] < 0 or grid[0] > sde.horizon * (1 + 1e-6):
+        raise ValueError(f"ts spans [{grid[-1]}, {grid[0]}]; this process is defined on [0, {sde.horizon}]")
+    return np.minimum(grid, sde.horizon)
+
+
+def _check_range(t_max: float, t_min: float, steps: int) -> None:
+    if not 0 <= t_min < t_max:
+        raise ValueError(f"t_min={t_min}, t_max={t_max}: a grid needs 0 ≤ t_min < t_max")
+    if steps < 1 or int(steps) != steps:
+        raise ValueError(f"steps={steps} must be a positive integer")

@@ -1,0 +1,149 @@
+"""Integrals over the steps of a grid, to float64: panels on which the process is resolved, and `∫ ℓ_j dQ` over them.
+
+Every weight of every sampler here is a Stieltjes integral `∫_t^s ℓ_j(τ) dQ(τ)` of a Lagrange polynomial against a smooth
+matrix function Q that the process knows in closed form. Integrated by parts it needs Q alone, no GGᵀ and no Σ⁻¹.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from gddim.sde.base import AbstractLinearSDE
+from gddim.sde.host import on_host
+
+NODES = 16
+TOLERANCE = 1e-12  # of the last Legendre coefficients, relative to the largest
+DEPTH = 14  # bisections at most: what float64 rounding keeps from resolving further is as exact as it gets
+X, W = np.polynomial.legendre.leggauss(NODES)
+TO_LEGENDRE = np.linalg.inv(np.polynomial.legendre.legvander(X, NODES - 1))
+_AT = np.polynomial.legendre.legval
+
+
+def _operator(of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """The matrix that maps values at the nodes X to `of` their interpolating polynomial, at the nodes."""
+    return np.stack([_AT(X, of(column)) for column in TO_LEGENDRE.T], -1)
+
+
+DIFFERENTIATE = _operator(np.polynomial.legendre.legder)
+INTEGRATE = _operator(lambda c: np.polynomial.legendre.legint(c, lbnd=-1))  # from the left end
+
+
+def collocate(A: np.ndarray, *, backward: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Solve `X' = A X` over panels by Gauss collocation, from the left end (or `backward`, from the right) with X = I.
+
+    A: `(panels, nodes, *dims, k, k)`, values at the nodes times half the panel's width. Returns X at the nodes, of the same
+    shape, and at the far end, `(panels, *dims, k, k)`: of order 2·nodes there.
+    """
+    k = A.shape[-1]
+    S = INTEGRATE - W if backward else INTEGRATE
+    moved = np.moveaxis(A, 1, -3)  # (panels, *dims, nodes, k, k)
+    batch = moved.shape[:-3]
+    system = -S[:, None, :, None] * moved.swapaxes(-3, -2)[..., None, :, :, :]  # (…, i, row, j, column)
+    system = system.reshape(*batch, NODES * k, NODES * k) + np.eye(NODES * k)
+    start = np.broadcast_to(np.tile(np.eye(k), (NODES, 1)), (*batch, NODES * k, k))
+    nodes = np.linalg.solve(system, start).reshape(*batch, NODES, k, k)
+    end = np.eye(k) + (-1 if backward else 1) * np.einsum("i,...iab->...ab", W, moved @ nodes)
+    return np.moveaxis(nodes, -3, 1), end
+
+
+class Panels:
+    """The steps of a grid, cut into panels `[lower, upper]` on each of which the process is a polynomial to 1e-13.
+
+    Panels are Gauss–Legendre in y = √τ, in which VP's noise is smooth down to 0 and power-2 grids are uniform; what is
+    rough (CLD's boundary layer) is bisected until it is resolved. They stand in order of step, then of rising time.
+    """
+
+    def __init__(self, sde: AbstractLinearSDE, ts: np.ndarray, lam: float):
+        self.sde, self.ts, self.lam = sde, ts, lam
+        self.rank = max(np.ndim(sde.transition(sde.horizon, 0.0)), np.ndim(sde.noise_factor(sde.horizon))) - 2
+        step = np.arange(len(ts) - 1)
+        lower, upper = np.sqrt(ts[1:]), np.sqrt(ts[:-1])
+        done: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        for depth in range(DEPTH):
+            self._place(step, lower, upper)
+            rough = self._unresolved() & (depth < DEPTH - 1)
+            done.append((step[~rough], lower[~rough], upper[~rough]))
+            if not rough.any():
+                break
+            step, lower, upper = step[rough], lower[rough], upper[rough]
+            middle = (lower + upper) / 2
+            step, lower, upper = np.tile(step, 2), np.append(lower, middle), np.append(middle, upper)
+        step, lower, upper = (np.concatenate(parts) for parts in zip(*done, strict=True))
+        order = np.lexsort((lower, step))
+        self._place(step[order], lower[order], upper[order])
+        self.starts = np.searchsorted(self.step, np.arange(len(ts) - 1))
+
+    def _place(self, step: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> None:
+        y = (lower + upper)[:, None] / 2 + (upper - lower)[:, None] / 2 * X
+        self.step, self.lower, self.upper = step, lower, upper
+        self.tau = y**2
+        self.slope = (upper - lower)[:, None] * y  # dτ/dξ on the panel, ξ in [-1, 1]
+
+    def _unresolved(self) -> np.ndarray:
+        """Which panels do not yet hold Ψ, R and R⁻¹ (and, for λ > 0, the rate of Ψ̂) as polynomials."""
+        R = self.at(self.sde.noise_factor, self.tau)
+        local = self.local_psi()
+        scaled = self.to_nodes(self.at(self.sde.noise_factor, self.ts[1:])) @ np.linalg.inv(R)
+        rough = np.zeros(len(self.tau), bool)
+        for values in (local, local @ R, scaled):
+            spectrum = np.abs(np.einsum("ni,mi...->mn...", TO_LEGENDRE, values))
+            tail, size = spectrum[:, -2:].max(1), spectrum.max((1, -1), keepdims=True)[:, 0]
+            rough |= (tail > TOLERANCE * size).any(tuple(range(1, tail.ndim)))
+        if self.lam > 0 and R.shape[-1] > 1:
+            rate = np.abs(self.log_rate()).sum(-1)
+            rough |= (self.lam**2 * rate > 1).any(tuple(range(1, rate.ndim)))
+        return rough
+
+    def local_psi(self) -> np.ndarray:
+        """`Ψ(lower, τ)` at the nodes of each panel."""
+        return self.psi(np.repeat((self.lower**2)[:, None], NODES, 1), self.tau)
+
+    def at(self, fn: Callable[..., np.ndarray], *times: np.ndarray) -> np.ndarray:
+        """A method of the process at arrays of times, `(*times.shape, *#dims, k, k)` with all of `#dims` present."""
+        values, batch = on_host(fn, *times), times[0].shape
+        absent = self.rank + len(batch) + 2 - values.ndim
+        return values.reshape(batch + (1,) * absent + values.shape[len(batch) :])
+
+    def psi(self, t: np.ndarray, s: np.ndarray) -> np.ndarray:
+        return self.at(self.sde.transition, t, s)
+
+    def to_nodes(self, per_step: np.ndarray) -> np.ndarray:
+        """`(steps, …)` to what broadcasts against values at the nodes, `(panels, 1, …)`."""
+        return per_step[self.step][:, None]
+
+    def log_rate(self) -> np.ndarray:
+        """`½ M dτ/dξ`, with `M = R⁻¹GGᵀR⁻ᵀ`, at the nodes: `Y⁻¹ dY/dξ` for `Y = Ψ(lower, τ) R_τ`; symmetric."""
+        Y = self.local_psi() @ self.at(self.sde.noise_factor, self.tau)
+        rate = np.linalg.solve(Y, np.einsum("ij,mj...->mi...", DIFFERENTIATE, Y))
+        return (rate + rate.swapaxes(-1, -2)) / 2
+
+    def integrate(self, values: np.ndarray) -> np.ndarray:
+        """`∫_s^t values dξ` per step, for values at the nodes `(panels, nodes, …)`. Returns `(steps, …)`."""
+        return np.add.reduceat(np.einsum("i,mi...->m...", W, values), self.starts, axis=0)
+
+    def stieltjes(self, nodes: np.ndarray, Q: np.ndarray, Q_s: np.ndarray, Q_t: np.ndarray) -> np.ndarray:
+        """`∫_t^s ℓ_j(τ) dQ(τ)` for every step and every column j of `nodes` `(steps, q)`; NaN marks an absent node.
+
+        Q: at the panels' nodes; Q_s, Q_t: at the steps' ends. Returns `(steps, q, *#dims, k, k)`.
+        """
+        at_s, _ = lagrange(nodes, self.ts[1:, None])
+        _, slope = lagrange(nodes[self.step], self.tau)
+        expand = (...,) + (None,) * (Q.ndim - 2)
+        integrand = (slope * self.slope[:, :, None])[expand] * (Q - self.to_nodes(Q_t))[:, :, None]
+        return at_s[:, 0][expand] * (Q_s - Q_t)[:, None] + self.integrate(integrand)
+
+
+def lagrange(nodes: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The Lagrange basis and its derivative: nodes `(n, q)` (NaN marks an absent one), at `(n, p)` → two `(n, p, q)`."""
+    present = ~np.isnan(nodes)
+    value, slope = np.ones((*at.shape, nodes.shape[1])), np.zeros((*at.shape, nodes.shape[1]))
+    for j in range(nodes.shape[1]):
+        for other in range(nodes.shape[1]):
+            pair = (present[:, j] & present[:, other])[:, None] & (j != other)
+            gap = np.where(pair, nodes[:, [j]] - nodes[:, [other]], 1)
+            factor = np.where(pair, (at - nodes[:, [other]]) / gap, 1)
+            slope[..., j] = slope[..., j] * factor + value[..., j] * pair / gap
+            value[..., j] *= factor
+    return value * present[:, None], slope * present[:, None]
