@@ -1,5 +1,10 @@
 """Meshes, shardings, many hosts: the only package that makes meshes or asks how many processes there are."""
 
+from gddim.parallel.cost import activation_bytes as activation_bytes
+from gddim.parallel.cost import collectives as collectives
+from gddim.parallel.cost import on_paper as on_paper
+from gddim.parallel.cost import peak_flops as peak_flops
+from gddim.parallel.cost import step_cost as step_cost
 from gddim.parallel.mesh import MeshConfig as MeshConfig
 from gddim.parallel.mesh import Rule as Rule
 from gddim.parallel.mesh import batch_sharding as batch_sharding

@@ -1,8 +1,9 @@
 """Meshes with the axes `data` and `fsdp`, and where each array of a training run lives on them."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -13,9 +14,7 @@ from jaxtyping import PyTree
 
 from gddim.errors import UserError
 
-# A step gathers every split array once, and a message has a cost of its own: below this many elements
-# the memory that splitting saves (4 KiB times the copies) is not worth one.
-SMALL = 1024
+SMALL = 4  # elements a device: an array that would leave fewer is not worth a message of its own
 
 Rule = Callable[[str, tuple[int, ...], Mesh | AbstractMesh], P]
 
@@ -30,7 +29,7 @@ class MeshConfig:
     """Devices that split one copy of parameters, EMA and optimiser state among them."""
 
 
-def make_mesh(config: MeshConfig = MeshConfig(), devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh `data × fsdp` over all devices of all processes (or over `devices`), with `Auto` axes.
 
     Devices go in the order of their processes, so that row i of a batch is the same record, with the same noise, on any
@@ -68,7 +67,7 @@ def default_rule(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -
     """
     fsdp = mesh.shape["fsdp"]
     divisible = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
-    if fsdp == 1 or math.prod(shape) < SMALL or not divisible:
+    if fsdp == 1 or math.prod(shape) < SMALL * fsdp or not divisible:
         return P()
     axis = max(divisible, key=lambda axis: (shape[axis], axis))
     return P(*(None,) * axis, "fsdp")

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import signal
 import sys
+import threading
 from collections.abc import Mapping
 from typing import NoReturn
 
@@ -66,19 +67,20 @@ def initialize() -> None:
 
     def end(*error) -> None:
         report(*error)
-        leave(1)
+        if threading.current_thread() is threading.main_thread():  # tensorstore's threads report harmless errors here
+            leave(1)
 
     sys.excepthook = end
 
 
 def leave(status: int) -> NoReturn:
-    """Ends a process that failed: with several, at once, since the others may be stuck waiting for it.
+    """Ends this process; one that failed does not wait for the others, which may be stuck waiting for it.
 
-    An ordinary exit waits up to five minutes for all processes to leave together.
+    An ordinary exit waits up to five minutes for all processes to leave together, as they do when preempted.
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    if jax.distributed.is_initialized():
+    if jax.distributed.is_initialized() and status not in (0, EXIT_PREEMPTED):
         os._exit(status)
     sys.exit(status)
 

@@ -1,0 +1,170 @@
+"""What a training step costs on a machine, measured in its compiled program or worked out on paper."""
+
+import math
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh
+from jaxtyping import Array, PyTree
+
+from gddim.parallel.mesh import Rule, bytes_per_device, default_rule, per_device_batch, state_shardings
+
+
+class Chip(NamedTuple):
+    """Dense bfloat16 (float16 before Ampere) FLOP/s and bytes of memory of what JAX calls one device."""
+
+    flops: float
+    memory: float
+
+
+# By the start of `jax.Device.device_kind`. TPU: cloud.google.com/tpu/docs, pages v2 … tpu7x, "peak compute per chip";
+# v2, v3 and 7x show each of a chip's two cores as a device. NVIDIA: the data sheets of V100, T4, A10G, A100, L4, L40S,
+# H100, H200 and B200, tensor cores without sparsity.
+CHIPS = {
+    "TPU v2": Chip(23e12, 8e9),
+    "TPU v3": Chip(61.5e12, 16e9),
+    "TPU v4": Chip(275e12, 32e9),
+    "TPU v5 lite": Chip(197e12, 16e9),
+    "TPU v5e": Chip(197e12, 16e9),
+    "TPU v5": Chip(459e12, 95e9),
+    "TPU v6": Chip(918e12, 32e9),
+    "TPU7x": Chip(1153.5e12, 96e9),
+    "Tesla V100": Chip(125e12, 16e9),
+    "Tesla T4": Chip(65e12, 16e9),
+    "NVIDIA A10G": Chip(70e12, 24e9),
+    "NVIDIA A100-SXM4-40GB": Chip(312e12, 40e9),
+    "NVIDIA A100-PCIE-40GB": Chip(312e12, 40e9),
+    "NVIDIA A100": Chip(312e12, 80e9),
+    "NVIDIA L4": Chip(121e12, 24e9),
+    "NVIDIA L40S": Chip(362e12, 48e9),
+    "NVIDIA H100 PCIe": Chip(756e12, 80e9),
+    "NVIDIA H100": Chip(989e12, 80e9),
+    "NVIDIA H200": Chip(989e12, 141e9),
+    "NVIDIA B200": Chip(2250e12, 180e9),
+}
+
+
+def chip(kind: str) -> Chip | None:
+    """What is known of a `device_kind`; None when that is nothing."""
+    return CHIPS.get(max((name for name in CHIPS if kind.startswith(name)), key=len, default=""))
+
+
+def peak_flops(kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a `jax.Device.device_kind`; None when unknown."""
+    known = chip(kind)
+    return known.flops if known else None
+
+
+_COLLECTIVE = re.compile(
+    r"^\s*(?:ROOT )?%?[\w.-]+ = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-done)?\(",
+    re.M,
+)
+_SHAPE = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")
+
+
+def collectives(compiled: str) -> dict[str, tuple[int, int]]:
+    """How often each collective appears in a compiled program (`compiled.as_text()`), and the bytes of its results.
+
+    Per device and execution; what stands in a loop counts once.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for shapes, kind in _COLLECTIVE.findall(compiled):
+        sizes = [
+            math.prod(map(int, filter(None, axes.split(",")))) * -(-int(bits or 8) // 8)  # pred has no width: a byte
+            for _, bits, axes in _SHAPE.findall(shapes)
+        ]
+        count, total = found.get(kind, (0, 0))
+        found[kind] = count + 1, total + sum(sizes)
+    return found
+
+
+class Cost(NamedTuple):
+    """A training step on one device of a mesh: bytes of memory, examples, and bytes sent to other devices."""
+
+    state: int
+    """Its part of parameters, EMA and optimiser state."""
+    working: int
+    """The gathered parameters and their gradients, while a step runs."""
+    activations: int
+    """What the forward pass keeps for the backward pass."""
+    batch: int
+    """Examples."""
+    sent: int
+    """By ring algorithms: parameters gathered and gradients scattered over `fsdp`, gradients summed over `data`."""
+
+
+def activation_bytes(
+    loss: Callable[..., Array], params: PyTree[jax.ShapeDtypeStruct], example: tuple[jax.ShapeDtypeStruct, ...]
+) -> int:
+    """Bytes per example that the forward pass of `loss(params, *batch)` keeps, by its trace; `example` is one row.
+
+    A compiler may fuse some of it away.
+    """
+    rows = 4096  # enough that the parameters, which are kept as well, do not count
+    batch = [jax.ShapeDtypeStruct((rows, *x.shape), x.dtype) for x in example]
+    return _bytes(jax.eval_shape(lambda p, *b: jax.vjp(lambda p: loss(p, *b), p)[1], params, *batch)) // rows
+
+
+def step_cost(
+    params: PyTree[jax.ShapeDtypeStruct],
+    state: PyTree[jax.ShapeDtypeStruct],
+    activations: int,
+    batch_size: int,
+    mesh: Mesh | AbstractMesh,
+    rule: Rule = default_rule,
+) -> Cost:
+    """The cost of a step on paper: nothing is compiled, and the mesh may be abstract.
+
+    `state` is all that training keeps, `params` the part that is differentiated, `activations` the bytes per example.
+    """
+    fsdp, data, batch = mesh.shape["fsdp"], mesh.shape["data"], per_device_batch(batch_size, mesh)
+    whole = _bytes(params)
+    missing = whole - bytes_per_device(_placed(params, mesh, rule))
+    split = missing * fsdp // max(fsdp - 1, 1)  # every device lacks (fsdp − 1) / fsdp of what is split
+    ring = split * (fsdp - 1) / fsdp + split / fsdp * (data - 1) / data + (whole - split) * (1 - 1 / mesh.size)
+    return Cost(
+        bytes_per_device(_placed(state, mesh, rule)), missing + whole, activations * batch, batch, round(2 * ring)
+    )
+
+
+MACHINES = {"v4-32": ("TPU v4", 16), "v5p-256": ("TPU v5p", 128), "64 H100": ("NVIDIA H100", 64)}
+
+
+def on_paper(
+    params: PyTree[jax.ShapeDtypeStruct], state: PyTree[jax.ShapeDtypeStruct], activations: int, batch_size: int
+) -> list[str]:
+    """A line for each of `MACHINES`: `step_cost` there, with the least `fsdp` that leaves a tenth of the memory free.
+
+    The batch is rounded up to a multiple of the devices.
+    """
+    lines = []
+    for name, (kind, devices) in MACHINES.items():
+        known = chip(kind)
+        assert known is not None
+        batch = -(-batch_size // devices) * devices
+        for fsdp in (2**i for i in range(devices.bit_length())):
+            mesh = AbstractMesh((devices // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+            cost = step_cost(params, state, activations, batch, mesh)
+            memory = cost.state + cost.working + cost.activations
+            if memory < 0.9 * known.memory:
+                break
+        lines.append(
+            f"{name}: {devices} × {kind}, data={devices // fsdp} × fsdp={fsdp}, {cost.batch} examples a device: "
+            f"state {cost.state / 1e9:.2f} + parameters and gradients {cost.working / 1e9:.2f} + activations "
+            f"{cost.activations / 1e9:.2f} = {memory / 1e9:.2f} of {known.memory / 1e9:.0f} GB; "
+            f"{cost.sent / 1e9:.2f} GB sent a step"
+        )
+    return lines
+
+
+def _bytes(tree: PyTree) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _placed(shapes: PyTree, mesh: Mesh | AbstractMesh, rule: Rule) -> PyTree[jax.ShapeDtypeStruct]:
+    shardings = state_shardings(shapes, mesh, rule)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
+    )
