@@ -1,0 +1,122 @@
+"""A network seen through a process: what samplers call as `eps_fn(u, t)`, and what it is trained on."""
+
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray, Scalar
+
+from gddim.sde.base import AbstractLinearSDE
+from gddim.sde.linalg import aligned, inverse, product, symmetric_root, transpose
+
+Net = Any  # net(x, label, key=None): (*dims, channels in) → (*dims, channels out)
+
+
+class EpsModel(eqx.Module):
+    """The network is ε in R coordinates, for all k fields: gDDIM (arXiv 2206.05564), the published parameterisation.
+
+    Called as `eps_fn(u, t)` on one state `(*dims, k, C)`. The network takes and returns the fields in pixels, flattened
+    to `k·C` channels, field by field, and the label `time_scale · t`.
+    """
+
+    sde: AbstractLinearSDE
+    net: Net
+    mixed_score: bool = eqx.field(default=False, static=True)
+    """Add `R⁻¹(0, v)` to the network's output, so that it learns the score's difference to that of the velocity."""
+    time_scale: float = eqx.field(default=999.0, static=True)
+    """The network's label is this times t."""
+
+    def __call__(
+        self, u: Float[Array, "*dims k C"], t: Scalar, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "*dims k C"]:
+        pixels = self.sde.to_pixels(u)
+        out = self.net(pixels.reshape(*u.shape[:-2], -1), self.time_scale * t, key=key)
+        eps = self.sde.from_pixels(out.astype(u.dtype).reshape(u.shape))
+        if self.mixed_score:
+            rest = u * (jnp.arange(self.sde.k) > 0).astype(u.dtype).reshape((1,) * (u.ndim - 2) + (-1, 1))
+            eps = eps + product(inverse(self.sde.noise_factor(t)), rest)
+        return eps
+
+    def loss(
+        self, x0: Float[Array, "*dims C"], t: Scalar, eps: Float[Array, "*dims k C"], key: PRNGKeyArray | None = None
+    ) -> Scalar:
+        """Mean of `(ε − ε_θ(Ψ(t,0) u_0 + R_t ε, t))²` for one example: 1 for a network that says 0."""
+        u = self.sde.perturb(self.sde.lift(x0), t, eps)
+        return jnp.mean((eps - self(u, t, key)) ** 2)
+
+
+def _as_tuples(data_std: Any) -> Any:
+    """A number, or a spectrum as nested tuples: static, so that it is no parameter."""
+    values = np.asarray(data_std, np.float64)
+    if not (np.all(np.isfinite(values)) and np.all(values > 0)):
+        raise ValueError(f"data_std must be > 0, given {data_std}")
+    return float(values) if values.ndim == 0 else tuple(map(tuple, values.tolist()))
+
+
+class Denoiser(eqx.Module):
+    """The network is a preconditioned denoiser: EDM's preconditioning (Karras et al. 2022) for matrix SDEs.
+
+    With `ψ = Ψ(t,0) e_0`, data variance `s²` and `S = Σ_t + s² ψψᵀ`,
+
+        D(u, t) = c_skip u + c_out F_θ(c_in u, t),   ε = R⁻¹(u − ψ D),
+        c_skip = s² ψᵀS⁻¹,   c_out² = s² − s⁴ ψᵀS⁻¹ψ,   c_in = S^{−1/2}.
+
+    The network sees k whitened fields (`k·C` channels, in pixels), returns C channels, and its target has variance 1 at
+    every t. Written with `w = R⁻¹ψ`, `c_out² = s²/(1 + s² wᵀw)` and `c_skip = c_out² wᵀR⁻¹`, nothing cancels. Called as
+    `eps_fn(u, t)` on one state `(*dims, k, C)`. Raises `ValueError` for a standard deviation that is not positive.
+    """
+
+    sde: AbstractLinearSDE
+    net: Net
+    data_std: Any = eqx.field(default=0.5, static=True, converter=_as_tuples)
+    """s: a number, or a spectrum `(H, W)` in the basis of a process that has one per frequency."""
+    time_scale: float = eqx.field(default=999.0, static=True)
+    """The network's label is this times t."""
+
+    def __call__(
+        self, u: Float[Array, "*dims k C"], t: Scalar, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "*dims k C"]:
+        psi = self.sde.transition(t, 0.0)[..., :, :1]
+        x0 = self.denoise(u, t, key)[..., None, :]
+        return product(inverse(self.sde.noise_factor(t)), u - product(psi, x0))
+
+    def denoise(
+        self, u: Float[Array, "*dims k C"], t: Scalar, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "*dims C"]:
+        """`D(u, t)`, the data that the state implies, in the basis of the process."""
+        w, c_out = self._scales(t)
+        c_skip = product(c_out**2, product(transpose(w), inverse(self.sde.noise_factor(t))))
+        out = self.sde.from_pixels(self._network(u, t, key))[..., None, :]
+        return (product(c_skip, u) + product(c_out, out))[..., 0, :]
+
+    def loss(
+        self, x0: Float[Array, "*dims C"], t: Scalar, eps: Float[Array, "*dims k C"], key: PRNGKeyArray | None = None
+    ) -> Scalar:
+        """Mean of `(F_θ − (x_0 − c_skip u)/c_out)²` for one example; the target is `c_out (x_0/s² − wᵀε)`."""
+        u0 = self.sde.lift(x0)
+        u = self.sde.perturb(u0, t, eps)
+        w, c_out = self._scales(t)
+        clean = product(1 / self._variance(t), u0[..., :1, :])
+        target = product(c_out, clean - product(transpose(w), eps))[..., 0, :]
+        return jnp.mean((self._network(u, t, key) - self.sde.to_pixels(target)) ** 2)
+
+    def _network(self, u: Array, t: Scalar, key: PRNGKeyArray | None) -> Array:
+        """`F_θ(c_in u, t)` in pixels, `(*dims, C)`."""
+        psi = self.sde.transition(t, 0.0)[..., :, :1]
+        noise, signal, variance = aligned(
+            self.sde.covariance(t), product(psi, transpose(psi)), self._variance(t)
+        )
+        whitened = product(inverse(symmetric_root(noise + variance * signal)), u)
+        pixels = self.sde.to_pixels(whitened)
+        return self.net(pixels.reshape(*u.shape[:-2], -1), self.time_scale * t, key=key).astype(u.dtype)
+
+    def _variance(self, t: Scalar) -> Array:
+        """`s²` as `(*#dims, 1, 1)`."""
+        return jnp.asarray(self.data_std, jnp.asarray(t).dtype)[..., None, None] ** 2
+
+    def _scales(self, t: Scalar) -> tuple[Array, Array]:
+        """`w = R⁻¹ψ` `(*#dims, k, 1)` and `c_out` `(*#dims, 1, 1)`."""
+        w = product(inverse(self.sde.noise_factor(t)), self.sde.transition(t, 0.0)[..., :, :1])
+        precision, variance = aligned(product(transpose(w), w), self._variance(t))
+        return w, jnp.sqrt(variance / (1 + variance * precision))
