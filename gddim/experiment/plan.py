@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 from gddim.data import random_flip, to_unit
 from gddim.experiment.config import Experiment
 from gddim.loss import denoising_loss
-from gddim.parallel import init_sharded, make_mesh, per_device_batch, state_shardings
+from gddim.parallel import init_sharded, make_mesh, per_device_batch, replicated, state_shardings
 from gddim.train import TrainState, adam, fuse, learning_rate, make_update
 
 
@@ -53,6 +53,8 @@ class Plan:
         """The pure training step, of records that may or may not be mirrored."""
 
         def loss(params, x0s, keys):
+            # Whole for the step: left to itself XLA splits some layers over fsdp, and sends activations around.
+            params = jax.lax.with_sharding_constraint(params, replicated(self.mesh))
             return denoising_loss(self.model(params), x0s, keys)
 
         def prepare(batch, key):
