@@ -61,7 +61,7 @@ class Dense(eqx.Module):
 
     def __init__(self, inputs: int, outputs: int, *, scale: float = 1.0, draw: Draw):
         self.weight = draw.kernel((inputs, outputs), scale)
-        self.bias = constant(0, outputs)
+        self.bias = constant(0.0, outputs)
 
     def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
         bias = self.bias.astype(x.dtype)
@@ -76,7 +76,7 @@ class Conv(eqx.Module):
 
     def __init__(self, inputs: int, outputs: int, size: int = 3, *, scale: float = 1.0, draw: Draw):
         self.weight = draw.kernel((size, size, inputs, outputs), scale)
-        self.bias = constant(0, outputs)
+        self.bias = constant(0.0, outputs)
 
     def __call__(self, x: Float[Array, "h w i"]) -> Float[Array, "h w o"]:
         weight = self.weight.astype(x.dtype)
@@ -101,8 +101,8 @@ class GroupNorm(eqx.Module):
                 f"width: a layer of {channels} channels cannot be normalised in min(channels // 4, 32) equal groups; "
                 "choose a width that is a multiple of 4 up to 128, a multiple of 32 beyond"
             )
-        self.scale = constant(1, channels)
-        self.bias = constant(0, channels)
+        self.scale = constant(1.0, channels)
+        self.bias = constant(0.0, channels)
 
     def __call__(self, x: Float[Array, "h w c"], swish: bool = False) -> Float[Array, "h w c"]:
         wide = x.astype(jnp.float32)
