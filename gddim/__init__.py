@@ -24,5 +24,6 @@ from gddim.sde import CLD as CLD
 from gddim.sde import VP as VP
 from gddim.sde import AbstractLinearSDE as AbstractLinearSDE
 from gddim.sde import Blurring as Blurring
+from gddim.sde import LinearSDE as LinearSDE
 
 __version__ = "0.1.0"

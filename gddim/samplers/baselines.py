@@ -11,8 +11,9 @@ import numpy as np
 from gddim.samplers.base import AbstractAdaptive, AbstractSampler, Coefficients, EpsFn, Last, denoise
 from gddim.samplers.gddim import history_nodes, triangular
 from gddim.samplers.grids import check_grid
-from gddim.samplers.quadrature import DIFFERENTIATE, Panels, lagrange
+from gddim.samplers.quadrature import Panels, lagrange
 from gddim.sde.base import AbstractLinearSDE
+from gddim.sde.collocation import DIFFERENTIATE
 from gddim.sde.linalg import Array, lq, product
 
 

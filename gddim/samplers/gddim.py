@@ -9,8 +9,9 @@ import numpy as np
 
 from gddim.samplers.base import AbstractSampler, Coefficients
 from gddim.samplers.grids import check_grid
-from gddim.samplers.quadrature import Panels, W, collocate
+from gddim.samplers.quadrature import Panels
 from gddim.sde.base import AbstractLinearSDE
+from gddim.sde.collocation import W, collocate
 from gddim.sde.linalg import inverse
 
 
