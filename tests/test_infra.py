@@ -99,11 +99,13 @@ def test_run_installs_again_only_when_something_changed(checkout):
     assert checkout.changes() == ["pip test,cuda"]
     checkout.run("true")
     assert checkout.changes() == []  # what is installed stays
+    checkout.run("true", GDDIM_EXTRAS="gcs", FAKE_OLD="1")  # needs no other interpreter than that of .venv
+    assert checkout.changes() == ["pip test,cuda,gcs"]
     checkout.run("true", FAKE_VERSION="3.13.0")
-    assert checkout.changes() == ["venv", "pip test,cuda"]
+    assert checkout.changes() == ["venv", "pip test,cuda,gcs"]
     checkout.root = checkout.root.rename(checkout.root.with_name("moved"))
     checkout.run("true", FAKE_VERSION="3.13.0")
-    assert checkout.changes() == ["venv", "pip test,cuda"]
+    assert checkout.changes() == ["venv", "pip test,cuda,gcs"]
 
 
 def test_run_starts_afresh_after_an_interruption(checkout):
