@@ -1,4 +1,4 @@
-"""Data: the order of records, the sources, the shards, and what happens to broken input."""
+"""Data: the order of records, prefetching, pixels, and the sources that need no file."""
 
 import threading
 import time
@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gddim.data import ArraySource, Digits, FiveRings, batch_indices, batches, prefetch, random_flip, to_uint8, to_unit
+from gddim.data.moments import moments, spectrum
 from gddim.errors import UserError
 
 
@@ -201,3 +202,19 @@ def test_five_rings_are_circles_of_equal_weight():
     np.testing.assert_array_equal(held_out, FiveRings(test_points=500).test()[np.arange(500)])
     assert not np.isin(held_out[:, 0], points[:, 0]).all()
     assert (FiveRings(seed=1).test()[np.arange(5)] != held_out[:5]).any()
+
+
+# What the Denoiser has to know.
+
+
+def test_moments_are_those_of_the_scaled_data_and_the_spectrum_keeps_their_sum():
+    source = Digits().train()
+    x = source[np.arange(len(source))] / 127.5 - 1
+    np.testing.assert_allclose(moments(source), (x.mean(), x.std(), np.sqrt((x**2).mean())), rtol=1e-12)
+    std, rms = spectrum(source)
+    assert std.shape == rms.shape == (8, 8)
+    np.testing.assert_allclose((rms**2).mean(), (x**2).mean(), rtol=1e-12)
+    np.testing.assert_allclose((std**2).mean(), x.var(0).mean(), rtol=1e-12)
+    np.testing.assert_allclose(rms[0, 0], np.sqrt((x.sum((1, 2)) ** 2).mean() / 64), rtol=1e-12)
+    points = moments(ArraySource(np.array([[3.0, -1.0]], np.float32)))
+    np.testing.assert_allclose(points, (1, 2, np.sqrt(5)))

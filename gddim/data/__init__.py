@@ -1,12 +1,12 @@
 """Data sets as random-access sources, and the batches drawn from them (design §5: batch i is a function of i)."""
 
-from .folders import CelebA, ImageFolder
-from .images import random_flip, to_uint8, to_unit
-from .moments import moments, spectrum
-from .official import CIFAR10, SVHN
-from .pipeline import batch_indices, batches, prefetch
-from .shards import Shards, prepare
-from .sources import ArrayFile, ArraySource, Dataset, Digits, FiveRings, Source
+from gddim.data.folders import CelebA, ImageFolder
+from gddim.data.images import random_flip, to_uint8, to_unit
+from gddim.data.moments import moments, spectrum
+from gddim.data.official import CIFAR10, SVHN
+from gddim.data.pipeline import batch_indices, batches, prefetch
+from gddim.data.shards import Shards, prepare
+from gddim.data.sources import ArrayFile, ArraySource, Dataset, Digits, FiveRings, Source
 
 __all__ = [
     "CIFAR10",

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError
-from . import CIFAR10, SVHN, ArrayFile, CelebA, Dataset, Digits, FiveRings, ImageFolder, Shards
-from .moments import moments, spectrum
-from .shards import prepare
+from gddim.data import CIFAR10, SVHN, ArrayFile, CelebA, Dataset, Digits, FiveRings, ImageFolder, Shards
+from gddim.data.moments import moments, spectrum
+from gddim.data.shards import prepare
+from gddim.errors import UserError
 
 _NAMED = {"digits": Digits, "five-rings": FiveRings, "cifar10": CIFAR10, "svhn": SVHN, "celeba": CelebA}
 _SOURCE = f"{', '.join(_NAMED)}, or the path of a folder or zip of images, of a .npy or .npz file, or of shards"
@@ -39,17 +39,17 @@ def _prepare(options: argparse.Namespace) -> None:
 
 def _std(options: argparse.Namespace) -> None:
     out = options.spectrum and Path(options.spectrum).expanduser()
-    if out and out.exists():
-        raise UserError(f"{out} exists: name another file")
+    if out and (out.exists() or not out.parent.is_dir()):
+        raise UserError(f"--spectrum {out} must be a new file in a folder that exists")
     source = _dataset(options).train()
+    if out and len(source.shape) != 3:
+        raise UserError(f"a spectrum needs images (H, W, C), not records {source.shape}")
     mean, std, rms = moments(source)
     print(f"{len(source):,} records {source.shape}: mean {mean:.5f}, std {std:.5f}, rms {rms:.5f}")
     if out:
-        if len(source.shape) != 3:
-            raise UserError(f"a spectrum needs images (H, W, C), not records {source.shape}")
-        by_frequency = spectrum(source)
+        std_by_frequency, rms_by_frequency = spectrum(source)
         with open(out, "xb") as file:
-            np.savez(file, std=by_frequency[0], rms=by_frequency[1])
+            np.savez(file, std=std_by_frequency, rms=rms_by_frequency)
         print(f"{out}: std and rms of each of the {source.shape[0]}×{source.shape[1]} frequencies")
 
 

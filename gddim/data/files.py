@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
-from typing import BinaryIO
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
-from ..errors import UserError
+from gddim.errors import UserError
 
 _TIMEOUT_SECONDS = 30
 
@@ -27,6 +26,8 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another process writes in {path.parent}: wait for it, or name another folder") from None
+        except OSError:
+            pass  # a file system without locks
         yield
 
 
@@ -55,9 +56,7 @@ def fetch(url: str, path: Path, md5: str) -> None:
                 _download(url, part)
             if digest(part, "md5") != md5:
                 part.unlink()
-                raise UserError(
-                    f"{url} sends something else than md5 {md5}: put {path.name} into {path.parent} yourself"
-                )
+                raise UserError(f"{url} has another md5 sum than {md5}: put {path.name} into {path.parent} yourself")
             part.replace(path)
     except (OSError, HTTPException) as error:
         raise UserError(f"cannot download {url} ({error}): try again, or put {path.name} into {path.parent}") from error
@@ -67,21 +66,16 @@ def _download(url: str, part: Path) -> None:
     """Appends to `part` what it lacks of `url`, from the beginning if the server cannot continue."""
     start = part.stat().st_size if part.exists() else 0
     try:
-        response = urlopen(
-            Request(url, headers={"Range": f"bytes={start}-"} if start else {}), timeout=_TIMEOUT_SECONDS
-        )
+        request = Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+        response = urlopen(request, timeout=_TIMEOUT_SECONDS)
     except HTTPError as error:
         if error.code == 416:  # nothing lies beyond what is here
             return
         raise
     with response, open(part, "ab" if response.status == 206 else "wb") as file:
-        _copy(response, file, part.stem)
-
-
-def _copy(response, file: BinaryIO, name: str) -> None:
-    expected = response.headers.get("Content-Length")
-    with tqdm.wrapattr(response, "read", total=expected and int(expected), desc=name, disable=None) as counted:
         begin = file.tell()
-        shutil.copyfileobj(counted, file, 2**20)
-    if expected and file.tell() - begin < int(expected):
-        raise ConnectionError("the connection ended early")
+        expected = int(response.headers.get("Content-Length", 0))
+        with tqdm.wrapattr(response, "read", total=expected or None, desc=part.stem, disable=None) as counted:
+            shutil.copyfileobj(counted, file, 2**20)
+        if file.tell() - begin < expected:
+            raise ConnectionError("the connection ended early")

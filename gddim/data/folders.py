@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from tqdm import tqdm
 
-from ..errors import UserError
-from .sources import ArraySource, Source, data_folder, every_nth
+from gddim.data.sources import ArraySource, Source, data_folder, every_nth
+from gddim.errors import UserError
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
@@ -42,6 +42,7 @@ class _Files:
 
 
 def _is_image(name: PurePosixPath) -> bool:
+    """Whether a name is that of an image, not hidden and not (in an archive) a path out of it."""
     hidden = any(part.startswith((".", "__MACOSX")) for part in name.parts)
     return name.suffix.lower() in _SUFFIXES and not hidden
 
@@ -63,7 +64,7 @@ class ImageFiles:
 
     def __getitem__(self, indices: Int[np.ndarray, " b"], /) -> UInt8[np.ndarray, "b h w c"]:
         out = np.empty((len(indices), *self.shape), np.uint8)
-        for row, image in enumerate(self._pool.map(self._decode, indices)):
+        for row, image in enumerate(self._pool.map(self._decode, indices.tolist())):
             out[row] = image
         return out
 

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
-from .sources import Source
+from gddim.data.sources import Source
 
 _CHUNK = 1024
 

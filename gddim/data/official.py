@@ -9,9 +9,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from jaxtyping import UInt8
 
-from ..errors import UserError
-from .files import digest, fetch
-from .sources import ArraySource, data_folder
+from gddim.data.files import digest, fetch
+from gddim.data.sources import ArraySource, data_folder
+from gddim.errors import UserError
 
 _CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 _CIFAR_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"

@@ -12,8 +12,8 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import Int, Shaped, UInt64
 
-from ..errors import UserError
-from .sources import Source
+from gddim.data.sources import Source
+from gddim.errors import UserError
 
 Item = TypeVar("Item")
 Placed = TypeVar("Placed")

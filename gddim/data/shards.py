@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Int, Shaped
 from tqdm import tqdm
 
-from ..errors import UserError
-from .files import digest, locked
-from .sources import Dataset, Source
+from gddim.data.files import digest, locked
+from gddim.data.sources import Dataset, Source
+from gddim.errors import UserError
 
 _FORMAT = "gddim shards 1"
 _MANIFEST = "manifest.json"
@@ -86,7 +86,10 @@ def prepare(dataset: Dataset, dest: Path, shard_bytes: int = 2**28) -> None:
     A shard counts once it is whole and its SHA-256 stands in the manifest; what counts is verified and kept, the rest
     is written. Raises UserError if `dest` holds anything else, or if the disk is full.
     """
-    _refuse_foreign(dest)
+    if dest.exists() and not dest.is_dir():
+        raise UserError(f"{dest} is a file: name a folder")
+    if dest.is_dir() and _read_manifest(dest) is None and {entry.name for entry in dest.iterdir()} - {_LOCK}:
+        raise UserError(f"{dest} holds other files, which are left alone: name a new or empty folder")
     sources = {"train": dataset.train(), "test": dataset.test()}
     plan = _plan(dataset, sources, shard_bytes)
     try:
@@ -105,13 +108,15 @@ def prepare(dataset: Dataset, dest: Path, shard_bytes: int = 2**28) -> None:
                             _write_manifest(dest, manifest)
                         begin = rows.stop
                         bar.update(begin - bar.n)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the writer's own errors, as that of a full disk, are RuntimeErrors
         raise UserError(f"cannot write {dest} ({error}): mend that, then run the same command to go on") from error
 
 
 def _plan(dataset: Dataset, sources: dict[str, Source], shard_bytes: int) -> dict:
     """The manifest before anything is written: shards of about `shard_bytes`, none of them there yet."""
-    shape, dtype = sources["train"].shape, np.dtype(sources["train"].dtype)
+    shape, dtype = sources["train"].shape, sources["train"].dtype
+    if (sources["test"].shape, sources["test"].dtype) != (shape, dtype):
+        raise UserError(f"records to train on are {dtype} {shape}, but those held out are {sources['test'].shape}")
     per_shard = max(1, shard_bytes // max(1, int(np.prod(shape)) * dtype.itemsize))
     splits = {
         split: [
@@ -138,7 +143,9 @@ def _continued(plan: dict, old: dict | None, dest: Path) -> dict:
         return plan
     for key in ("source", "shape", "dtype", "flip", "counts"):
         if old[key] != plan[key]:
-            raise UserError(f"{dest} was begun with {key} {old[key]}, not {plan[key]}: name another folder")
+            raise UserError(
+                f"{dest} was begun with {key} {old[key]}, not {plan[key]}: delete it or name another folder"
+            )
     return old
 
 
@@ -161,13 +168,6 @@ def _write_shard(path: Path, source: Source, rows: range, bar: tqdm) -> None:
 def _is_whole(folder: Path, shard: dict) -> bool:
     path = folder / shard["file"]
     return shard["sha256"] is not None and path.is_file() and path.stat().st_size == shard["bytes"]
-
-
-def _refuse_foreign(dest: Path) -> None:
-    if dest.exists() and not dest.is_dir():
-        raise UserError(f"{dest} is a file: name a folder")
-    if dest.is_dir() and _read_manifest(dest) is None and {entry.name for entry in dest.iterdir()} - {_LOCK}:
-        raise UserError(f"{dest} holds other files, which are left alone: name a new or empty folder")
 
 
 def _read_manifest(folder: Path) -> dict | None:

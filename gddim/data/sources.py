@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
-from ..errors import UserError
+from gddim.errors import UserError
 
 
 @runtime_checkable
@@ -86,13 +86,15 @@ def data_folder(root: str | None) -> Path:
 
 
 def every_nth(n: int, every: int) -> tuple[Int[np.ndarray, " a"], Int[np.ndarray, " b"]]:
-    """Rows to train on and rows held out: every `every`-th is held out; 0 holds out none, and tests on all."""
+    """Rows to train on and rows held out: every `every`-th (or the last, of fewer); 0 holds out none, tests on all."""
     if every < 0 or every == 1:
         raise UserError(f"test_every must be 0 or at least 2, not {every}")
     rows = np.arange(n)
     if every == 0:
         return rows, rows
-    held_out = rows % every == every - 1
+    if n < 2:
+        raise UserError(f"there is nothing to hold out of {n} records: test_every must be 0")
+    held_out = rows % every == min(every, n) - 1
     return rows[~held_out], rows[held_out]
 
 
@@ -109,17 +111,23 @@ class Digits:
     shape = (8, 8, 1)
 
     def train(self) -> ArraySource:
-        return ArraySource(self._shuffled()[:1500])
+        return ArraySource(self._shuffled()[0][:1500])
 
     def test(self) -> ArraySource:
-        return ArraySource(self._shuffled()[1500:])
+        return ArraySource(self._shuffled()[0][1500:])
 
-    def _shuffled(self) -> np.ndarray:
+    def labels(self) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]:
+        """Which digit each record of `train` and of `test` is."""
+        labels = self._shuffled()[1]
+        return labels[:1500], labels[1500:]
+
+    def _shuffled(self) -> tuple[np.ndarray, np.ndarray]:
         from sklearn.datasets import load_digits
 
-        levels, _ = load_digits(return_X_y=True)
+        levels, labels = load_digits(return_X_y=True)
         images = np.round(levels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
-        return images[np.random.default_rng(0).permutation(len(images))]
+        order = np.random.default_rng(0).permutation(len(images))
+        return images[order], labels[order]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,432 @@
+"""Data sets that are files: they are read exactly, never unpacked, and whatever is broken is named."""
+
+import hashlib
+import io
+import sys
+import tarfile
+import threading
+import zipfile
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.io import savemat
+
+from gddim.data import CIFAR10, SVHN, ArrayFile, CelebA, Digits, ImageFolder, __main__, folders, official
+from gddim.data.files import fetch, locked
+from gddim.errors import UserError
+
+
+def records(source):
+    return source[np.arange(len(source))]
+
+
+def pixels(seed, *shape):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def files_below(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+# CIFAR-10 and SVHN.
+
+
+def test_cifar10_is_the_official_one(gddim_data):
+    train, test = CIFAR10(str(gddim_data)).train(), CIFAR10(str(gddim_data)).test()
+    assert (len(train), len(test), train.shape, train.dtype, train.flip) == (
+        50_000,
+        10_000,
+        (32, 32, 3),
+        np.uint8,
+        True,
+    )
+    raw = np.fromfile(gddim_data / "cifar-10-batches-bin" / "data_batch_2.bin", np.uint8, 3073)[1:]
+    np.testing.assert_array_equal(train[np.array([10_000])][0].transpose(2, 0, 1).ravel(), raw)
+
+
+@pytest.fixture
+def small_cifar(monkeypatch):
+    """Batches of two images whose digests pass for the official ones."""
+    batches = {name: pixels(i, 2 * 3073).tobytes() for i, name in enumerate(official._BATCH_MD5)}
+    digests = {name: hashlib.md5(raw).hexdigest() for name, raw in batches.items()}
+    monkeypatch.setattr(official, "_BATCH_MD5", digests)
+    return batches
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w:gz") as tar:
+        for name, raw in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(raw)
+            tar.addfile(info, io.BytesIO(raw))
+
+
+def test_cifar10_reads_the_archive_in_place_whatever_its_paths(tmp_path, small_cifar):
+    root = tmp_path / "a" / "b"
+    root.mkdir(parents=True)
+    members = [("../../evil.bin", b"evil"), ("/tmp/evil.bin", b"evil")]
+    members += [(f"../cifar-10-batches-bin/{name}", raw) for name, raw in small_cifar.items()]
+    write_tar(root / "cifar-10-binary.tar.gz", members)
+    from_archive = CIFAR10(str(root)).train()
+    assert files_below(tmp_path) == ["a/b/cifar-10-binary.tar.gz"]
+
+    unpacked = tmp_path / "cifar-10-batches-bin"
+    unpacked.mkdir()
+    for name, raw in small_cifar.items():
+        (unpacked / name).write_bytes(raw)
+    for root in (tmp_path, unpacked):
+        np.testing.assert_array_equal(records(CIFAR10(str(root)).train()), records(from_archive))
+    assert len(from_archive) == 10
+
+
+def test_damaged_cifar10_is_named(tmp_path, small_cifar):
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    for name, raw in small_cifar.items():
+        (folder / name).write_bytes(raw)
+    (folder / "data_batch_3.bin").write_bytes(small_cifar["data_batch_3.bin"][:-1])
+    with pytest.raises(UserError, match=r"data_batch_3.bin is damaged: 6145 bytes"):
+        CIFAR10(str(tmp_path)).train()
+    CIFAR10(str(tmp_path)).test()
+    (folder / "data_batch_3.bin").unlink()
+    with pytest.raises(UserError, match=r"has no data_batch_3.bin"):
+        CIFAR10(str(tmp_path)).train()
+
+
+def test_a_truncated_archive_is_named(tmp_path, small_cifar):
+    archive = tmp_path / "cifar-10-binary.tar.gz"
+    write_tar(archive, small_cifar.items())
+    archive.write_bytes(archive.read_bytes()[:20_000])
+    with pytest.raises(UserError, match=r"cifar-10-binary.tar.gz is damaged|is damaged: "):
+        CIFAR10(str(tmp_path)).train()
+
+
+def test_pickled_cifar10_is_refused(tmp_path):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    with pytest.raises(UserError, match=r"cifar-10-batches-py is pickled, .*cifar-10-binary.tar.gz"):
+        CIFAR10(str(tmp_path)).train()
+
+
+@pytest.mark.parametrize("dataset", [CIFAR10, SVHN, CelebA])
+def test_a_missing_root_is_named_and_not_made(tmp_path, dataset, monkeypatch):
+    data = dataset(root=str(tmp_path / "nowhere"))  # builds: nothing is read yet
+    with pytest.raises(UserError, match=r"nowhere is not a folder"):
+        data.train()
+    monkeypatch.setenv("GDDIM_DATA", str(tmp_path / "nothing"))
+    with pytest.raises(UserError, match=r"GDDIM_DATA .*nothing is not a folder"):
+        dataset().test()
+    assert not list(tmp_path.iterdir())
+
+
+def test_svhn(tmp_path, monkeypatch):
+    images = pixels(0, 32, 32, 3, 5)
+    savemat(tmp_path / "train_32x32.mat", {"X": images, "y": np.arange(5)[:, None]})
+    with pytest.raises(UserError, match=r"train_32x32.mat is damaged"):
+        SVHN(str(tmp_path)).train()
+    digest = hashlib.md5((tmp_path / "train_32x32.mat").read_bytes()).hexdigest()
+    monkeypatch.setitem(official._SVHN_MD5, "train_32x32.mat", digest)
+    np.testing.assert_array_equal(records(SVHN(str(tmp_path)).train())[3], images[..., 3])
+
+
+# Downloads, from a server of our own.
+
+BODY = pixels(0, 300_000).tobytes()
+MD5 = hashlib.md5(BODY).hexdigest()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Sends BODY, from where it is asked to if `ranges`, and hangs up after `limit` bytes."""
+
+    def __init__(self, server, *args, **kwargs):
+        self.behaviour = server
+        super().__init__(*args, **kwargs)
+
+    def do_GET(self):
+        asked = self.headers.get("Range")
+        self.behaviour["asked"].append(asked)
+        start = int(asked[6:-1]) if asked and self.behaviour["ranges"] else 0
+        if start >= len(BODY):
+            self.send_error(416)
+            return
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(BODY) - start))
+        self.end_headers()
+        self.wfile.write(BODY[start : start + self.behaviour["limit"]])
+
+    def log_message(self, format, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    behaviour = {"ranges": True, "limit": 10**9, "asked": []}
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, behaviour)) as running:
+        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}/file.bin", behaviour
+        running.shutdown()
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_an_interrupted_download_is_completed(tmp_path, server, ranges):
+    url, behaviour = server
+    behaviour.update(ranges=ranges, limit=100_000)
+    with pytest.raises(UserError, match=r"put file.bin into "):
+        fetch(url, tmp_path / "file.bin", MD5)
+    assert not (tmp_path / "file.bin").exists()
+    behaviour["limit"] = 10**9
+    fetch(url, tmp_path / "file.bin", MD5)
+    assert (tmp_path / "file.bin").read_bytes() == BODY
+    assert behaviour["asked"] == [None, "bytes=100000-"]
+    assert files_below(tmp_path) == [".lock", "file.bin"]
+    fetch(url, tmp_path / "file.bin", MD5)
+    assert len(behaviour["asked"]) == 2
+
+
+@pytest.mark.parametrize("rest", [b"not the beginning", BODY, BODY + b"more"])
+def test_whatever_lies_in_the_part_file_the_download_ends_right(tmp_path, server, rest):
+    (tmp_path / "file.bin.part").write_bytes(rest)
+    fetch(server[0], tmp_path / "file.bin", MD5)
+    assert (tmp_path / "file.bin").read_bytes() == BODY
+
+
+def test_a_wrong_digest_leaves_nothing(tmp_path, server):
+    with pytest.raises(UserError, match=r"md5"):
+        fetch(server[0], tmp_path / "file.bin", "0" * 32)
+    assert files_below(tmp_path) == [".lock"]
+
+
+def test_several_processes_download_once(tmp_path, server):
+    url, behaviour = server
+    threads = [threading.Thread(target=fetch, args=(url, tmp_path / "file.bin", MD5)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (tmp_path / "file.bin").read_bytes() == BODY
+    assert len(behaviour["asked"]) == 1
+
+
+def test_without_a_network_one_line_says_which_file_to_put_where(tmp_path, monkeypatch):
+    monkeypatch.setattr(official, "_CIFAR_URL", "http://127.0.0.1:9/cifar-10-binary.tar.gz")
+    with pytest.raises(UserError) as caught:
+        CIFAR10(str(tmp_path)).train()
+    assert f"put cifar-10-binary.tar.gz into {tmp_path}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_lock_is_exclusive_and_let_go(tmp_path):
+    with locked(tmp_path / "lock"), pytest.raises(UserError, match="another process"):
+        locked(tmp_path / "lock", wait=False).__enter__()
+    with locked(tmp_path / "lock", wait=False):
+        pass
+
+
+# Folders of images.
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Eleven images, some in a subfolder, one of them grey, and files that are none."""
+    folder = tmp_path / "photos"
+    (folder / "sub").mkdir(parents=True)
+    for i in range(10):
+        Image.fromarray(pixels(i, 20, 16, 3)).save(folder / ("sub" if i % 2 else ".") / f"{i}.png")
+    Image.fromarray(pixels(10, 16, 20)).save(folder / "grey.PNG")
+    (folder / "notes.txt").write_text("no image")
+    (folder / ".hidden.png").write_text("no image")
+    return folder
+
+
+def test_a_folder_is_cropped_in_the_centre_and_resized(photos):
+    data = ImageFolder(str(photos), size=16)
+    train, test = data.train(), data.test()
+    assert (len(train), len(test), data.shape, train.flip) == (10, 1, (16, 16, 3), False)
+    # In order: 0 2 4 6 8 grey sub/1 sub/3 sub/5 (sub/7 is held out) sub/9.
+    for found, seed in ((train[np.array([0])], 0), (train[np.array([6])], 1), (test[np.array([0])], 7)):
+        np.testing.assert_array_equal(found[0], pixels(seed, 20, 16, 3)[2:18])
+    np.testing.assert_array_equal(train[np.array([5])][0], np.repeat(pixels(10, 16, 20)[:, 2:18, None], 3, axis=2))
+
+
+def test_resizing_is_antialiased_and_keeps_its_place(tmp_path):
+    waves = np.outer(np.sin(np.arange(64) / 9), np.cos(np.arange(64) / 7)) * 100 + 128
+    stripes = np.where(np.arange(64) % 2, 20, -20)
+    for name in ("a.png", "b.png"):
+        Image.fromarray((waves + stripes).astype(np.uint8)).save(tmp_path / name)
+    small = records(ImageFolder(str(tmp_path), 16, channels=1).train())[0, :, :, 0]
+    mean = waves.reshape(16, 4, 16, 4).mean((1, 3))
+    assert np.abs(small[1:-1, 1:-1] - mean[1:-1, 1:-1]).max() < 6
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_any_channel_count_and_both_ways_of_reading(photos, channels, monkeypatch):
+    kept = records(ImageFolder(str(photos), 8, channels).train())
+    assert kept.shape == (10, 8, 8, channels)
+    monkeypatch.setattr(folders, "_KEEP_DECODED", 0)
+    read = ImageFolder(str(photos), 8, channels).train()
+    assert isinstance(read, folders.ImageFiles)
+    np.testing.assert_array_equal(records(read), kept)
+    np.testing.assert_array_equal(read[np.array([7, 2])], kept[[7, 2]])
+
+
+def test_a_zip_is_read_in_place_and_paths_out_of_it_are_passed_over(photos, tmp_path):
+    inside = tmp_path / "x" / "y"
+    inside.mkdir(parents=True)
+    with zipfile.ZipFile(inside / "photos.zip", "w") as archive:
+        for name in files_below(photos):
+            archive.write(photos / name, name)
+        archive.write(photos / "0.png", "../../evil.png")
+    before = files_below(tmp_path)
+    zipped = ImageFolder(str(inside / "photos.zip"), 16, test_every=0).train()
+    np.testing.assert_array_equal(records(zipped), records(ImageFolder(str(photos), 16, test_every=0).train()))
+    assert files_below(tmp_path) == before
+
+
+def cut_short(path):
+    Image.fromarray(pixels(0, 64, 64, 3)).save(path, "JPEG")
+    path.write_bytes(path.read_bytes()[:1500])
+
+
+BROKEN = {
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("<html>not found</html>"),
+    "cut short": cut_short,
+    "16 bits": lambda path: Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save(path, "PNG"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_broken_image_is_named(photos, how):
+    BROKEN[how](photos / "broken.jpg")
+    with pytest.raises(UserError, match=r"photos: cannot read broken.jpg \(.+\): mend or remove it") as caught:
+        ImageFolder(str(photos), 8).train()
+    assert "\n" not in str(caught.value)
+
+
+def test_orientation_is_that_of_the_camera(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    image = pixels(0, 4, 4, 3)
+    for name in ("a.png", "b.png"):
+        Image.fromarray(image).save(tmp_path / name, exif=exif)
+    np.testing.assert_array_equal(records(ImageFolder(str(tmp_path), 4).train())[0], image[::-1, ::-1])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"path": "nowhere"}, "nowhere is neither a folder nor a zip"),
+        ({"size": 0}, "size must be positive"),
+        ({"channels": 5}, "channels 1 to 4"),
+        ({"test_every": 1}, "test_every must be 0 or at least 2"),
+        ({"path": "sub/empty"}, "holds no images"),
+    ],
+)
+def test_wrong_folder_options_are_refused(photos, options, says):
+    (photos / "sub" / "empty").mkdir()
+    path = photos / options.pop("path", "")
+    with pytest.raises(UserError, match=says):
+        ImageFolder(**{"path": str(path), "size": 8, **options}).train()
+
+
+def test_celeba_keeps_the_official_partition_and_crop(tmp_path):
+    folder = tmp_path / "celeba" / "img_align_celeba"
+    folder.mkdir(parents=True)
+    ramp = np.broadcast_to(np.arange(178, dtype=np.uint8)[None, :, None], (218, 178, 3))
+    for number in (1, 162_770, 162_771, 182_637, 182_638, 202_599):
+        Image.fromarray(ramp).save(folder / f"{number:06}.jpg", quality=95)
+    train, test = CelebA(str(tmp_path)).train(), CelebA(str(tmp_path)).test()
+    assert (len(train), len(test), train.shape, train.flip) == (2, 2, (64, 64, 3), True)
+    expected = 19 + (np.arange(64) + 0.5) * 140 / 64 - 0.5
+    assert np.abs(records(train)[0, :, 2:-2] - expected[None, 2:-2, None]).max() < 3
+    with pytest.raises(UserError, match=r"put img_align_celeba.zip .* there"):
+        CelebA(str(folder)).train()
+
+
+# NumPy files.
+
+
+def test_numpy_files(tmp_path):
+    images = pixels(0, 25, 4, 4, 5)
+    np.save(tmp_path / "a.npy", images)
+    np.savez(tmp_path / "one.npz", anything=images)
+    np.savez(tmp_path / "two.npz", train=images[:20], test=images[20:])
+    np.save(tmp_path / "points.npy", np.linspace(-7, 7, 40).reshape(20, 2))
+    for name in ("a.npy", "one.npz"):
+        data = ArrayFile(str(tmp_path / name))
+        assert data.shape == (4, 4, 5)
+        np.testing.assert_array_equal(records(data.test()), images[[9, 19]])
+        np.testing.assert_array_equal(records(data.train()), np.delete(images, [9, 19], axis=0))
+    np.testing.assert_array_equal(records(ArrayFile(str(tmp_path / "two.npz")).test()), images[20:])
+    assert ArrayFile(str(tmp_path / "points.npy")).train().dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (np.array([{"a": 1}], dtype=object), "cannot read .*bad.npy"),
+        (np.zeros((5, 4, 4, 3), np.int64), "must be uint8 or float32"),
+        (np.full((5, 4, 4, 3), 255.0), r"must lie in \[-1, 1\], found 0 to 255"),
+        (np.full((5, 2), np.nan), "not finite"),
+        (np.zeros((1, 2)), "nothing to hold out"),
+        (b"junk", "cannot read .*bad.npy"),
+    ],
+)
+def test_wrong_numpy_files_are_named(tmp_path, content, says):
+    path = tmp_path / "bad.npy"
+    path.write_bytes(content) if isinstance(content, bytes) else np.save(path, content, allow_pickle=True)
+    with pytest.raises(UserError, match=says):
+        ArrayFile(str(path)).train()
+
+
+# The command line.
+
+
+def command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["gddim.data", *map(str, arguments)])
+    try:
+        __main__.main()
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def test_prepare_and_std_from_the_command_line(photos, tmp_path, monkeypatch, capsys):
+    assert command(monkeypatch, "prepare", photos, tmp_path / "shards", "--size", 16) == 0
+    assert "10 records to train, 1 held out" in capsys.readouterr().out
+    for source, options in ((photos, ["--size", 16]), (tmp_path / "shards", [])):
+        spectrum = tmp_path / f"{source.name}.npz"
+        assert command(monkeypatch, "std", source, *options, "--spectrum", spectrum) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == printed[2] == "10 records (16, 16, 3): " + printed[0].split(": ")[1]
+    with np.load(tmp_path / "photos.npz") as a, np.load(tmp_path / "shards.npz") as b:
+        np.testing.assert_array_equal(a["rms"], b["rms"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["prepare", "cifar11", "dest"], "no data set cifar11: give digits, five-rings, cifar10"),
+        (["prepare", "{photos}", "dest"], "say --size"),
+        (["std", "digits", "--spectrum", "no/such/folder.npz"], "a new file in a folder that exists"),
+        (["std", "five-rings", "--spectrum", "s.npz"], "needs images"),
+    ],
+)
+def test_wrong_commands_end_in_one_line_and_write_nothing(photos, monkeypatch, capsys, arguments, says):
+    monkeypatch.chdir(photos.parent)
+    before = files_below(photos.parent)
+    assert command(monkeypatch, *(argument.format(photos=photos) for argument in arguments)) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert says in captured.err
+    assert files_below(photos.parent) == before
+
+
+def test_building_a_data_set_reads_nothing():
+    for data in (CIFAR10("x"), SVHN("x"), CelebA("x"), ImageFolder("x", 8), ArrayFile("x"), Digits()):
+        hash(data)
+    assert CIFAR10("x").shape == (32, 32, 3)
+    assert CelebA("x").shape == (64, 64, 3)

@@ -1,0 +1,149 @@
+"""Shards: written once, continued after an interruption, and never over anything else."""
+
+import json
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from gddim.data import ArraySource, Shards, batches, prepare, shards
+from gddim.data.files import locked
+from gddim.errors import UserError
+
+RECORDS = np.random.default_rng(0).integers(0, 256, (1000, 4, 4, 3), dtype=np.uint8)
+POINTS = np.random.default_rng(1).normal(size=(1000, 3)).astype(np.float32)
+SHARD_BYTES = 300 * 48
+
+
+@dataclass
+class Interrupted:
+    """Records whose reading stops at a certain one."""
+
+    array: np.ndarray
+    stop: int
+    flip: bool = True
+
+    def __post_init__(self):
+        self.shape, self.dtype = self.array.shape[1:], self.array.dtype
+
+    def __len__(self):
+        return len(self.array)
+
+    def __getitem__(self, indices):
+        if self.stop in indices:
+            raise KeyboardInterrupt
+        return self.array[indices]
+
+
+@dataclass
+class Data:
+    array: np.ndarray = field(default_factory=lambda: RECORDS, repr=False)
+    stop: int = field(default=-1, repr=False)
+
+    @property
+    def shape(self):
+        return self.array.shape[1:]
+
+    def train(self):
+        return Interrupted(self.array[:-100], self.stop)
+
+    def test(self):
+        return ArraySource(self.array[-100:])
+
+
+def records(source):
+    return source[np.arange(len(source))]
+
+
+def stamps(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.array_record")}
+
+
+@pytest.mark.parametrize("array", [RECORDS, POINTS], ids=["images", "points"])
+def test_what_is_written_is_read(tmp_path, array):
+    dest = tmp_path / "new" / "shards"
+    prepare(Data(array), dest, SHARD_BYTES)
+    data = Shards(str(dest))
+    assert (data.shape, data.train().dtype, data.train().flip) == (array.shape[1:], array.dtype, True)
+    np.testing.assert_array_equal(records(data.train()), array[:-100])
+    np.testing.assert_array_equal(records(data.test()), array[-100:])
+    scattered = np.random.default_rng(2).integers(0, 900, 500)
+    np.testing.assert_array_equal(data.train()[scattered], array[scattered])
+    assert data.train()[np.arange(0)].shape == (0, *array.shape[1:])
+
+
+def test_batches_of_shards_are_those_of_the_source(tmp_path):
+    prepare(Data(), tmp_path / "shards", SHARD_BYTES)
+    from_shards = batches(Shards(str(tmp_path / "shards")).train(), 64, seed=3)
+    from_memory = batches(ArraySource(RECORDS[:-100]), 64, seed=3)
+    for _ in range(40):
+        np.testing.assert_array_equal(next(from_shards), next(from_memory))
+
+
+@pytest.mark.parametrize("stop", [0, 299, 300, 650, 899])
+def test_an_interrupted_prepare_goes_on(tmp_path, stop, monkeypatch):
+    monkeypatch.setattr(shards, "_CHUNK", 64)
+    whole, dest = tmp_path / "whole", tmp_path / "dest"
+    prepare(Data(), whole, SHARD_BYTES)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(Data(stop=stop), dest, SHARD_BYTES)
+    done = stamps(dest)
+    assert len(done) == stop // 300
+    with pytest.raises(UserError, match=r"lacks train-0000\d.array_record .*prepare` again"):
+        Shards(str(dest)).train()
+    prepare(Data(), dest, SHARD_BYTES)
+    assert done.items() <= stamps(dest).items()
+    assert json.loads((dest / "manifest.json").read_text()) == json.loads((whole / "manifest.json").read_text())
+    assert sorted(p.name for p in dest.iterdir()) == sorted(p.name for p in whole.iterdir())
+    np.testing.assert_array_equal(records(Shards(str(dest)).train()), RECORDS[:-100])
+
+
+def test_a_damaged_shard_is_named_and_prepared_again(tmp_path):
+    prepare(Data(), tmp_path, SHARD_BYTES)
+    path = tmp_path / "train-00001.array_record"
+    whole = path.read_bytes()
+    before = stamps(tmp_path)
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 16
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"train-00001.array_record is damaged"):
+        records(Shards(str(tmp_path)).train())
+    path.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match=r"lacks train-00001.array_record or a part of it"):
+        Shards(str(tmp_path)).train()
+    path.write_bytes(damaged)
+    prepare(Data(), tmp_path, SHARD_BYTES)
+    np.testing.assert_array_equal(records(Shards(str(tmp_path)).train()), RECORDS[:-100])
+    assert [name for name, stamp in stamps(tmp_path).items() if stamp != before[name]] == [path.name]
+
+
+@pytest.mark.parametrize("name", ["holiday.jpg", "manifest.json"])
+def test_a_folder_of_something_else_is_left_alone(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match=r"holds other files|is not a manifest"):
+        prepare(Data(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "{}"
+    with pytest.raises(UserError, match="is a file"):
+        prepare(Data(), tmp_path / name)
+
+
+def test_another_data_set_is_not_written_over(tmp_path):
+    prepare(Data(), tmp_path, SHARD_BYTES)
+    before = stamps(tmp_path)
+    with pytest.raises(UserError, match=r"was begun with counts .*900.* not .*400"):
+        prepare(Data(RECORDS[:500]), tmp_path, SHARD_BYTES)
+    with pytest.raises(UserError, match="was begun with shape"):
+        prepare(Data(POINTS), tmp_path, SHARD_BYTES)
+    assert stamps(tmp_path) == before
+
+
+def test_two_at_once_are_refused(tmp_path):
+    tmp_path.joinpath(".lock").touch()
+    with locked(tmp_path / ".lock"), pytest.raises(UserError, match="another process writes"):
+        prepare(Data(), tmp_path)
+
+
+def test_no_shards_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"is no folder of shards: python -m gddim.data prepare"):
+        Shards(str(tmp_path / "nowhere")).train()
