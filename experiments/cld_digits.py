@@ -16,7 +16,7 @@ EXPERIMENT = Experiment(
     sde=CLD(),
     net=NCSNppConfig(
         width=24,
-        multipliers=(1, 2),
+        multipliers=(1, 1),
         blocks=1,
         attention=(4,),
         dropout=0.0,
@@ -37,7 +37,7 @@ EXPERIMENT = Experiment(
         save_every=1_000,
     ),
     sampling=Sampling(samples=100, batch=100, nfe=20),
-    eval=Evaluation(samples=500, batch=500),
+    eval=Evaluation(features="pixels", samples=500, batch=500),
 )
 
 if __name__ == "__main__":

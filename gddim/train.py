@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from gddim.logs import Log
 
@@ -61,8 +61,8 @@ def adam(schedule: optax.Schedule, beta1: float = 0.9, clip: float = 1.0) -> opt
 
 
 def make_update(
-    loss: Callable[[PyTree, Array, Array], Float[Array, ""]],
-    prepare: Callable[[Array, Array], Array],
+    prepare: Callable[[Array, PRNGKeyArray], tuple[Array, ...]],
+    loss: Callable[..., Float[Array, ""]],
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     *,
@@ -72,14 +72,14 @@ def make_update(
 ) -> Callable[[TrainState, Array], tuple[TrainState, Metrics]]:
     """One training step `(state, batch) → (state, metrics)`, to be jitted with its state donated.
 
-    `loss(params, x0s, keys)` is the mean over examples, each with a key of its own, and `prepare(batch, key)` takes raw
-    records to what the model sees. Every example's randomness follows from (seed, step, row), so neither the number of
-    devices nor `accumulate`, into which the batch is cut, changes what is computed beyond rounding.
+    `prepare(batch, key)` makes arrays with an example a row of raw records, all that is random among them, and
+    `loss(params, *arrays)` is a mean over rows. A row then follows from (seed, step, row) alone: neither the number of
+    devices nor `accumulate`, into how many parts a batch is cut, changes what is computed beyond rounding.
     """
 
-    def gradient(params, x0s, keys):
+    def gradient(params, arrays):
         if accumulate == 1:
-            return jax.value_and_grad(loss)(params, x0s, keys)
+            return jax.value_and_grad(loss)(params, *arrays)
 
         def strided(x):  # part a holds the rows a, a + accumulate, …: each device keeps the rows that it has
             return jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0)
@@ -89,13 +89,12 @@ def make_update(
 
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
         unroll = accumulate if jax.default_backend() == "cpu" else 1  # XLA:CPU runs convolutions in loops slowly
-        total, _ = jax.lax.scan(add, zero, (strided(x0s), strided(keys)), unroll=unroll)
+        total, _ = jax.lax.scan(add, zero, jax.tree.map(strided, arrays), unroll=unroll)
         return jax.tree.map(lambda x: x / accumulate, total)
 
     def update(state, batch):
-        data_key, loss_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
-        x0s = prepare(batch, data_key)
-        value, grads = gradient(state.model, x0s, jax.random.split(loss_key, len(x0s)))
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        value, grads = gradient(state.model, prepare(batch, key))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
         params = optax.apply_updates(state.model, updates)
         step = state.step.astype(jnp.float32)

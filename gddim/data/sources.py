@@ -76,7 +76,7 @@ class ArraySource:
 def data_folder(root: str | None) -> Path:
     """The folder of data sets: `root`, which must exist, else $GDDIM_DATA, which must too, else ~/.cache/gddim."""
     given = root or os.environ.get("GDDIM_DATA")
-    if given is None:
+    if not given:
         return Path.home() / ".cache" / "gddim"
     folder = Path(given).expanduser()
     if not folder.is_dir():

@@ -18,9 +18,10 @@ from etils import epath
 
 from gddim.errors import UserError
 from gddim.experiment.config import MAY_CHANGE, Experiment
+from gddim.experiment.evaluating import evaluate
 from gddim.experiment.plan import Plan
 from gddim.experiment.training import Preempted, run_training
-from gddim.experiment.verbs import dry_run, evaluate, sample
+from gddim.experiment.verbs import dry_run, sample
 from gddim.experiment.workdir import check_config, describe, locked, write_config
 from gddim.parallel import EXIT_PREEMPTED, initialize, leave
 from gddim.train import Diverged

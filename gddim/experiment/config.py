@@ -76,6 +76,8 @@ class Training:
     """Parts into which a batch is cut, one after another, where memory is short."""
     fused: int = 1
     """Steps a dispatch, for accelerators; slow on a CPU."""
+    time_power: float = 1.0
+    """Training times are uniform in t^(1/time_power): 1 as published, more for more of the small times."""
     learning_rate: float = 2e-4
     """Peak of Adam's learning rate."""
     warmup: int = 5_000
@@ -104,7 +106,7 @@ class Training:
             require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("warmup", "cooldown", "show_every", "keep_every"):
             require(getattr(self, name) >= 0, f"{name} must be at least 0, not {getattr(self, name)}")
-        for name in ("learning_rate", "clip"):
+        for name in ("learning_rate", "clip", "time_power"):
             require(0 < getattr(self, name) < math.inf, f"{name} must be > 0, not {getattr(self, name)}")
         for name in ("ema", "beta1"):
             require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), not {getattr(self, name)}")
@@ -163,6 +165,9 @@ class Evaluation:
     """Samples a cell."""
     batch: int = 500
     """Samples at a time, over all devices; changes no sample."""
+    features: Literal["inception", "pixels"] = "inception"
+    """Where distances are measured: in Inception features to the training data (FID), or in the pixels or coordinates
+    themselves to the held-out data, where the data are too small for the former."""
 
     def __post_init__(self):
         require(len(self.nfe) > 0 and min(self.nfe) >= 1, f"nfe must be positive numbers, not {self.nfe}")

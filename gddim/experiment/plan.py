@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 
 from gddim.data import random_flip, to_unit
 from gddim.experiment.config import Experiment
-from gddim.loss import denoising_loss
+from gddim.loss import draw_noise
 from gddim.parallel import init_sharded, make_mesh, per_device_batch, replicated, state_shardings
 from gddim.train import TrainState, adam, fuse, learning_rate, make_update
 
@@ -51,18 +51,18 @@ class Plan:
 
     def step(self, flip: bool, accumulate: int) -> Callable:
         """The pure training step, of records that may or may not be mirrored."""
-
-        def loss(params, x0s, keys):
-            # Whole for the step: left to itself XLA splits some layers over fsdp, and sends activations around.
-            params = jax.lax.with_sharding_constraint(params, replicated(self.mesh))
-            return denoising_loss(self.model(params), x0s, keys)
+        train = self.experiment.train
 
         def prepare(batch, key):
-            return to_unit(random_flip(batch, key) if flip else batch)
+            flip_key, noise_key = jax.random.split(key)
+            x0 = to_unit(random_flip(batch, flip_key) if flip else batch)
+            return x0, *draw_noise(self.experiment.sde, x0, noise_key, train.time_power)
 
-        train = self.experiment.train
+        def loss(params, *arrays):
+            return jnp.mean(jax.vmap(self.model(params).loss)(*arrays))
+
         return make_update(
-            loss, prepare, self.optimizer, self.schedule,
+            prepare, loss, self.optimizer, self.schedule,
             seed=self.experiment.seed, ema=train.ema, accumulate=accumulate,
         )  # fmt: skip
 

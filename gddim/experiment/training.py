@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 from etils import epath
+from jaxtyping import PyTree
 
 from gddim.checkpoint import Checkpointer
 from gddim.data import Source, batches, prefetch
@@ -78,6 +79,13 @@ def run_training(plan: Plan, source: Source, workdir: epath.Path) -> None:
         )
     if step < settings.steps:
         raise Preempted(f"saved at step {step} of {settings.steps}")
+
+
+def restore_ema(plan: Plan, workdir: epath.Path, step: int | None = None) -> tuple[PyTree, int]:
+    """The averaged parameters of a checkpoint, the newest whole one if no step is given, and its step."""
+    with contextlib.closing(checkpoints(plan.experiment, workdir)) as saved:
+        items, step = saved.restore({"ema": plan.shapes.ema}, step)
+    return items["ema"], step
 
 
 def _start(plan: Plan, saved: Checkpointer) -> tuple[int, TrainState]:

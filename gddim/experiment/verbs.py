@@ -1,13 +1,11 @@
-"""The verbs `sample` and `evaluate`, and the dry run."""
+"""The verb `sample`, and the dry run."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
 import time
-from typing import Any
 
 import jax
 from etils import epath
@@ -18,7 +16,7 @@ from gddim.experiment.drawing import draw_samples, follow
 from gddim.experiment.outputs import origin_of, write_npz, write_png
 from gddim.experiment.pictures import film, gallery, trajectory
 from gddim.experiment.plan import Plan
-from gddim.experiment.training import checkpoints
+from gddim.experiment.training import restore_ema
 from gddim.experiment.workdir import describe, flatten
 from gddim.parallel import bytes_per_device
 
@@ -51,7 +49,8 @@ def sample(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
     names = ("samples.npz", "samples.png", "trajectory.png", "denoise.png")
     for name in names:
         origin_of(workdir / name)
-    model, step = restored(plan, workdir, step)
+    params, step = restore_ema(plan, workdir, step)
+    model = plan.model(params)
     origin = {"experiment": experiment.name, "step": step, **describe(sampling)}
     draw_samples(experiment, plan.mesh, model, dataclasses.replace(sampling, samples=1))  # compiles
     start = time.perf_counter()
@@ -70,13 +69,3 @@ def sample(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
             flush=True,
         )
 
-
-def restored(plan: Plan, workdir: epath.Path, step: int | None) -> tuple[Any, int]:
-    """The averaged model of a checkpoint, the newest whole one if no step is given, and its step."""
-    with contextlib.closing(checkpoints(plan.experiment, workdir)) as saved:
-        items, step = saved.restore({"ema": plan.shapes.ema}, step)
-    return plan.model(items["ema"]), step
-
-
-def evaluate(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
-    """Compare samplers on the averaged model of a checkpoint."""
