@@ -1,9 +1,9 @@
 """The rules of the house, read off the source: who imports whom, and what nobody does."""
 
 import ast
+import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -168,8 +168,10 @@ def test_importing_touches_no_device_sets_no_flag_and_loads_nothing_heavy():
 
 def test_import_is_quick():
     def seconds() -> float:
-        start = time.perf_counter()
+        """Of processor time, which on an idle machine is what it takes, whatever else runs on this one."""
+        before = os.times()
         subprocess.run([sys.executable, "-c", "import gddim"], check=True, cwd=ROOT)
-        return time.perf_counter() - start
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
 
-    assert any(seconds() < 2 for _ in range(3))
+    assert min(seconds() for _ in range(3)) < 2
