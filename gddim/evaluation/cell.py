@@ -89,9 +89,7 @@ class Evaluator:
     sharding: jax.sharding.Sharding | None = None
 
     def __post_init__(self) -> None:
-        theirs = self.reference.origin["features"]
-        if theirs != self.space.name:
-            raise UserError(f"the reference was taken in the feature space {theirs}, not in {self.space.name}")
+        self.reference.check_space(self.space.name)
 
     @functools.cached_property
     def origin(self) -> Row:

@@ -13,12 +13,20 @@ from gddim.data import to_unit
 class FeatureSpace(Protocol):
     """What `Statistics` are taken in: a module whose call runs inside a compiled program, on a batch."""
 
-    name: str
-    """Tells two spaces apart whose distances may not be compared, resize rule and weights included."""
-    metrics: tuple[str, ...]
-    """What a table shows for it, of the names that `statistics.compare` knows."""
-    chunk: int
-    """Samples that one device takes at a time."""
+    @property
+    def name(self) -> str:
+        """Tells two spaces apart whose distances may not be compared, resize rule and weights included."""
+        ...
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What a table shows for it, of the names that `statistics.compare` knows."""
+        ...
+
+    @property
+    def chunk(self) -> int:
+        """Samples that one device takes at a time."""
+        ...
 
     def __call__(self, samples: Shaped[Array, "b ..."], /) -> Float[Array, "b d"]: ...
 

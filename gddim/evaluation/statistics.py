@@ -60,6 +60,11 @@ class Statistics:
         parts = [self.moments.mean, self.moments.scatter, self.subset]
         return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()[:16]
 
+    def check_space(self, name: str) -> None:
+        """Raise `UserError` unless they were taken in the feature space of this name."""
+        if self.origin["features"] != name:
+            raise UserError(f"different feature spaces cannot be compared: {self.origin['features']} and {name}")
+
     def save(self, path: os.PathLike) -> None:
         """Write an npz file that appears whole or not at all."""
         arrays: dict[str, Any] = {f"moments.{k}": v for k, v in dataclasses.asdict(self.moments).items()}
@@ -132,14 +137,27 @@ def source_statistics(
     return found
 
 
+def cached_statistics(
+    source: Source, space: FeatureSpace, name: str, folder: os.PathLike, sharding: jax.sharding.Sharding | None = None
+) -> Statistics:
+    """`source_statistics`, kept in `folder` under a name that follows from the space and some of the records."""
+    probe = source[np.linspace(0, len(source) - 1, 64).astype(int)]
+    told = json.dumps([name, space.name, len(source), source.shape, hashlib.sha256(probe.tobytes()).hexdigest()])
+    path = epath.Path(folder) / f"statistics-{hashlib.sha256(told.encode()).hexdigest()[:16]}.npz"
+    if path.exists():
+        return Statistics.load(path)
+    found = source_statistics(source, space, name, sharding)
+    if jax.process_index() == 0:
+        found.save(path)
+    return found
+
+
 def compare(samples: Statistics, reference: Statistics, names: tuple[str, ...]) -> dict[str, float]:
     """The metrics of these names between two statistics, and the standard errors that some have.
 
     Raises `UserError` when they were taken in different feature spaces.
     """
-    spaces = samples.origin["features"], reference.origin["features"]
-    if spaces[0] != spaces[1]:
-        raise UserError(f"statistics of different feature spaces cannot be compared: {spaces[0]} and {spaces[1]}")
+    reference.check_space(samples.origin["features"])
     found: dict[str, float] = {}
     if "frechet" in names:
         found["frechet"] = metrics.frechet_distance(samples.moments, reference.moments)

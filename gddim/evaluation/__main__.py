@@ -1,0 +1,176 @@
+"""`python -m gddim.evaluation stats|fid|report`: statistics of a data set, distances of two, tables of results."""
+
+import argparse
+import io
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from etils import epath
+
+from gddim.data import CIFAR10, SVHN, ArrayFile, ArraySource, CelebA, Digits, FiveRings, ImageFolder, Shards, Source
+from gddim.errors import UserError
+from gddim.evaluation.features import FeatureSpace, PixelFeatures
+from gddim.evaluation.inception import CONVENTIONS, InceptionFeatures
+from gddim.evaluation.metrics import Gaussian, frechet_distance
+from gddim.evaluation.provenance import software
+from gddim.evaluation.report import plot, table
+from gddim.evaluation.statistics import FEW, Statistics, compare, source_statistics, write_whole
+from gddim.evaluation.sweep import read_rows
+from gddim.parallel import batch_sharding, make_mesh
+
+_NAMED = {"digits": Digits, "five-rings": FiveRings, "cifar10": CIFAR10, "svhn": SVHN, "celeba": CelebA}
+_SOURCE = (
+    f"{', '.join(_NAMED)}, each with :test for its held-out part; or the path of a folder or zip of images, of a .npy "
+    "or .npz file of samples, or of shards"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m gddim.evaluation", description=__doc__)
+    verbs = parser.add_subparsers(required=True, metavar="stats|fid|report")
+    stats = verbs.add_parser("stats", help="write mean, covariance and a subset of SOURCE's features to OUT.npz")
+    stats.add_argument("source", metavar="SOURCE", help=_SOURCE)
+    stats.add_argument("out", metavar="OUT.npz", help="a new file")
+    stats.set_defaults(action=_stats)
+    fid = verbs.add_parser("fid", help="print the distances between A and B")
+    for name in ("a", "b"):
+        fid.add_argument(name, metavar=name.upper(), help=f"{_SOURCE}; or statistics in a .npz file")
+    fid.set_defaults(action=_fid)
+    for verb in (stats, fid):
+        verb.add_argument("--features", choices=("inception", "pixels"), default="inception")
+        verb.add_argument("--convention", choices=CONVENTIONS, default=CONVENTIONS[0], help="how images are resized")
+        verb.add_argument("--weights", type=Path, help="Inception weights; by default those in the data folder")
+        verb.add_argument("--size", type=int, help="resize images of a folder to this; by default to that of the first")
+    report = verbs.add_parser("report", help="write the tables of RESULTS to OUT.md and the plot to OUT.png")
+    report.add_argument("results", metavar="RESULTS.jsonl")
+    report.add_argument("out", metavar="OUT")
+    report.set_defaults(action=_report)
+    options = parser.parse_args()
+    try:
+        options.action(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _stats(options: argparse.Namespace) -> None:
+    out = epath.Path(options.out).expanduser()
+    if out.exists() or out.suffix != ".npz":
+        raise UserError(f"{out} {'exists' if out.exists() else 'is no .npz file'}: name a new .npz file")
+    found = _statistics(_source(options.source, options.size), _space(options), options.source)
+    found.save(out)
+    print(f"{out}: {found.count:,} records of {options.source}, {found.origin['features']}, digest {found.digest()}")
+
+
+def _fid(options: argparse.Namespace) -> None:
+    a, b = _sides(options)
+    if not (isinstance(a, Statistics) and isinstance(b, Statistics)):
+        a, b = (side.moments if isinstance(side, Statistics) else side for side in (a, b))
+        print(f"Fréchet distance {frechet_distance(a, b):.4f} (a file does not tell how its features were taken)")
+        return
+    found = compare(a, b, ("frechet", "kid", "precision_recall"))
+    few = f"; fewer than {FEW:,}: compare only figures of equal counts" if min(a.count, b.count) < FEW else ""
+    print(f"Fréchet distance {found['frechet']:.4f} ({a.count:,} and {b.count:,} samples{few})")
+    print(f"KID {found['kid']:.6f} ± {found['kid_error']:.6f}")
+    print(f"precision {found['precision']:.4f}, recall {found['recall']:.4f}")
+
+
+def _sides(options: argparse.Namespace) -> list[Statistics | Gaussian]:
+    """Statistics of A and B: as they were saved, the others taken now, in the space of the saved ones or not at all."""
+    names = (options.a, options.b)
+    saved = [_saved(name) for name in names]
+    if None not in saved:
+        return [side for side in saved if side]
+    sources = [_source(name, options.size) for name, side in zip(names, saved, strict=True) if side is None]
+    space = _space(options)
+    for side in saved:
+        if isinstance(side, Statistics):
+            side.check_space(space.name)
+    taken = iter(sources)
+    return [side or _statistics(next(taken), space, name) for side, name in zip(saved, names, strict=True)]
+
+
+def _report(options: argparse.Namespace) -> None:
+    rows = read_rows(Path(options.results).expanduser())
+    out = epath.Path(options.out).expanduser()
+    text = table(rows)
+    write_whole(out.with_suffix(".md"), text.encode())
+    plot(rows, out.with_suffix(".png"))
+    print(text)
+
+
+def _space(options: argparse.Namespace) -> FeatureSpace:
+    if options.features == "pixels":
+        return PixelFeatures()
+    return InceptionFeatures.load(options.weights, options.convention)
+
+
+def _statistics(source: Source, space: FeatureSpace, name: str) -> Statistics:
+    if isinstance(space, InceptionFeatures) and (source.dtype != np.uint8 or source.shape[-1] not in (1, 3)):
+        raise UserError(f"{name} holds {source.dtype} {source.shape}, no uint8 images: use --features pixels")
+    found = source_statistics(source, space, name, batch_sharding(make_mesh()))
+    found.origin.update(software())
+    return found
+
+
+def _source(text: str, size: int | None) -> Source:
+    name, _, part = text.partition(":")
+    if name in _NAMED and part in ("", "test"):
+        return _NAMED[name]().test() if part else _NAMED[name]().train()
+    path = Path(text).expanduser()
+    if not path.exists():
+        raise UserError(f"no data set {text}: give {_SOURCE}")
+    if path.suffix in (".npy", ".npz"):
+        samples = _arrays(path).get("samples") if path.suffix == ".npz" else None
+        return ArrayFile(str(path), test_every=0).train() if samples is None else ArraySource(samples)
+    if (path / "manifest.json").is_file():
+        return Shards(str(path)).train()
+    return ImageFolder(str(path), size or _first_size(path), test_every=0).train()
+
+
+def _first_size(path: Path) -> int:
+    """The shorter side of the first image of a folder or zip archive."""
+    from PIL import Image
+
+    known = Image.registered_extensions()
+    if path.is_dir():
+        files = (file for file in sorted(path.rglob("*")) if file.suffix.lower() in known)
+        content = next((file.read_bytes() for file in files), b"")
+    elif zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = (name for name in sorted(archive.namelist()) if Path(name).suffix.lower() in known)
+            content = next((archive.read(name) for name in names), b"")
+    else:
+        raise UserError(f"{path} is no data set: give {_SOURCE}")
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return min(image.size)
+    except OSError as error:
+        raise UserError(f"{path}: its first image cannot be read: {error}") from error
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except Exception as error:  # zip, zlib, header and object errors alike
+        raise UserError(f"cannot read {path} ({error}): a .npz file of numbers is needed") from error
+
+
+def _saved(text: str) -> Statistics | Gaussian | None:
+    """Statistics from a file of ours, or of pytorch-fid (`mu` and `sigma`); None for anything else."""
+    path = Path(text).expanduser()
+    if path.suffix != ".npz" or not path.is_file():
+        return None
+    names = _arrays(path)
+    if "moments.mean" in names:
+        return Statistics.load(path)
+    if {"mu", "sigma"} <= names.keys():
+        return Gaussian(names["mu"].astype(np.float64), names["sigma"].astype(np.float64))
+    return None
+
+
+if __name__ == "__main__":
+    main()
