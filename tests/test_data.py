@@ -142,10 +142,20 @@ def test_prefetch_raises_in_place_and_stops():
 
 
 def test_closing_prefetch_ends_every_thread():
-    ahead = prefetch(batches(numbered(100), 8, seed=0), jnp.asarray)
+    placed = []
+
+    def place(batch):
+        time.sleep(0.05)
+        placed.append(batch)
+        return batch
+
+    ahead = prefetch(batches(numbered(100), 8, seed=0), place)
     assert next(ahead).shape == (8, 1)
     ahead.close()
+    count = len(placed)
     assert not prefetch_threads()
+    time.sleep(0.2)
+    assert len(placed) == count
 
 
 # Pixels.

@@ -16,6 +16,7 @@ from scipy.io import savemat
 
 from gddim.data import CIFAR10, SVHN, ArrayFile, CelebA, Digits, ImageFolder, __main__, folders, official
 from gddim.data.files import fetch, locked
+from gddim.data.sources import data_folder
 from gddim.errors import UserError
 
 
@@ -80,6 +81,8 @@ def test_cifar10_reads_the_archive_in_place_whatever_its_paths(tmp_path, small_c
     for root in (tmp_path, unpacked):
         np.testing.assert_array_equal(records(CIFAR10(str(root)).train()), records(from_archive))
     assert len(from_archive) == 10
+    planes = np.frombuffer(small_cifar["data_batch_1.bin"], np.uint8)[1:3073].reshape(3, 32, 32)
+    np.testing.assert_array_equal(records(from_archive)[0, 5, 9], planes[:, 5, 9])
 
 
 def test_damaged_cifar10_is_named(tmp_path, small_cifar):
@@ -119,6 +122,12 @@ def test_a_missing_root_is_named_and_not_made(tmp_path, dataset, monkeypatch):
     with pytest.raises(UserError, match=r"GDDIM_DATA .*nothing is not a folder"):
         dataset().test()
     assert not list(tmp_path.iterdir())
+
+
+def test_without_a_root_the_cache_folder_is_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("GDDIM_DATA", "")
+    assert data_folder(None) == tmp_path / ".cache" / "gddim"
 
 
 def test_svhn(tmp_path, monkeypatch):
