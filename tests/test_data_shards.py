@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from data_helpers import pixels, records
 
 from gddim.data import ArraySource, Shards, batches, prepare, shards
 from gddim.data.files import locked
 from gddim.errors import UserError
 
-RECORDS = np.random.default_rng(0).integers(0, 256, (1000, 4, 4, 3), dtype=np.uint8)
+RECORDS = pixels(0, 1000, 4, 4, 3)
 POINTS = np.random.default_rng(1).normal(size=(1000, 3)).astype(np.float32)
 SHARD_BYTES = 300 * 48
 
@@ -49,10 +50,6 @@ class Data:
 
     def test(self):
         return ArraySource(self.array[-100:])
-
-
-def records(source):
-    return source[np.arange(len(source))]
 
 
 def stamps(folder):
