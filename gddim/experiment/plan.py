@@ -59,6 +59,8 @@ class Plan:
             return x0, *draw_noise(self.experiment.sde, x0, noise_key, train.time_power)
 
         def loss(params, *arrays):
+            # Whole for the step: left to itself XLA splits some layers over fsdp, and sends activations around.
+            params = jax.lax.with_sharding_constraint(params, replicated(self.mesh))
             return jnp.mean(jax.vmap(self.model(params).loss)(*arrays))
 
         return make_update(

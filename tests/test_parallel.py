@@ -1,0 +1,291 @@
+"""Meshes and shardings: the same training on any of them, the state split as promised, costs as on paper."""
+
+import os
+import signal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+
+from gddim import UserError
+from gddim.nn import NCSNppConfig
+from gddim.parallel import (
+    MeshConfig,
+    PreemptionGuard,
+    activation_bytes,
+    batch_sharding,
+    bytes_per_device,
+    collectives,
+    default_rule,
+    describe,
+    global_batch,
+    init_sharded,
+    make_mesh,
+    peak_flops,
+    per_device_batch,
+    replicated,
+    state_shardings,
+    step_cost,
+)
+from gddim.parallel.processes import cluster
+from gddim.train import TrainState, make_update
+
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
+MESHES = {"8 data": (8, 1), "8 fsdp": (1, 8), "2 × 4": (2, 4)}
+
+
+def mesh_of(data: int, fsdp: int):
+    return make_mesh(MeshConfig(data, fsdp), jax.devices()[: data * fsdp])
+
+
+def abstract(data: int, fsdp: int) -> AbstractMesh:
+    return AbstractMesh((data, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def network():
+    return eqx.nn.MLP(8, 8, 64, 2, jax.nn.silu, key=jax.random.key(0))
+
+
+def loss(params, x0, noise):
+    model = eqx.combine(params, eqx.filter(network(), eqx.is_array, inverse=True))
+    return jnp.mean((jax.vmap(model)(x0 + noise) - noise) ** 2)
+
+
+def compile_step(mesh, accumulate: int = 1):
+    """A fresh state in its shards, and the compiled step."""
+    state = init_sharded(lambda: TrainState.create(network(), OPTIMIZER), mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    update = make_update(
+        lambda x0, key: (x0, jax.random.normal(key, x0.shape)),
+        lambda params, *batch: loss(jax.lax.with_sharding_constraint(params, replicated(mesh)), *batch),
+        OPTIMIZER, lambda step: jnp.float32(1e-3), seed=0, ema=0.9, accumulate=accumulate,
+    )  # fmt: skip
+    step = jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
+    batch = jax.ShapeDtypeStruct((32, 8), jnp.float32, sharding=batch_sharding(mesh))
+    with jax.numpy_dtype_promotion("standard"):  # Optax raises floats to integer powers
+        return state, step.lower(state, batch).compile()
+
+
+def five_steps(mesh, accumulate: int = 1) -> tuple[list[float], TrainState]:
+    state, step = compile_step(mesh, accumulate)
+    losses = []
+    for batch in np.random.default_rng(0).standard_normal((5, 32, 8)).astype(np.float32):
+        state, metrics = step(state, global_batch(batch, mesh))
+        losses.append(float(metrics["loss"]))
+    return losses, state
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    return five_steps(mesh_of(1, 1))
+
+
+@pytest.mark.parametrize(("shape", "accumulate"), [*((s, 1) for s in MESHES.values()), ((1, 1), 2), ((2, 2), 4)])
+def test_five_steps_agree_on_every_mesh(on_one_device, shape, accumulate):
+    losses, state = five_steps(mesh_of(*shape), accumulate)
+    np.testing.assert_allclose(losses, on_one_device[0], rtol=0, atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), state, on_one_device[1])
+
+
+def test_initial_parameters_are_the_same_on_every_mesh(on_one_device):
+    def make():
+        return TrainState.create(network(), OPTIMIZER)
+
+    expected = make()
+    for shape in MESHES.values():
+        jax.tree.map(np.testing.assert_array_equal, init_sharded(make, mesh_of(*shape)), expected)
+
+
+def test_fsdp_divides_the_state_from_the_start():
+    config = NCSNppConfig(width=16, multipliers=(1, 2), blocks=1, attention=(4,))
+    mesh = mesh_of(1, 8)
+    state = init_sharded(lambda: TrainState.create(config.build((8, 8, 2), 1, jax.random.key(0)), OPTIMIZER), mesh)
+    leaves = jax.tree.leaves(state)
+    held = {device: 0 for device in jax.devices()}
+    for shard in (shard for leaf in leaves for shard in leaf.addressable_shards):
+        held[shard.device] += shard.data.nbytes
+    total = sum(leaf.nbytes for leaf in leaves)
+    assert max(held.values()) <= 1.05 * total / 8
+    assert set(held.values()) == {bytes_per_device(state)}
+    shapes = eqx.filter_eval_shape(lambda: state)
+    placed = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, state_shardings(shapes, mesh)
+    )
+    assert bytes_per_device(placed) == bytes_per_device(state)
+
+
+def test_initialisation_passes_through_what_is_no_array():
+    model = init_sharded(network, mesh_of(2, 4))
+    assert (model.in_size, model.depth) == (8, 2)
+    assert model(jnp.ones(8)).shape == (8,)
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [
+        ((3, 3, 64, 128), P(None, None, None, "fsdp")),  # the largest axis
+        ((3, 3, 64, 64), P(None, None, None, "fsdp")),  # the last of equals
+        ((128, 100), P("fsdp")),  # divisible, though not the last
+        ((100, 130), P()),  # none is divisible
+        ((16,), P()),  # too small
+        ((), P()),
+    ],
+)
+def test_the_rule(shape, spec):
+    assert default_rule("", shape, abstract(1, 8)) == spec
+    assert default_rule("", shape, abstract(8, 1)) == P()
+
+
+def test_a_rule_of_ones_own_sees_paths():
+    def rule(path, shape, mesh):
+        return P() if path.startswith("ema/layers/0/") else default_rule(path, shape, mesh)
+
+    shapes = eqx.filter_eval_shape(lambda: TrainState.create(network(), OPTIMIZER))
+    shardings = state_shardings(shapes, abstract(1, 8), rule)
+    assert shardings.ema.layers[0].weight.spec == P()
+    assert shardings.ema.layers[1].weight.spec == shardings.model.layers[1].weight.spec == P(None, "fsdp")
+
+
+def test_meshes_go_by_process_and_fit_the_devices():
+    assert dict(make_mesh().shape) == {"data": 8, "fsdp": 1}
+    assert dict(make_mesh(MeshConfig(fsdp=4)).shape) == {"data": 2, "fsdp": 4}
+    backwards = make_mesh(MeshConfig(), jax.devices()[::-1])
+    assert list(backwards.devices.flat) == jax.devices()
+    assert set(backwards.axis_types) == {AxisType.Auto}
+    for config in (MeshConfig(fsdp=3), MeshConfig(data=3), MeshConfig(4, 4), MeshConfig(fsdp=0), MeshConfig(data=-2)):
+        with pytest.raises(UserError, match=r"mesh\.data"):
+            make_mesh(config)
+    assert per_device_batch(16, make_mesh()) == 2
+    for batch in (12, 0, -8):
+        with pytest.raises(UserError, match="multiple of 8"):
+            per_device_batch(batch, make_mesh())
+
+
+def test_each_device_is_given_its_own_rows():
+    mesh = mesh_of(2, 4)
+    batch = np.arange(16 * 3).reshape(16, 3)
+    placed = global_batch(batch, mesh)
+    np.testing.assert_array_equal(placed, batch)
+    rows = [np.asarray(shard.data) for shard in sorted(placed.addressable_shards, key=lambda s: s.device.id)]
+    np.testing.assert_array_equal(np.concatenate(rows), batch)
+    assert "2 × fsdp=4, 0.0 MiB" in describe(mesh, {"batch": placed})
+
+
+def test_the_compiled_step_sends_what_the_paper_says():
+    shapes = eqx.filter_eval_shape(lambda: TrainState.create(network(), OPTIMIZER))
+    params = sum(leaf.size * 4 for leaf in jax.tree.leaves(shapes.model))
+    found = {name: collectives(compile_step(mesh_of(*shape))[1].as_text() or "") for name, shape in MESHES.items()}
+    # Gradients, and a few numbers such as the loss; nothing else where every device has everything.
+    assert set(found["8 data"]) == {"all-reduce"}
+    assert params <= found["8 data"]["all-reduce"][1] <= params + 64
+    for name, (data, fsdp) in (("8 fsdp", (1, 8)), ("2 × 4", (2, 4))):
+        mesh = abstract(data, fsdp)
+        split = sum(
+            leaf.size * 4
+            for leaf, sharding in zip(
+                *map(jax.tree.leaves, (shapes.model, state_shardings(shapes.model, mesh))), strict=True
+            )
+            if sharding.spec
+        )
+        assert found[name]["all-gather"][1] == split  # each parameter once
+        assert params <= found[name]["all-reduce"][1] <= params + 64  # XLA:CPU has no reduce-scatter pass
+        cost = step_cost(shapes.model, shapes, 100, 32, mesh)
+        assert cost.sent == round(
+            2 * (split * (fsdp - 1) / fsdp + split / fsdp * (data - 1) / data + (params - split) * 7 / 8)
+        )
+        assert (cost.batch, cost.activations, cost.working) == (4, 400, params + split * (fsdp - 1) // fsdp)
+
+
+def test_activations_are_those_that_the_backward_pass_needs():
+    params = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    row = jax.ShapeDtypeStruct((64,), jnp.float32)
+
+    def product(w, x):
+        return jnp.sum(jnp.sin(x @ w))
+
+    assert activation_bytes(product, params, (row,)) in range(2 * 256, 2 * 256 + 8)  # x, and cos of the product
+
+
+def test_collectives_are_read_in_every_spelling():
+    text = """
+  %all-gather.3 = f32[64,16]{1,0} all-gather(%p), replica_groups=mesh['a'=4], dimensions={0}
+  %ar = (bf16[8]{0:T(256)}, /*index=1*/f32[]) all-reduce(%x, %y), to_apply=%add
+  %ags = (f32[2]{0}, f32[16]{0}) all-gather-start(%q), dimensions={0}
+  ROOT %agd = f32[16]{0} all-gather-done(%ags)
+  %rs = pred[4]{0} reduce-scatter(%z), dimensions={0}
+  %fusion = f32[100]{0} fusion(%all-gather.3), kind=kLoop
+"""
+    assert collectives(text) == {"all-gather": (2, 64 * 16 * 4 + 64), "all-reduce": (1, 20), "reduce-scatter": (1, 4)}
+
+
+def test_peak_rates_by_kind():
+    assert peak_flops("TPU v5 lite") == 197e12
+    assert peak_flops("TPU v5p") == peak_flops("TPU v5") == 459e12
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("NVIDIA L40S") == 362e12
+    assert peak_flops("cpu") is None
+
+
+SLURM = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NODELIST": "node[1-2]"}
+MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}
+ADDRESS = {"JAX_COORDINATOR_ADDRESS": "host:1234"}
+
+
+@pytest.mark.parametrize(
+    ("env", "tpu", "told"),
+    [
+        ({}, False, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, False, None),  # a shell in an allocation
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, False, None),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False, None),
+        (SLURM, False, {"process_id": 3, "num_processes": 8}),
+        ({**MPI, "OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1"}, False, {"process_id": 1, "num_processes": 4}),
+        ({}, True, {}),
+        (
+            {**ADDRESS, "JAX_NUM_PROCESSES": "2", "JOB_COMPLETION_INDEX": "1", "KUBERNETES_SERVICE_HOST": "10.0.0.1"},
+            False,
+            {"coordinator_address": "host:1234", "process_id": 1, "num_processes": 2},
+        ),
+        (
+            {**ADDRESS, "JAX_PROCESS_ID": "0", "JAX_NUM_PROCESSES": "2", **MPI},
+            False,
+            {"coordinator_address": "host:1234", "process_id": 0, "num_processes": 2},
+        ),
+        ({**ADDRESS, **MPI}, False, {"coordinator_address": "host:1234", "process_id": 1, "num_processes": 4}),
+    ],
+)
+def test_which_job_this_process_is_in(env, tpu, told):
+    assert cluster(env, tpu) == told
+
+
+@pytest.mark.parametrize("env", [ADDRESS, MPI])
+def test_half_a_job_is_an_error(env):
+    with pytest.raises(UserError, match="JAX_"):
+        cluster(env, False)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_at_the_next_step(number, capfd):
+    before = signal.getsignal(number)
+    with PreemptionGuard() as guard:
+        assert not guard.reached(1)
+        os.kill(os.getpid(), number)
+        assert guard.reached(2)
+    assert signal.getsignal(number) == before
+    assert "saving" in capfd.readouterr().err
+
+
+def test_a_second_interrupt_stops_at_once(capfd):
+    def twice():
+        with PreemptionGuard():
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        twice()
