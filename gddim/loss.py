@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, Scalar
+from jaxtyping import Array, Float, Key, PRNGKeyArray, Scalar
 
 from gddim.sde import AbstractLinearSDE
 
@@ -13,7 +13,7 @@ T_MIN = 1e-5  # the smallest time that is trained on, as published
 
 def draw_noise(
     sde: AbstractLinearSDE, x0: Float[Array, "batch *dims C"], key: PRNGKeyArray, power: float = 1.0
-) -> tuple[Float[Array, " batch"], Float[Array, "batch *dims k C"], PRNGKeyArray]:
+) -> tuple[Float[Array, " batch"], Float[Array, "batch *dims k C"], Key[Array, " batch"]]:
     """For each example of a batch a time in [1e-5, T], uniform in `t^{1/power}`, `ε ~ N(0, I)`, and a key for dropout."""
     t_key, eps_key, net_key = jax.random.split(key, 3)
     batch = x0.shape[0]

@@ -57,7 +57,13 @@ def learning_rate(peak: float, steps: int, warmup: int = 0, cooldown: int = 0) -
 
 def adam(schedule: optax.Schedule, beta1: float = 0.9, clip: float = 1.0) -> optax.GradientTransformation:
     """Adam on gradients whose global norm is cut to `clip`."""
-    return optax.chain(optax.clip_by_global_norm(clip), optax.adam(schedule, b1=beta1))
+    chain = optax.chain(optax.clip_by_global_norm(clip), optax.adam(schedule, b1=beta1))
+
+    def update(grads, state, params=None):
+        with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the power of an integer
+            return chain.update(grads, state, params)
+
+    return optax.GradientTransformation(chain.init, update)
 
 
 def make_update(

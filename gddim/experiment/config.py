@@ -15,7 +15,8 @@ from gddim.errors import UserError
 from gddim.evaluation.samplers import parse_sampler, sampler_name
 from gddim.model import Denoiser, EpsModel
 from gddim.parallel import MeshConfig
-from gddim.samplers import GDDIM, AbstractAdaptive, AbstractSampler, CholeskyMultistep, EulerMaruyama
+from gddim.samplers import GDDIM, AbstractSampler, CholeskyMultistep, EulerMaruyama
+from gddim.samplers.base import AbstractAdaptive
 from gddim.sde import AbstractLinearSDE
 
 # What may differ between a run and its continuation: it changes neither the gradient of a step nor what came before.

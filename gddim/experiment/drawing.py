@@ -18,7 +18,8 @@ from gddim.evaluation.samplers import steps_for
 from gddim.evaluation.statistics import to_host
 from gddim.experiment.config import Experiment, Sampling
 from gddim.parallel import batch_sharding
-from gddim.samplers import GDDIM, AbstractAdaptive, power_grid
+from gddim.samplers import GDDIM, power_grid
+from gddim.samplers.base import AbstractAdaptive
 from gddim.sde.linalg import product
 
 

@@ -15,7 +15,8 @@ from etils import epath
 from gddim.errors import UserError
 from gddim.evaluation.samplers import sampler_name
 from gddim.evaluation.statistics import write_whole
-from gddim.samplers import AbstractAdaptive, AbstractSampler
+from gddim.samplers import AbstractSampler
+from gddim.samplers.base import AbstractAdaptive
 
 CONFIG = "config.json"
 
