@@ -1,6 +1,6 @@
 """Processes without a closed form, written down from F and GGᵀ: ten lines each, checked by
 
-    python -m gddim.check experiments.processes:phase_space_langevin
+python -m gddim.check experiments.processes:phase_space_langevin
 """
 
 import jax.numpy as jnp

@@ -104,9 +104,7 @@ class Denoiser(eqx.Module):
     def _network(self, u: Array, t: Scalar, key: PRNGKeyArray | None) -> Array:
         """`F_θ(c_in u, t)` in pixels, `(*dims, C)`."""
         psi = self.sde.transition(t, 0.0)[..., :, :1]
-        noise, signal, variance = aligned(
-            self.sde.covariance(t), product(psi, transpose(psi)), self._variance(t)
-        )
+        noise, signal, variance = aligned(self.sde.covariance(t), product(psi, transpose(psi)), self._variance(t))
         whitened = product(inverse(symmetric_root(noise + variance * signal)), u)
         pixels = self.sde.to_pixels(whitened)
         return self.net(pixels.reshape(*u.shape[:-2], -1), self.time_scale * t, key=key).astype(u.dtype)

@@ -1,5 +1,6 @@
 """Samplers: tables of float64 coefficients, and the one loop that reads them."""
 
+from gddim.samplers.base import AbstractAdaptive as AbstractAdaptive
 from gddim.samplers.base import AbstractSampler as AbstractSampler
 from gddim.samplers.base import Coefficients as Coefficients
 from gddim.samplers.base import count_calls as count_calls

@@ -58,7 +58,9 @@ class Coefficients(eqx.Module):
     def __check_init__(self) -> None:
         for name, value in vars(self).items():
             if isinstance(value, np.ndarray) and not np.all(np.isfinite(value)):
-                raise ValueError(f"{name} is not finite on the grid {self.ts[0]} … {self.ts[-1]}; end it at a t_min > 0")
+                raise ValueError(
+                    f"{name} is not finite on the grid {self.ts[0]} … {self.ts[-1]}; end it at a t_min > 0"
+                )
 
     @property
     def stochastic(self) -> bool:
@@ -114,7 +116,7 @@ def calls(table: Coefficients, sde: AbstractLinearSDE, last: Last = "none") -> C
     n, shape = len(table.times), table.psi.shape[1:]
     one, zero = np.broadcast_to(np.eye(shape[-1]), table.psi.shape), np.zeros(table.psi.shape)
     steps, corrected = np.arange(n), np.full(n, table.corrector is not None)
-    predictor = dict(
+    predictor: dict[str, Any] = dict(
         time=table.times, slot=steps % SLOTS, record_u=table.record_u[:-1], record_eps=table.record_eps[:-1],
         psi=table.psi, weights=table.weights, accept=~corrected, step=steps, noise=table.noise,
         carry=one if table.carry is None else table.carry, shift=zero if table.shift is None else table.shift,
@@ -217,7 +219,7 @@ def sample(
             raise ValueError(f"{sampler} adds noise: sample needs a key")
         key = jax.random.key(0)
     if table.start is not None:
-        key, first = jax.random.split(key)
+        key, first = jax.random.split(key, 2)
         psi, noise = table.start
         u = product(psi, u) + product(noise, jax.random.normal(first, u.shape, u.dtype))
     return run(calls(table, sde, last), eps_fn, u, key)

@@ -167,7 +167,9 @@ class RK45(AbstractAdaptive):
             diffrax.ODETerm(velocity), diffrax.Dopri5(), start, end, None, u, max_steps=100_000,
             stepsize_controller=diffrax.PIDController(self.rtol, self.atol),
         )  # fmt: skip
-        calls = 6 * solution.stats["num_steps"] + 2  # the last stage is the next step's first; two choose the first step
+        calls = (
+            6 * solution.stats["num_steps"] + 2
+        )  # the last stage is the next step's first; two choose the first step
         u = jnp.asarray(solution.ys)[0]
         return (u, calls) if last == "none" else (denoise(sde, eps_fn, u, ts[-1], last), calls + 1)
 

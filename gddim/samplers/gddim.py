@@ -87,7 +87,9 @@ class GDDIM(AbstractSampler):
         return Coefficients(**table)
 
     def _on_data(self, panels, R, psi, one, z, nodes, with_s) -> Coefficients:
-        def weights(nodes: np.ndarray) -> np.ndarray:  # Ψ(·, t_j) folded in: m_j is the history, not D_j = Ψ(0, t_j) m_j
+        def weights(
+            nodes: np.ndarray,
+        ) -> np.ndarray:  # Ψ(·, t_j) folded in: m_j is the history, not D_j = Ψ(0, t_j) m_j
             t = np.broadcast_to(panels.ts[:-1, None], nodes.shape)
             return panels.stieltjes(nodes, Q, *ends) @ panels.psi(t, np.where(np.isnan(nodes), t, nodes))
 
@@ -96,7 +98,7 @@ class GDDIM(AbstractSampler):
         Q = panels.to_nodes(R[1:]) @ z.from_s @ inverse(panels.at(panels.sde.noise_factor, panels.tau))
         Q = Q @ panels.psi(panels.tau, panels.to_nodes(panels.ts[:-1]) + 0 * panels.tau)
         ends = psi, psi_hat
-        corrector = dict(corrector=weights(with_s), corrector_noise=z.noise) if self.corrector else {}
+        corrector: dict[str, Any] = dict(corrector=weights(with_s), corrector_noise=z.noise) if self.corrector else {}
         return Coefficients(
             ts=panels.ts, times=panels.ts[:-1], psi=psi_hat, weights=weights(nodes), noise=z.noise,
             record_u=one, record_eps=-R @ one, **corrector,
@@ -176,6 +178,6 @@ class Contraction:
 
 def triangular(B: np.ndarray) -> np.ndarray:
     """The Cholesky factor of `B Bᵀ` for `B` `(…, k, n ≥ k)`, by QR, also where `B Bᵀ` is singular."""
-    L = np.linalg.qr(B.swapaxes(-1, -2), mode="r").swapaxes(-1, -2)
+    L = np.asarray(np.linalg.qr(B.swapaxes(-1, -2), mode="r")).swapaxes(-1, -2)
     sign = np.where(np.einsum("...ii->...i", L) < 0, -1.0, 1.0)
     return L * sign[..., None, :]

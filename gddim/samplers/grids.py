@@ -58,14 +58,16 @@ def log_snr_grid(sde: AbstractLinearSDE, t_max: float, t_min: float, steps: int)
         raise ValueError(f"{type(sde).__name__} has a signal-to-noise ratio per frequency; use power_grid")
 
     def log_snr(t: np.ndarray) -> np.ndarray:
-        whitened = np.linalg.solve(on_host(sde.noise_factor, t), on_host(lambda x: sde.transition(x, 0 * x), t)[..., :, :1])
+        whitened = np.linalg.solve(
+            on_host(sde.noise_factor, t), on_host(lambda x: sde.transition(x, 0 * x), t)[..., :, :1]
+        )
         return np.log((whitened**2).sum((-1, -2)))
 
     low, high = np.full(steps - 1, t_min), np.full(steps - 1, t_max)
     ends = log_snr(np.array([t_max, t_min]))
     if not np.all(np.isfinite(ends)):
         raise ValueError(f"the log signal-to-noise ratio is not finite on [{t_min}, {t_max}]; raise t_min")
-    target = np.linspace(*ends, steps + 1)[1:-1]
+    target = np.linspace(ends[0], ends[1], steps + 1)[1:-1]
     for _ in range(80):  # bisection: the ratio falls with t
         middle = (low + high) / 2
         above = log_snr(middle) > target
@@ -78,7 +80,9 @@ def check_grid(sde: AbstractLinearSDE, ts: Any) -> np.ndarray:
     try:
         grid = np.asarray(ts, np.float64)
     except Exception as error:
-        raise ValueError("ts must be concrete numbers (its coefficients are computed on the host), not traced") from error
+        raise ValueError(
+            "ts must be concrete numbers (its coefficients are computed on the host), not traced"
+        ) from error
     if grid.ndim != 1 or grid.size < 2:
         raise ValueError(f"ts has shape {grid.shape}; a grid is a list of at least two times")
     if not np.all(np.diff(grid) < 0):

@@ -14,6 +14,7 @@ from gddim.sde.base import AbstractLinearSDE
 from gddim.sde.collocation import DEPTH, DIFFERENTIATE, NODES, W, X, unresolved
 from gddim.sde.host import on_host
 
+
 class Panels:
     """The steps of a grid, cut into panels `[lower, upper]` on each of which the process is a polynomial to 1e-13.
 

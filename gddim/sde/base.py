@@ -72,8 +72,7 @@ class AbstractLinearSDE(eqx.Module):
     def _derivatives(self, t: Time) -> tuple[Array, Array, Array]:
         """`F`, `R' − F R` and `R` at t, of one rank."""
         if not isinstance(t, jax.Array):
-            times = np.asarray(t, np.float64)
-            return tuple(in_float64(lambda x, i=i: self._derivatives(x)[i], times) for i in range(3))
+            return in_float64(self._derivatives, np.asarray(t, np.float64))
         one = jnp.ones_like(t)
         _, F = jax.jvp(lambda x: jnp.asarray(self.transition(x, t)), (t,), (one,))
         R, rate = jax.jvp(lambda x: jnp.asarray(self.noise_factor(x)), (t,), (one,))

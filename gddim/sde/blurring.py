@@ -30,7 +30,7 @@ def idct2(x: Float[Array, "H W *rest"]) -> Float[Array, "H W *rest"]:
     return _separable(x, *(dct_matrix(n).T for n in x.shape[:2]))
 
 
-def _separable(x: Array, rows: np.ndarray, columns: np.ndarray) -> jax.Array:
+def _separable(x: Array, rows: Array, columns: Array) -> jax.Array:
     x = jnp.asarray(x)
     rows, columns = jnp.asarray(rows, x.dtype), jnp.asarray(columns, x.dtype)
     return jnp.einsum("ai,bj,ij...->ab...", rows, columns, x, precision="highest")

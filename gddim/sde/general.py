@@ -102,7 +102,9 @@ class Solution:
                 break
             edges = np.sort(np.append(edges, (edges[1:] + edges[:-1])[rough] / 2))
         else:
-            raise ValueError("drift or diffusion_squared is too rough in time: no polynomials on 2^28 panels resolve it")
+            raise ValueError(
+                "drift or diffusion_squared is too rough in time: no polynomials on 2^28 panels resolve it"
+            )
         whole = values.pop("whole")
         coefficients = {name: np.einsum("ni,mi...->mn...", TO_LEGENDRE, value) for name, value in values.items()}
         return coefficients | dict(edges=edges, whole=whole, inverse=np.linalg.inv(whole))
@@ -182,7 +184,7 @@ class Solution:
         psi_late, psi_early = self("psi", late), self("psi", early)
         # backward in time the transpose is built, so that both directions multiply from the right
         forward = (t >= s).reshape(t.shape + (1,) * (psi_late.ndim - t.ndim))
-        choose = lambda ahead, behind: xp.where(forward, ahead, transpose(behind))  # noqa: E731
+        choose = lambda ahead, behind: xp.where(forward, ahead, transpose(behind))
         one = xp.eye(whole.shape[-1], dtype=t.dtype).reshape((1,) * (psi_late.ndim - 2) + whole.shape[-2:])
 
         def step(distance: Any, M: Array) -> Array:
@@ -211,7 +213,7 @@ def _(solution: Solution, primals: tuple, tangents: tuple) -> tuple[Array, Array
     t, s = primals
     psi = solution.transition(t, s)
     F_t, F_s = solution("F", t), solution("F", s)
-    expand = lambda dt: dt.reshape(dt.shape + (1,) * (psi.ndim - dt.ndim))  # noqa: E731
+    expand = lambda dt: dt.reshape(dt.shape + (1,) * (psi.ndim - dt.ndim))
     return psi, product(F_t, psi) * expand(tangents[0]) - product(psi, F_s) * expand(tangents[1])
 
 

@@ -10,16 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def in_float64(fn: Callable[..., Any], *times: np.ndarray) -> np.ndarray:
+def in_float64(fn: Callable[..., Any], *times: np.ndarray) -> Any:
     """`fn`, which JAX can trace, of scalar times, mapped over arrays of times of one shape: one program on the CPU.
 
-    Returns float64 NumPy `(*times.shape, *fn.shape)`. Works while something else is being traced, too.
+    Returns float64 NumPy `(*times.shape, *fn.shape)`, or a tuple of them. Works while something else is being traced, too.
     """
     flat = [np.asarray(t, np.float64).reshape(-1) for t in times]
     cpu = jax.local_devices(backend="cpu")[0]
     with jax.ensure_compile_time_eval(), jax.enable_x64(True), jax.default_device(cpu):
-        values = np.asarray(jax.jit(jax.vmap(lambda *ts: jnp.asarray(fn(*ts), jnp.float64)))(*flat))
-    return values.reshape(np.shape(times[0]) + values.shape[1:])
+        values = jax.jit(jax.vmap(lambda *ts: _floats(fn(*ts))))(*flat)
+        reshaped = lambda v: np.asarray(v).reshape(np.shape(times[0]) + v.shape[1:])
+        return tuple(map(reshaped, values)) if isinstance(values, tuple) else reshaped(values)
+
+
+def _floats(value: Any) -> Any:
+    return tuple(map(_floats, value)) if isinstance(value, tuple) else jnp.asarray(value, jnp.float64)
 
 
 def on_host(fn: Callable[..., Any], *times: np.ndarray) -> np.ndarray:

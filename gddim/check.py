@@ -1,0 +1,204 @@
+"""Does a process keep the laws that the samplers rely on? `python -m gddim.check [module:object …]`."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gddim.samplers import GDDIM, power_grid, sample
+from gddim.sde import CLD, VP, AbstractLinearSDE, Blurring, LinearSDE
+from gddim.sde.host import on_host
+from gddim.sde.linalg import aligned, inverse, product, transpose
+
+
+class Law(NamedTuple):
+    """A law, the error that was measured, and the largest that passes (a slope is the other way round)."""
+
+    name: str
+    error: float
+    limit: float
+    at_least: bool = False
+
+    @property
+    def holds(self) -> bool:
+        return bool(self.error >= self.limit if self.at_least else self.error <= self.limit)
+
+
+def shipped() -> dict[str, AbstractLinearSDE]:
+    """Every process of the package, and CLD as a user would write it down."""
+    A = np.array([[0.0, 4.0], [-1.0, -4.0]])
+    langevin = LinearSDE(lambda t: 4 * A, lambda t: np.diag([0.0, 8.0]), np.diag([1e-6, 0.01 + 1e-6]))
+    return {"VP": VP(), "CLD": CLD(), "Blurring(8)": Blurring(8), "LinearSDE(CLD's F, GGᵀ, Σ_0)": langevin}
+
+
+def laws(sde: AbstractLinearSDE, t_min: float = 1e-3) -> Iterator[Law]:
+    """Measure every law on the process, in float64, at times from `t_min` to the horizon."""
+    T = sde.horizon
+    ts = np.geomspace(t_min, T, 12)
+    psi = lambda t, s: _at(sde.transition, t, s)
+    R = _ranked(_at(sde.noise_factor, ts), psi(ts, ts))
+    sigma = R @ transpose(R)
+    composed = psi(ts[2:], ts[1:-1]) @ psi(ts[1:-1], ts[:-2])
+    yield Law("semigroup Ψ(t,r) = Ψ(t,s) Ψ(s,r)", _gap(composed, psi(ts[2:], ts[:-2])), 1e-10)
+
+    half = _ranked(sde.velocity_factors(ts)[1], R)
+    GG = 2 * half @ transpose(R)
+    # (R' − F R) Rᵀ = ½ GGᵀ: any factor of Σ gives Σ' = FΣ + ΣFᵀ + GGᵀ, only R makes it symmetric by itself
+    yield Law("R' = (F + ½ GGᵀΣ⁻¹) R", _gap(GG, transpose(GG)), 1e-7)
+    yield Law("R Rᵀ = Σ, Σ' = FΣ + ΣFᵀ + GGᵀ", _gap(_moved(sde, ts[:-1], ts[1:], sigma[:-1]), sigma[1:]), 1e-8)
+
+    grid = ts[::-1]
+    for lam in (0.3, 1.0):
+        table = GDDIM(1, lam, interpolate="data").coefficients(sde, grid)
+        kept = table.psi @ sigma[::-1][:-1] @ transpose(table.psi) + table.noise @ transpose(table.noise)
+        yield Law(f"Ψ̂ Σ Ψ̂ᵀ + P = Σ, λ = {lam}", _gap(kept, sigma[::-1][1:]), 1e-9)
+    posterior = sigma[:-1] @ transpose(psi(ts[1:], ts[:-1])) @ np.linalg.inv(sigma[1:])
+    yield Law("λ = 1 is the posterior of u_s given u_t and the data (DDPM)", _gap(table.psi[::-1], posterior), 1e-8)
+    ddim = GDDIM(1).coefficients(sde, grid)
+    expected = R[::-1][1:] - psi(grid[1:], grid[:-1]) @ R[::-1][:-1]
+    yield Law("order 1, λ = 0 is R_s − Ψ(s,t) R_t (DDIM)", _gap(ddim.weights[:, 0], expected), 1e-10)
+    for interpolate in ("eps", "data"):
+        still, moved = (GDDIM(3, lam, interpolate=interpolate).coefficients(sde, grid) for lam in (0.0, 1e-7))
+        yield Law(f"λ → 0 is λ = 0, {interpolate}", _gap(moved.weights, still.weights), 1e-6)
+
+    yield Law("one step is exact, one data point", _one_step(sde, t_min, velocity=0.0), 1e-9)
+    yield Law("one step is exact, Gaussian data of covariance Σ_0", _one_step(sde, t_min, velocity=0.5), 1e-9)
+    single = np.geomspace(1e-5, T, 50).astype(np.float32)
+    for name, fn, limit in (("R", sde.noise_factor, 5e-6), ("Ψ(t,0)", lambda t: sde.transition(t, 0.0 * t), 2e-5)):
+        device = np.asarray(jax.jit(jax.vmap(lambda t, fn=fn: jnp.asarray(fn(t))))(single), np.float64)
+        yield Law(f"{name} in float32 on this machine", _gap(device, _at(fn, single.astype(np.float64))), limit)
+
+
+def convergence(sde: AbstractLinearSDE, orders: tuple[int, ...] = (1, 2, 3)) -> Iterator[Law]:
+    """Measure the orders of convergence on a Gaussian mixture with its exact ε."""
+    for order in orders:
+        for interpolate in ("eps", "data")[: 1 + (order > 1)]:
+            slope = _slope(sde, GDDIM(order, interpolate=interpolate))
+            yield Law(f"order of convergence {order}, {interpolate}: slope", slope, order - 0.4, at_least=True)
+
+
+def _at(fn: Callable[..., Any], *times: np.ndarray) -> np.ndarray:
+    return on_host(fn, *times)
+
+
+def _ranked(values: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """Axes between the times and the matrices as needed to broadcast against `like`, or as they are."""
+    missing = like.ndim - values.ndim
+    return values.reshape(values.shape[:1] + (1,) * missing + values.shape[1:]) if missing > 0 else values
+
+
+def _gap(a: np.ndarray, b: np.ndarray) -> float:
+    """The largest distance of matrices, relative to the larger of their norms."""
+    a, b = _ranked(a, b), _ranked(b, a)
+    size = np.maximum(np.linalg.norm(a, axis=(-2, -1)), np.linalg.norm(b, axis=(-2, -1)))
+    return float(np.max(np.linalg.norm(a - b, axis=(-2, -1)) / np.where(size > 0, size, 1)))
+
+
+def _moved(sde: AbstractLinearSDE, s: np.ndarray, t: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+    """`Ψ(t,s) Σ_s Ψ(t,s)ᵀ + ∫_s^t Ψ(t,τ) GGᵀ Ψ(t,τ)ᵀ dτ`, by Gauss–Legendre."""
+    x, w = np.polynomial.legendre.leggauss(128)  # blurring is steep in time
+    tau = s + (t - s) * ((1 + x) / 2)[:, None]
+    psi, GG = _at(sde.transition, t + 0 * tau, tau), sde.diffusion_squared(tau)
+    GG = GG.reshape(tau.shape + (1,) * (psi.ndim - GG.ndim) + GG.shape[2:])
+    gained = np.einsum("i,i...->...", w / 2, psi @ GG @ transpose(psi))
+    whole = _at(sde.transition, t, s)
+    start = whole @ _ranked(sigma, whole) @ transpose(whole)
+    return start + (t - s).reshape(-1, *(1,) * (whole.ndim - 1)) * gained
+
+
+def _dims(sde: AbstractLinearSDE) -> tuple[int, ...]:
+    return np.shape(sde.transition(sde.horizon, 0.0))[:-2]
+
+
+def _one_step(sde: AbstractLinearSDE, t_min: float, velocity: float) -> float:
+    """Relative error of one gDDIM step from T to t_min for the exact ε, in float64."""
+    rng = np.random.default_rng(0)
+    u0 = np.zeros((*_dims(sde), sde.k, 2))
+    u0[..., 0, :] = rng.normal(size=u0[..., 0, :].shape)
+    u0[..., 1:, :] = velocity * rng.normal(size=u0[..., 1:, :].shape)
+    eps, T = rng.normal(size=u0.shape), sde.horizon
+    at = lambda t: product(sde.transition(t, 0.0), u0) + product(sde.noise_factor(t), eps)
+    table = GDDIM(1).coefficients(sde, [T, t_min])
+    got = product(table.psi[0], np.asarray(at(T))) + product(table.weights[0, 0], eps)
+    return float(np.abs(got - at(t_min)).max() / np.abs(at(t_min)).max())
+
+
+def mixture_eps(sde: AbstractLinearSDE, centres: np.ndarray, std: float) -> Callable[..., Any]:
+    """The exact ε of data from an equal mixture of `N(centre, std²)`, centres `(m, *dims, C)` in the process's basis."""
+
+    def eps_fn(u: Any, t: Any) -> Any:
+        R, psi = jnp.asarray(sde.noise_factor(t)), jnp.asarray(sde.transition(t, 0.0))[..., :, :1]
+        noise, signal = aligned(product(R, transpose(R)), std**2 * product(psi, transpose(psi)))
+        precision = inverse(noise + signal)
+        gaps = u[None] - product(psi, jnp.asarray(centres)[..., None, :])
+        pulls = product(precision, gaps)
+        responsibility = jax.nn.softmax(-0.5 * (gaps * pulls).sum(tuple(range(1, gaps.ndim))))
+        pull = (responsibility.reshape(-1, *(1,) * u.ndim) * pulls).sum(0)
+        return product(transpose(R), pull)
+
+    return eps_fn
+
+
+def _slope(sde: AbstractLinearSDE, sampler: GDDIM, steps: int = 96, t_min: float = 1e-2) -> float:
+    """The order of convergence between `steps` and twice as many, on a Gaussian mixture with its exact ε, in float64."""
+    rng = np.random.default_rng(1)
+    dims, std = _dims(sde), 0.25
+    centres = 0.8 * rng.choice([-1.0, 1.0], (4, *dims, 2)) / np.sqrt(max(1, np.prod(dims)))
+    eps_fn = mixture_eps(sde, centres, std)
+    with jax.enable_x64(True):
+        us = [sde.sample_prior(jax.random.key(i), (*dims, sde.k, 2)) for i in range(24)]
+
+        def run(sampler: GDDIM, n: int) -> Any:
+            grid = power_grid(sde.horizon, t_min, n)
+            return jax.vmap(lambda u: sample(sampler, sde, eps_fn, u, grid))(jnp.stack(us))
+
+        exact = run(GDDIM(4, corrector=True), 8 * steps)
+        coarse, fine = (float(jnp.sqrt(jnp.mean((run(sampler, n) - exact) ** 2))) for n in (steps, 2 * steps))
+    return float(np.log2(coarse / fine))
+
+
+def load(name: str) -> AbstractLinearSDE:
+    """The process called `module:object`; a function without arguments is called. Raises `ValueError` for another thing."""
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        raise ValueError(f"{name!r} must be module:object, e.g. gddim:CLD or my_package.my_module:my_sde")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{name}: {error}") from error
+    found = found() if callable(found) and not isinstance(found, AbstractLinearSDE) else found
+    if not isinstance(found, AbstractLinearSDE):
+        raise ValueError(f"{name} is a {type(found).__name__}, not a gddim.AbstractLinearSDE")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m gddim.check", description=__doc__)
+    parser.add_argument(
+        "process", nargs="*", help="module:object of a process; without any, every process of the package"
+    )
+    parser.add_argument("--t-min", type=float, default=1e-3, help="smallest time at which laws are measured (1e-3)")
+    options = parser.parse_args(arguments)
+    try:
+        processes = {name: load(name) for name in options.process} or shipped()
+    except ValueError as error:
+        print(f"gddim.check: {error}", file=sys.stderr)
+        return 2
+    failed = 0
+    for name, sde in processes.items():
+        print(name)
+        for law in (*laws(sde, options.t_min), *convergence(sde)):
+            failed += not law.holds
+            verdict, relation = "ok  " if law.holds else "FAIL", "≥" if law.at_least else "≤"
+            print(f"  {verdict} {law.error:10.2e} {relation} {law.limit:.1e}  {law.name}")
+    print(f"{failed} laws fail" if failed else "every law holds")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""Laws of the samplers: exactness on one data point, stationarity in law, and one program for all tables."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gddim
+from gddim.samplers.gddim import triangular
+from gddim.sde.linalg import inverse, product
+
+X0 = np.array([0.7, -0.3])
+PROCESSES = [gddim.VP(), gddim.CLD()]
+DETERMINISTIC = [
+    gddim.GDDIM(1), gddim.GDDIM(3), gddim.GDDIM(4, interpolate="data"), gddim.GDDIM(2, interpolate="data", corrector=True),
+]  # fmt: skip
+STOCHASTIC = [
+    gddim.GDDIM(1, 0.5), gddim.GDDIM(3, 1.0), gddim.GDDIM(2, 1.3, interpolate="data"),
+    gddim.GDDIM(2, 0.8, corrector=True, interpolate="data"),
+]  # fmt: skip
+
+
+def point_eps(sde, u0):
+    """The exact ε for data that are one point."""
+
+    def eps_fn(u, t):
+        R, psi = jnp.asarray(sde.noise_factor(t)), jnp.asarray(sde.transition(t, 0.0))
+        return product(inverse(R), u - product(psi, u0))
+
+    return eps_fn
+
+
+def at(sde, t, u0, eps):
+    return product(sde.transition(t, 0.0), u0) + product(sde.noise_factor(t), eps)
+
+
+@pytest.mark.parametrize("sde", PROCESSES, ids=lambda sde: type(sde).__name__)
+@pytest.mark.parametrize("sampler", DETERMINISTIC, ids=str)
+def test_one_step_is_exact_for_one_data_point(sde, sampler):
+    with jax.enable_x64(True):
+        u0 = jnp.asarray(sde.lift(jnp.asarray(X0)))
+        eps = jax.random.normal(jax.random.key(0), u0.shape)
+        exact = at(sde, 1e-3, u0, eps)
+        for steps in (1, 4):
+            u = gddim.sample(
+                sampler, sde, point_eps(sde, u0), at(sde, 1.0, u0, eps), gddim.power_grid(1.0, 1e-3, steps)
+            )
+            assert jnp.abs(u - exact).max() <= 1e-9 * jnp.abs(exact).max()
+        clean = gddim.sample(sampler, sde, point_eps(sde, u0), at(sde, 1.0, u0, eps), [1.0, 0.3, 1e-3], last="data")
+        np.testing.assert_allclose(sde.project(clean), X0, atol=1e-8)
+
+
+def test_l_is_not_exact_in_one_step_and_float32_is_close():
+    sde = gddim.CLD()
+    u0 = sde.lift(jnp.asarray(X0, jnp.float32))
+    eps = jax.random.normal(jax.random.key(0), u0.shape)
+    errors = {}
+    for sampler in (gddim.GDDIM(1), gddim.CholeskyMultistep(1)):
+        u = gddim.sample(sampler, sde, point_eps(sde, u0), at(sde, 1.0, u0, eps), [1.0, 1e-3])
+        errors[type(sampler).__name__] = float(jnp.abs(u - at(sde, 1e-3, u0, eps)).max())
+    assert errors["GDDIM"] < 1e-2 < 1 < errors["CholeskyMultistep"]
+
+
+@pytest.mark.parametrize("sde", PROCESSES, ids=lambda sde: type(sde).__name__)
+@pytest.mark.parametrize("sampler", STOCHASTIC, ids=str)
+@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 6])
+def test_marginals_are_exact_for_one_data_point_at_any_lam(sde, sampler, steps):
+    with jax.enable_x64(True):
+        u0, grid, n = jnp.asarray(sde.lift(jnp.asarray(X0))), gddim.power_grid(1.0, 1e-3, steps), 20_000
+
+        def draw(key):
+            first, rest = jax.random.split(key)
+            u = at(sde, 1.0, u0, jax.random.normal(first, u0.shape))
+            return gddim.sample(sampler, sde, point_eps(sde, u0), u, grid, key=rest)
+
+        samples = jax.vmap(draw)(jax.random.split(jax.random.key(3), n))
+        white = np.asarray(jax.vmap(lambda u: point_eps(sde, u0)(u, jnp.asarray(1e-3)))(samples)).reshape(n, -1)
+    assert np.abs(white.mean(0)).max() < 5 / np.sqrt(n)
+    assert np.abs(np.cov(white.T) - np.eye(white.shape[1])).max() < 7 / np.sqrt(n)
+
+
+def test_every_table_with_as_many_calls_is_one_compiled_program():
+    sde, traces = gddim.CLD(), []
+
+    def eps_fn(u, t):
+        traces.append(t)
+        return u * 0.1
+
+    u = jnp.ones((2, 3))
+    for sampler, steps in [
+        (gddim.GDDIM(1), 6), (gddim.GDDIM(2, 0.7), 6), (gddim.GDDIM(4, interpolate="data"), 6),
+        (gddim.GDDIM(2, corrector=True), 3), (gddim.Heun(), 3), (gddim.SSCS(), 6),
+    ]:  # fmt: skip
+        grid = gddim.power_grid(1.0, 1e-3 * steps, steps)
+        gddim.sample(sampler, sde, eps_fn, u, grid, key=jax.random.key(0))
+        assert sampler.nfe(steps) == 6
+    assert len(traces) == 1
+    assert gddim.count_calls(gddim.Heun(), 3, "euler") == 7
+
+
+def test_exports_and_keeps_float32_around_a_bfloat16_network():
+    sde, grid = gddim.CLD(), gddim.power_grid(1.0, 1e-3, 4)
+    run = jax.jit(lambda u: gddim.sample(gddim.GDDIM(2), sde, lambda u, t: (u * 0.1).astype(jnp.bfloat16), u, grid))
+    u = jnp.ones((2, 3))
+    exported = jax.export.export(run)(u)
+    np.testing.assert_array_equal(exported.call(u), run(u))
+    assert run(u).dtype == jnp.float32
+
+
+def test_rk45_agrees_with_a_fine_table_and_counts_its_calls():
+    sde = gddim.VP()
+    with jax.enable_x64(True):
+        u0 = jnp.asarray(sde.lift(jnp.asarray(X0)))
+        eps = jax.random.normal(jax.random.key(0), u0.shape)
+        u, calls = gddim.RK45(1e-8, 1e-8).solve(sde, point_eps(sde, u0), at(sde, 1.0, u0, eps), [1.0, 1e-3])
+        np.testing.assert_allclose(u, at(sde, 1e-3, u0, eps), atol=1e-6)
+    assert calls > 50
+
+
+def test_ddim_and_ddpm_are_vp_at_lam_0_and_1():
+    sde, grid = gddim.VP(), gddim.power_grid(1.0, 1e-3, 7)
+    alpha = sde.transition(grid, 0.0)[:, 0, 0] ** 2
+    a_t, a_s = alpha[:-1], alpha[1:]
+    ddim, ddpm = (gddim.GDDIM(1, lam).coefficients(sde, grid) for lam in (0.0, 1.0))
+    np.testing.assert_allclose(ddim.psi[:, 0, 0], np.sqrt(a_s / a_t))
+    np.testing.assert_allclose(ddim.weights[:, 0, 0, 0], np.sqrt(1 - a_s) - np.sqrt(a_s / a_t * (1 - a_t)), rtol=1e-9)
+    beta = 1 - a_t / a_s
+    np.testing.assert_allclose(ddpm.noise[:, 0, 0] ** 2, (1 - a_s) / (1 - a_t) * beta, rtol=1e-9)
+    np.testing.assert_allclose(ddpm.weights[:, 0, 0, 0], -beta / np.sqrt((1 - a_t) * a_t / a_s), rtol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (3, 3)])
+def test_triangular_factor(shape):
+    B = np.random.default_rng(0).normal(size=(4, *shape))
+    L = triangular(B)
+    np.testing.assert_allclose(L @ L.swapaxes(-1, -2), B @ B.swapaxes(-1, -2), atol=1e-12)
+    assert np.all(np.triu(L, 1) == 0)
+
+
+def test_grids():
+    np.testing.assert_allclose(np.diff(np.sqrt(gddim.power_grid(1.0, 1e-3, 9)), 2), 0, atol=1e-12)
+    two = gddim.two_phase_grid(1.0, 1e-3, 10, share=0.3, fraction=0.4)
+    assert len(two) == 11
+    assert two[3] == pytest.approx(0.4)
+    vp = gddim.VP()
+    grid = gddim.log_snr_grid(vp, 1.0, 1e-3, 12)
+    snr = np.log(vp.transition(grid, 0.0) ** 2 / vp.covariance(grid))[:, 0, 0]
+    np.testing.assert_allclose(np.diff(snr, 2), 0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: gddim.GDDIM(0), "order=0"),
+        (lambda: gddim.GDDIM(lam=-1.0), "lam"),
+        (lambda: gddim.power_grid(1.0, 2.0, 3), "t_min"),
+        (lambda: gddim.power_grid(1.0, 1e-3, 0), "steps"),
+        (lambda: gddim.GDDIM().coefficients(gddim.CLD(), [0.1, 0.5]), "decrease"),
+        (lambda: gddim.GDDIM().coefficients(gddim.CLD(), [0.5, 0.5]), "decrease"),
+        (lambda: gddim.GDDIM().coefficients(gddim.CLD(), [2.0, 0.5]), "defined on"),
+        (lambda: gddim.SSCS().coefficients(gddim.Blurring(4), [1.0, 0.5]), "SSCS"),
+        (lambda: gddim.sample(gddim.GDDIM(lam=1.0), gddim.VP(), lambda u, t: u, jnp.ones((1, 2)), [1.0, 0.5]), "key"),
+        (lambda: gddim.sample(gddim.GDDIM(), gddim.CLD(), lambda u, t: u, jnp.ones((1, 2)), [1.0, 0.5]), "u has shape"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_by_name(call, says):
+    with pytest.raises(ValueError, match=says):
+        call()
