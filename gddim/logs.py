@@ -50,7 +50,7 @@ class Log:
         self._since = (step, time.perf_counter())
         rate = (step - before) / max(self._since[1] - then, 1e-9)
         values = values | {"images_per_second": rate * self._batch}
-        if self._quiet:
+        if self._writer is None:
             return
         for name, value in values.items():
             self._writer.add_scalar(f"train/{name}", value, step)

@@ -18,6 +18,7 @@ from gddim.logs import Log
 AHEAD = 2  # dispatches in flight: the device never waits for the host, and a signal is answered within two steps
 
 Metrics = dict[str, Any]
+Schedule = Callable[[Any], Array]
 
 
 class Diverged(RuntimeError):
@@ -43,7 +44,7 @@ class TrainState(eqx.Module):
         return cls(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
 
 
-def learning_rate(peak: float, steps: int, warmup: int = 0, cooldown: int = 0) -> optax.Schedule:
+def learning_rate(peak: float, steps: int, warmup: int = 0, cooldown: int = 0) -> Schedule:
     """Linear from 0 to `peak` over the first `warmup` steps, and back to 0 over the last `cooldown` of `steps`."""
 
     def schedule(step):
@@ -55,13 +56,13 @@ def learning_rate(peak: float, steps: int, warmup: int = 0, cooldown: int = 0) -
     return schedule
 
 
-def adam(schedule: optax.Schedule, beta1: float = 0.9, clip: float = 1.0) -> optax.GradientTransformation:
+def adam(schedule: Schedule, beta1: float = 0.9, clip: float = 1.0) -> optax.GradientTransformation:
     """Adam on gradients whose global norm is cut to `clip`."""
     chain = optax.chain(optax.clip_by_global_norm(clip), optax.adam(schedule, b1=beta1))
 
-    def update(grads, state, params=None):
+    def update(updates, state, params=None, **_):
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the power of an integer
-            return chain.update(grads, state, params)
+            return chain.update(updates, state, params)
 
     return optax.GradientTransformation(chain.init, update)
 
@@ -70,7 +71,7 @@ def make_update(
     prepare: Callable[[Array, PRNGKeyArray], tuple[Array, ...]],
     loss: Callable[..., Float[Array, ""]],
     optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
+    schedule: Schedule,
     *,
     seed: int,
     ema: float,
@@ -125,7 +126,7 @@ class Ledger:
         self._rows: list[dict[str, float]] = []
 
     def add(self, first: int, metrics: Metrics) -> None:
-        """Note the metrics of one dispatch, whose first step is `first`, and wait for the dispatch `AHEAD` before it."""
+        """Note the metrics of a dispatch that starts at step `first`, and wait for the dispatch `AHEAD` before it."""
         self._pending.append((first, metrics))
         if len(self._pending) > AHEAD:
             jax.block_until_ready(self._pending[-AHEAD - 1])

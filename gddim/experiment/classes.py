@@ -38,10 +38,10 @@ def classify(data: Labelled, samples: Shaped[np.ndarray, "n ..."]) -> dict[str, 
     def pixels(records: np.ndarray) -> np.ndarray:
         return records.reshape(len(records), -1) / 255.0
 
-    model = CalibratedClassifierCV(SVC(), ensemble=False).fit(pixels(train[np.arange(len(train))]), labels)
-    real = model.predict_proba(pixels(test[np.arange(len(test))]))
-    drawn = model.predict_proba(pixels(samples))
-    classes, won = model.classes_, drawn.argmax(1)
+    model = CalibratedClassifierCV(SVC(), ensemble=False)  # pyright: ignore[reportArgumentType]
+    model.fit(pixels(train[np.arange(len(train))]), labels)
+    real, drawn = (model.predict_proba(pixels(x)) for x in (test[np.arange(len(test))], samples))
+    classes, won = np.unique(labels), drawn.argmax(1)
     return {
         "shares": {int(c): float(np.mean(won == i)) for i, c in enumerate(classes)},
         "confidence": float(drawn.max(1).mean()),

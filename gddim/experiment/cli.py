@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 import re
 import shlex
 import sys
@@ -27,8 +28,8 @@ from gddim.parallel import EXIT_PREEMPTED, initialize, leave
 from gddim.train import Diverged
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
-EPILOGUE = """Exit status: 0 done; 1 failed, or the loss was not finite; 2 a wrong option, value or path, nothing written;
-75 stopped by SIGTERM or Ctrl-C, the state saved: the same command continues."""
+EPILOGUE = """Exit status: 0 done; 1 failed, or the loss was not finite; 2 a wrong option, value or path,
+nothing written; 75 stopped by SIGTERM or Ctrl-C, the state saved, so that the same command continues."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,8 @@ def carry_out(command: Command) -> None:
     known = check_config(workdir, describe(experiment), MAY_CHANGE)
     plan = Plan(experiment)
     if command.dry_run:
-        return dry_run(plan)
+        dry_run(plan)
+        return
     if command.verb in ("run", "train"):
         source = experiment.data.train()
     elif not known:
@@ -133,7 +135,7 @@ def _one_line(box: str) -> str:
     rows = [row.strip("│ ") for row in box.splitlines() if row.startswith("│")]
     end = next((i for i, row in enumerate(rows) if row.startswith("──")), len(rows))
     words = re.sub(r"^Error parsing (experiment\.)?", "", " ".join(rows[:end]))
-    kind = [after for row, after in zip(rows, rows[1:], strict=False) if row == "Argument helptext:"]
+    kind = [after for row, after in itertools.pairwise(rows) if row == "Argument helptext:"]
     return f"{words} (accepted: {kind[0]})" if kind else words
 
 

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
-import jax
 import tyro
 from jaxtyping import PRNGKeyArray
 
@@ -21,9 +20,9 @@ from gddim.sde import AbstractLinearSDE
 
 # What may differ between a run and its continuation: it changes neither the gradient of a step nor what came before.
 MAY_CHANGE = (
-    "train.steps train.accumulate train.fused train.report_every train.show_every train.save_every train.keep "
-    "train.keep_every sampling eval mesh data.root net.remat net.scan_blocks"
-).split()
+    *(f"train.{name}" for name in ("steps", "accumulate", "fused", "report_every", "show_every", "save_every")),
+    *("train.keep", "train.keep_every", "sampling", "eval", "mesh", "data.root", "net.remat", "net.scan_blocks"),
+)
 
 Sampler = Annotated[
     AbstractSampler | AbstractAdaptive,
@@ -37,11 +36,14 @@ Sampler = Annotated[
 ]
 
 
+OURS = GDDIM(3, interpolate="data")
+
+
 @runtime_checkable
 class NetConfig(Protocol):
     """A network yet to be built, as `NCSNppConfig` and `MLPConfig` are."""
 
-    def build(self, in_shape: tuple[int, ...], out_channels: int, key: PRNGKeyArray) -> Any: ...
+    def build(self, in_shape: Any, out_channels: int, key: PRNGKeyArray) -> Any: ...
 
 
 def require(good: bool, message: str) -> None:
@@ -121,7 +123,7 @@ class Training:
 class Sampling:
     """How samples are drawn: by `sample`, for the grids while training, and where an evaluation does not say."""
 
-    sampler: Annotated[Sampler, tyro.conf.arg(name="sampler", prefix_name=False)] = GDDIM(3, interpolate="data")
+    sampler: Annotated[Sampler, tyro.conf.arg(name="sampler", prefix_name=False)] = OURS
     """The sampler."""
     nfe: int = 50
     """Network calls a sample, the last step's included."""
@@ -134,7 +136,7 @@ class Sampling:
     t_min: float = 1e-3
     """Time at which the sampler stops."""
     last: Literal["none", "euler", "data"] = "none"
-    """One more network call, from t_min to 0: an Euler step of the reverse SDE without noise, or the data prediction."""
+    """One more network call, from t_min to 0: an Euler step of the reverse SDE without noise, or the predicted data."""
     seed: int = 0
     """Sample i depends on the checkpoint, the sampler, this and i."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,15 +17,14 @@ from gddim.evaluation.samplers import steps_for
 from gddim.evaluation.statistics import to_host
 from gddim.experiment.config import Experiment, Sampling
 from gddim.parallel import batch_sharding
-from gddim.samplers import GDDIM, power_grid
-from gddim.samplers.base import AbstractAdaptive
+from gddim.samplers import GDDIM, AbstractSampler, power_grid
 from gddim.sde.linalg import product
 
 
 def grid(experiment: Experiment, sampling: Sampling) -> Float[np.ndarray, " n"]:
     """The times of a sampler, as many as its network calls allow; an adaptive one is given the ends."""
-    adaptive = isinstance(sampling.sampler, AbstractAdaptive)
-    steps = 1 if adaptive else steps_for(sampling.sampler, sampling.nfe, sampling.last)
+    fixed = isinstance(sampling.sampler, AbstractSampler)
+    steps = steps_for(sampling.sampler, sampling.nfe, sampling.last) if fixed else 1
     return power_grid(experiment.sde.horizon, sampling.t_min, steps, sampling.power)
 
 

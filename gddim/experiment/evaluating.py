@@ -35,12 +35,13 @@ def evaluate(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
     params, step = restore_ema(plan, workdir, step)
     model = plan.model(params)
     sharding = batch_sharding(plan.mesh)
-    train = source_statistics(experiment.data.train(), space, f"{experiment.data}, to train", sharding)
-    test = source_statistics(experiment.data.test(), space, f"{experiment.data}, held out", sharding) if pixels else None
+    data, name = experiment.data, f"{type(experiment.data).__name__}"
+    train = source_statistics(data.train(), space, f"{name}, training", sharding)
+    test = source_statistics(data.test(), space, f"{name}, held out", sharding) if pixels else None
     digest = hashlib.sha256(json.dumps(checksums(jax.tree.leaves(params))).encode()).hexdigest()[:16]
     evaluator = Evaluator(
         model,
-        experiment.data.shape,
+        data.shape,
         space,
         reference=test or train,
         provenance={"experiment": experiment.name, "checkpoint": digest, "step": step, "weights": "EMA"},
@@ -57,9 +58,9 @@ def evaluate(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
         write_whole(workdir / "results.md", table(rows).encode())
         plot(rows, workdir / "results.png")
         print(table(rows), flush=True)
-    if isinstance(experiment.data, Labelled):
+    if isinstance(data, Labelled):
         more = dataclasses.replace(sampling, samples=settings.samples, batch=settings.batch)
-        found = classify(experiment.data, draw_samples(experiment, plan.mesh, model, more)[0])
+        found = classify(data, draw_samples(experiment, plan.mesh, model, more)[0])
         if jax.process_index() == 0:
             write_whole(workdir / "classes.json", json.dumps(found, indent=2).encode())
             print(told(found), flush=True)

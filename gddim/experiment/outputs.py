@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import UInt8
+from jaxtyping import Shaped, UInt8
 
 from gddim.errors import UserError
 from gddim.evaluation.statistics import write_whole
@@ -29,10 +29,10 @@ def write_png(path: epath.Path, picture: UInt8[np.ndarray, "h w 3"], origin: dic
     write_whole(path, buffer.getvalue())
 
 
-def write_npz(path: epath.Path, arrays: dict[str, np.ndarray], origin: dict[str, Any]) -> None:
-    """Arrays; see `make_room` for what happens to a file that is there."""
+def write_npz(path: epath.Path, samples: Shaped[np.ndarray, "n ..."], origin: dict[str, Any]) -> None:
+    """Samples; see `make_room` for what happens to a file that is there."""
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays, **{KEY: np.array(json.dumps(origin))})
+    np.savez_compressed(buffer, samples=samples, gddim=np.array(json.dumps(origin)))
     make_room(path, origin)
     write_whole(path, buffer.getvalue())
 

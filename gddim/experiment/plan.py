@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +36,7 @@ class Plan:
         shapes = eqx.filter_eval_shape(self._init)
         self.shardings = state_shardings(shapes, self.mesh)
         self.shapes = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, self.shardings
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, self.shardings
         )
 
     def init(self) -> TrainState:
@@ -74,11 +75,12 @@ class Plan:
         return jax.jit(fuse(step) if fused > 1 else step, donate_argnums=0, out_shardings=(self.shardings, None))
 
     def flops(self) -> tuple[float, float]:
-        """Floating-point operations of the network for one image, and of a training step, by XLA's count of the program."""
+        """Floating-point operations of the network for one image, and of a training step, as XLA counts them."""
         experiment = self.experiment
         shape, dtype = experiment.data.shape, jnp.uint8 if len(experiment.data.shape) == 3 else jnp.float32
         state, t = jax.ShapeDtypeStruct(experiment.state_shape, jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
         batch = jax.ShapeDtypeStruct((experiment.train.batch, *shape), dtype)
         forward = jax.jit(lambda params, u, t: self.model(params)(u, t)).lower(self.shapes.model, state, t)
         step = jax.jit(self.step(flip=False, accumulate=1)).lower(self.shapes, batch)
-        return forward.cost_analysis()["flops"], step.cost_analysis()["flops"]
+        counts = [program.cost_analysis() or {} for program in (forward, step)]
+        return counts[0].get("flops", math.nan), counts[1].get("flops", math.nan)

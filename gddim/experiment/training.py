@@ -53,7 +53,8 @@ def run_training(plan: Plan, source: Source, workdir: epath.Path) -> None:
         log.text("experiment", json.dumps(describe(experiment), indent=2))
         rows = batches(source, settings.batch, experiment.seed, step, jax.process_index(), jax.process_count())
         grouped = _group(rows, step, settings.steps, settings.fused)
-        placed = stack.enter_context(contextlib.closing(prefetch(grouped, lambda group: global_batch(group, plan.mesh))))
+        placed = prefetch(grouped, lambda group: global_batch(group, plan.mesh))
+        stack.callback(placed.close)
 
         def save(step: int, state: TrainState) -> None:
             saved.save(step, _items(state), describe(experiment))

@@ -59,7 +59,7 @@ def sample(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
     rate = sampling.samples / (time.perf_counter() - start)
     paths = follow(experiment, model, sampling, count=4 if data.ndim == 4 else 1000)
     if jax.process_index() == 0:
-        write_npz(workdir / names[0], {"samples": data}, origin)
+        write_npz(workdir / names[0], data, origin)
         write_png(workdir / names[1], gallery(data), origin)
         write_png(workdir / names[2], trajectory(experiment.sde, paths), origin)
         write_png(workdir / names[3], film(paths), origin)
@@ -68,4 +68,3 @@ def sample(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
             f"{rate:.4g} images/s; {workdir}: {', '.join(names)}",
             flush=True,
         )
-

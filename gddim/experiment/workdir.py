@@ -119,7 +119,7 @@ def locked(path: epath.Path) -> Iterator[None]:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"--workdir {path} is in use by another run: wait for it, or give another folder") from error
+            raise UserError(f"--workdir {path} is in use by another run: wait for it, or give another") from error
         yield
     finally:
         os.close(folder)
