@@ -214,12 +214,10 @@ def sample(
     if isinstance(sampler, AbstractAdaptive):
         return sampler.solve(sde, eps_fn, u, ts, last)[0]
     table = sampler.coefficients(sde, ts)
-    if key is None:
-        if table.stochastic:
-            raise ValueError(f"{sampler} adds noise: sample needs a key")
-        key = jax.random.key(0)
+    if key is None and table.stochastic:
+        raise ValueError(f"{sampler} adds noise: sample needs a key")
+    first, rest = jax.random.split(jax.random.key(0) if key is None else key)
     if table.start is not None:
-        key, first = jax.random.split(key, 2)
         psi, noise = table.start
         u = product(psi, u) + product(noise, jax.random.normal(first, u.shape, u.dtype))
-    return run(calls(table, sde, last), eps_fn, u, key)
+    return run(calls(table, sde, last), eps_fn, u, rest)
