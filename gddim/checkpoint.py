@@ -53,7 +53,7 @@ class Checkpointer:
 
         return sorted(checkpoint_steps(self.directory))
 
-    def save(self, step: int, items: dict[str, PyTree[jax.Array]], config: dict[str, Any]) -> None:
+    def save(self, step: int, items: dict[str, PyTree], config: dict[str, Any]) -> None:
         """Start to save `items`, trees of arrays by name, and `config`, which JSON can hold.
 
         Returns when the arrays are copied off the devices; their buffers may then be donated. Errors of the writing
