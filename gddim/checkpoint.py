@@ -117,8 +117,10 @@ class Checkpointer:
             self._manager = None
 
     def _open(self):
-        """The manager that writes; made late, since it makes the folder. What was found damaged is removed first:
-        it would count among the newest, and so push out steps that are whole."""
+        """The manager that writes; made late, since it makes the folder.
+
+        What was found damaged is removed: it would count among the newest, and stand where its successor has to go.
+        """
         import orbax.checkpoint as ocp
         from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
