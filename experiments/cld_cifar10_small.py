@@ -1,0 +1,30 @@
+"""`cld_cifar10` with the smaller published network: 4 blocks a level, sinusoidal embedding, no FIR filters.
+
+    python -m experiments.cld_cifar10_small
+
+Zhang, Tao, Chen, ICLR 2023 (arXiv 2206.05564); 61,811,334 parameters. Here it was not trained to the end.
+"""
+
+import dataclasses
+
+from experiments import cld_cifar10
+from gddim.experiment import main
+from gddim.nn import NCSNppConfig
+
+EXPERIMENT = dataclasses.replace(
+    cld_cifar10.EXPERIMENT,
+    name="cld_cifar10_small",
+    net=NCSNppConfig(
+        width=128,
+        multipliers=(1, 2, 2, 2),
+        blocks=4,
+        attention=(16,),
+        dropout=0.1,
+        embedding="positional",
+        fir=False,
+        progressive_input="none",
+    ),
+)
+
+if __name__ == "__main__":
+    main(EXPERIMENT)
