@@ -2,11 +2,8 @@
 
 import dataclasses
 import hashlib
-import io
-import pickle
 import struct
 import zipfile
-from collections import OrderedDict
 from pathlib import Path
 
 import equinox as eqx
@@ -99,6 +96,7 @@ def test_probabilities_are_the_softmax_of_the_last_layer_without_bias():
     features = np.random.default_rng(2).random((7, 2048), np.float32)
     expected = jax.nn.softmax(jnp.asarray(features @ kernel.astype(np.float32)), axis=1)
     found = InceptionFeatures(network, "", "tf1").probabilities(features)
+    assert found is not None
     np.testing.assert_allclose(found, expected, rtol=1e-3)
 
 
@@ -117,41 +115,62 @@ def test_unknown_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         InceptionFeatures.load()
 
 
-class _Named(str):
+@dataclasses.dataclass(frozen=True)
+class Name:
     """Pickles as a reference to a global of this name."""
 
-
-class _Call:
-    def __init__(self, name: str, *arguments: object):
-        self.name, self.arguments = name, arguments
+    name: str
 
 
-class _Pickler(pickle._Pickler):
-    """Writes what PyTorch writes, without PyTorch: named globals, calls of them, and references to storages."""
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """Pickles as a call of a global."""
 
-    def persistent_id(self, obj: object):
-        return obj[1:] if isinstance(obj, tuple) and obj and obj[0] == "persistent" else None
+    name: str
+    arguments: tuple
 
-    def save(self, obj: object, save_persistent_id: bool = True):
-        if isinstance(obj, _Named):
-            self.write(pickle.GLOBAL + obj.replace(" ", "\n").encode() + b"\n")
-        elif isinstance(obj, _Call):
-            self.save(_Named(obj.name))
-            self.save(obj.arguments)
-            self.write(pickle.REDUCE)
-        else:
-            super().save(obj, save_persistent_id)
+
+@dataclasses.dataclass(frozen=True)
+class Persistent:
+    """Pickles as a reference to something outside of the pickle."""
+
+    key: tuple
+
+
+def encode(value: object) -> bytes:
+    """The opcodes of protocol 2 that put a value on the stack, as PyTorch writes them."""
+    match value:
+        case None:
+            return b"N"
+        case bool():
+            return b"\x88" if value else b"\x89"
+        case int():
+            return b"\x8a" + bytes([10]) + value.to_bytes(10, "little", signed=True)
+        case str():
+            return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+        case tuple():
+            return b"(" + b"".join(map(encode, value)) + b"t"
+        case list():
+            return b"](" + b"".join(map(encode, value)) + b"e"
+        case dict():
+            return b"}(" + b"".join(encode(k) + encode(v) for k, v in value.items()) + b"u"
+        case Name(name):
+            return b"c" + name.replace(" ", "\n").encode() + b"\n"
+        case Call(name, arguments):
+            return encode(Name(name)) + encode(arguments) + b"R"
+        case Persistent(key):
+            return encode(key) + b"Q"
+    raise TypeError(value)
 
 
 def pickled(value: object) -> bytes:
-    file = io.BytesIO()
-    _Pickler(file, 2).dump(value)
-    return file.getvalue()
+    return b"\x80\x02" + encode(value) + b"."
 
 
-def tensor(key: str, shape: tuple, strides: tuple, count: int, offset: int = 0, kind: str = "FloatStorage") -> _Call:
-    storage = ("persistent", "storage", _Named(f"torch {kind}"), key, "cpu", count)
-    return _Call("torch._utils _rebuild_tensor_v2", storage, offset, shape, strides, False, OrderedDict())
+def tensor(key: str, shape: tuple, strides: tuple, count: int, offset: int = 0, kind: str = "FloatStorage") -> Call:
+    storage = Persistent(("storage", Name(f"torch {kind}"), key, "cpu", count))
+    hooks = Call("collections OrderedDict", ())
+    return Call("torch._utils _rebuild_tensor_v2", (storage, offset, shape, strides, False, hooks))
 
 
 def write_zip(path: Path, tree: object, storages: dict[str, bytes]) -> Path:
@@ -176,7 +195,7 @@ def test_reader_gives_named_tensors_of_both_file_forms(tmp_path: Path, write):
         "plain": tensor("0", (2, 3), (3, 1), 24),
         "transposed": tensor("0", (3, 2), (1, 3), 24, 6),
         "scalar": tensor("0", (), (), 24, 5),
-        "parameter": _Call("torch._utils _rebuild_parameter", tensor("1", (4,), (1,), 4), True, OrderedDict()),
+        "parameter": Call("torch._utils _rebuild_parameter", (tensor("1", (4,), (1,), 4), True, {})),
     }
     found = read_torch(write(tmp_path / "x.pth", tree, {"0": values.tobytes(), "1": values[:4].tobytes()}))
     np.testing.assert_array_equal(found["plain"], values[:6].reshape(2, 3))
@@ -189,8 +208,8 @@ def test_reader_gives_named_tensors_of_both_file_forms(tmp_path: Path, write):
 @pytest.mark.parametrize(
     ("tree", "why"),
     [
-        ({"x": _Call("os system", "echo broken into")}, "calls os system"),
-        ({"x": _Call("builtins eval", "1")}, "calls builtins eval"),
+        ({"x": Call("os system", ("echo broken into",))}, "calls os system"),
+        ({"x": Call("builtins eval", ("1",))}, "calls builtins eval"),
         ([1, 2], "other than named tensors"),
         ({"x": 3}, "other than named tensors"),
         ({"x": tensor("0", (25,), (1,), 24)}, "reaches outside"),
@@ -200,13 +219,22 @@ def test_reader_gives_named_tensors_of_both_file_forms(tmp_path: Path, write):
         ({"x": tensor("0", (30,), (1,), 30)}, "has 96 bytes, not 120"),
         ({"x": tensor("9", (3,), (1,), 24)}, "data/9"),
         ({"x": tensor("0", (3,), (1,), 24, kind="ComplexFloatStorage")}, "known are FloatStorage"),
-        ({"x": frozenset()}, "calls"),
+        ({"x": Call("torch load", ())}, "calls torch load"),
     ],
 )
 def test_reader_refuses_what_is_not_a_plain_tensor(tmp_path: Path, tree: object, why: str):
     path = write_zip(tmp_path / "x.pth", tree, {"0": np.arange(24, dtype="<f4").tobytes()})
     with pytest.raises(UserError, match=why):
         read_torch(path)
+
+
+def test_reader_knows_no_opcode_that_tensors_do_not_need(tmp_path: Path):
+    path = tmp_path / "x.pth"
+    for code in (b"\x80\x02ios\nsystem\n.", b"\x80\x02(S'ls'\nios\nsystem\n.", b"\x80\x02cos\nsystem\n)\x81."):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("model/data.pkl", code)
+        with pytest.raises(UserError, match=r"opcode (INST|STRING|NEWOBJ)"):
+            read_torch(path)
 
 
 def test_reader_refuses_foreign_and_cut_files(tmp_path: Path):

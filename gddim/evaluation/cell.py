@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -106,7 +107,7 @@ class Evaluator:
     def run(
         self,
         cell: Cell,
-        state: epath.Path | None = None,
+        state: os.PathLike | None = None,
         save_every: float = 30.0,
         keep: Callable[[int, np.ndarray], None] | None = None,
         advance: Callable[[int], object] = lambda samples: None,
@@ -165,9 +166,9 @@ def digest_of(row: Row) -> str:
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
-def _resume(state: epath.Path | None, origin: Row) -> tuple[Statistics | None, int, float]:
+def _resume(state: os.PathLike | None, origin: Row) -> tuple[Statistics | None, int, float]:
     """What a cell had reached: its statistics, network calls and seconds. A damaged file is as good as none."""
-    if state and state.exists():
+    if state and epath.Path(state).exists():
         with contextlib.suppress(UserError):
             found = Statistics.load(state)
             calls, seconds = found.origin.pop("calls"), found.origin.pop("seconds")

@@ -44,11 +44,11 @@ class Solver(eqx.Module):
         if self.rows is None:
             assert self.adaptive is not None
             return self.adaptive.solve(model.sde, model, u, np.array(self.ends), self.last)
+        first, rest = jax.random.split(key)
         if self.start is not None:
-            key, first = jax.random.split(key)
             psi, noise = self.start
             u = product(psi, u) + product(noise, jax.random.normal(first, u.shape, u.dtype))
-        return run(self.rows, model, u, key), len(self.rows.time)
+        return run(self.rows, model, u, rest), len(self.rows.time)
 
 
 @eqx.filter_jit

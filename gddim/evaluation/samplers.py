@@ -63,7 +63,7 @@ def sampler_name(sampler: AbstractSampler | AbstractAdaptive) -> str:
     return ":".join(words)
 
 
-def steps_for(sampler: AbstractSampler, nfe: int, last: Last = "none") -> int:
+def steps_for(sampler: Any, nfe: int, last: Last = "none") -> int:
     """The most steps that make at most `nfe` network calls, the last one included.
 
     What is left over (Heun with an odd number of calls) is not spent; rows of a table tell the calls made. Raises

@@ -1,0 +1,151 @@
+"""Words for samplers, tables of results, and the command line that makes them."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gddim.errors import UserError
+from gddim.evaluation import __main__ as command_line
+from gddim.evaluation.inception import InceptionFeatures, InceptionV3
+from gddim.evaluation.published import TABLES
+from gddim.evaluation.report import plot, table
+from gddim.evaluation.samplers import parse_sampler, sampler_name, steps_for
+from gddim.evaluation.statistics import Statistics
+from gddim.samplers import Heun
+
+WORDS = (
+    "gddim:3, gddim:3:data, gddim:1:lam=0.5, gddim:2:lam=0.1:corrector:data, cholesky:2, em, em:lam=1, heun, sscs, "
+    "rk45, rk45:rtol=0.001"
+)
+
+
+@pytest.mark.parametrize("word", WORDS.split(", "))
+def test_a_sampler_and_its_word_are_each_others_inverse(word: str):
+    assert sampler_name(parse_sampler(word)) == word
+
+
+@pytest.mark.parametrize("word", ["", "ddim", "gddim:0", "gddim:3:3", "gddim:x", "em:2", "gddim:lam=-1", "heun:data"])
+def test_a_wrong_word_is_one_line_that_names_it(word: str):
+    with pytest.raises(UserError, match=f"sampler '{word}'") as caught:
+        parse_sampler(word)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "nfe", "last", "steps"),
+    [
+        ("gddim:3", 10, "none", 10),
+        ("gddim:3", 10, "data", 9),
+        ("gddim:2:corrector", 10, "none", 5),
+        ("heun", 11, "none", 5),
+        ("heun", 11, "euler", 5),
+        ("heun", 3, "euler", 1),
+    ],
+)
+def test_steps_spend_at_most_the_network_calls_given(word: str, nfe: int, last: Any, steps: int):
+    assert steps_for(parse_sampler(word), nfe, last) == steps
+
+
+def test_too_few_network_calls_are_refused():
+    with pytest.raises(UserError, match="at least 3 calls"):
+        steps_for(Heun(), 2, "euler")
+
+
+def cifar_row(sampler: str, nfe: int, frechet: float, seed: int = 0, samples: int = 50_000) -> dict:
+    cell = {
+        "sampler": sampler,
+        "nfe": nfe,
+        "samples": samples,
+        "seed": seed,
+        "power": 2.0,
+        "t_min": 1e-3,
+        "last": "none",
+    }
+    origin = {"process": "CLD(m_inv=4.0)", "features": "inception-2015", "reference": {"source": "CIFAR10, to train"}}
+    metrics = {"frechet": frechet, "kid": 0.001, "kid_error": 1e-4}
+    return {"cell": cell, "provenance": origin, "metrics": metrics, "measured": {"nfe": float(nfe)}}
+
+
+def test_the_table_has_means_and_spreads_of_seeds_the_floor_and_the_published_numbers(tmp_path: Path):
+    rows = [cifar_row("gddim:3", 50, fid, seed) for seed, fid in enumerate((2.2, 2.3, 2.4))]
+    rows += [cifar_row("gddim:3", 20, 3.5), cifar_row("em:lam=1", 20, 300.0)]
+    floor = cifar_row("data", 0, 3.15)
+    floor["cell"]["source"] = "CIFAR10, held out"
+    text = table([floor, *rows])
+    lines = text.splitlines()
+    assert "| FID | NFE 20 | NFE 50 |" in lines
+    assert "| gddim:3 | 3.5 | 2.3 ± 0.1 |" in lines
+    assert "| em:lam=1 | 300 |  |" in lines
+    assert "| *gDDIM, Table 3* | 3.39 | 2.26 |" in lines
+    assert "| *Euler–Maruyama, Table 3* | > 100 | 57.72 |" in lines
+    assert "| *R, three nodes, Table 1* | 3.9 | 2.26 |" in lines
+    assert "| CIFAR10, held out (floor) | 3.15 | 3.15 |" in lines
+    assert "Mean ± standard deviation over 3 seeds." in lines
+    assert "VP" not in text
+    few = table([cifar_row("gddim:3", 50, 9.0, samples=5000)])
+    assert "FID of only 5,000 samples" in few
+    plot([floor, *rows], tmp_path / "p.png")
+    with Image.open(tmp_path / "p.png") as image:
+        assert min(image.size) > 300
+
+
+def test_published_numbers_are_those_of_the_paper():
+    found = {(row.process, row.label): row.values for row in TABLES}
+    assert len(found) == 12 + 12
+    assert found["CLD", "gDDIM, Table 3"] == {10: 13.41, 20: 3.39, 50: 2.26, 100: 2.26, 1000: 2.25}
+    assert found["VP", "RK45, Table 3"] == {10: "> 100", 20: 52.5, 50: 6.62, 100: 2.63, 1000: 2.56}
+    assert found["Blurring", "ancestral, Table 3"] == {10: "> 100", 20: "> 100", 50: 29.8, 100: 9.73, 1000: 2.51}
+    assert found["CLD", "Euler–Maruyama, order 1, λ = 0.7, Table 2"] == {50: 45.0}
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["gddim.evaluation", *map(str, arguments)])
+    try:
+        command_line.main()
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
+def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    pixels = ("--features", "pixels")
+    images = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)
+    (tmp_path / "images").mkdir()
+    for i, x in enumerate(images):
+        Image.fromarray(x).save(tmp_path / "images" / f"{i:02d}.png")
+    np.savez(tmp_path / "samples.npz", samples=images)
+    assert command(monkeypatch, "stats", "digits", tmp_path / "digits.npz", *pixels) == 0
+    assert Statistics.load(tmp_path / "digits.npz").origin["versions"]["gddim"]
+    capsys.readouterr()
+    assert command(monkeypatch, "fid", tmp_path / "digits.npz", "digits:test", *pixels) == 0
+    assert "Fréchet distance 0.5624 (1,500 and 297 samples; fewer than 10,000" in capsys.readouterr().out
+    assert command(monkeypatch, "fid", tmp_path / "images", tmp_path / "samples.npz", *pixels) == 0
+    assert "Fréchet distance 0.0000 (60 and 60" in capsys.readouterr().out
+    np.savez(tmp_path / "foreign.npz", mu=np.zeros(64), sigma=np.eye(64))
+    assert command(monkeypatch, "fid", tmp_path / "foreign.npz", tmp_path / "foreign.npz") == 0
+    assert "Fréchet distance 0.0000" in capsys.readouterr().out
+    for wrong in (
+        ("stats", "digits", tmp_path / "digits.npz", *pixels),
+        ("stats", "nothing", tmp_path / "new.npz", *pixels),
+        ("stats", "five-rings", tmp_path / "new.npz"),
+        ("fid", tmp_path / "digits.npz", "digits:test"),
+        ("report", tmp_path / "none.jsonl", tmp_path / "out"),
+    ):
+        monkeypatch.setattr(
+            command_line.InceptionFeatures, "load", lambda *_: InceptionFeatures(InceptionV3({}, None), "", "tf1")
+        )
+        assert command(monkeypatch, *wrong) == 2
+        told = capsys.readouterr().err.strip()
+        assert told.startswith("error: ")
+        assert "\n" not in told
+    assert not (tmp_path / "new.npz").exists()
+    rows = [cifar_row("gddim:3", 50, 2.3)]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert command(monkeypatch, "report", tmp_path / "r.jsonl", tmp_path / "out") == 0
+    assert (tmp_path / "out.md").read_text() == table(rows)
+    assert (tmp_path / "out.png").exists()
