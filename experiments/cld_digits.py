@@ -27,17 +27,17 @@ EXPERIMENT = Experiment(
     data=Digits(),
     model=Model(data_std=0.75),
     train=Training(
-        steps=4_000,
+        steps=3_000,
         batch=64,
         learning_rate=2e-3,
         warmup=100,
-        cooldown=2_000,
+        cooldown=1_500,
         ema=0.999,
         report_every=200,
         save_every=1_000,
     ),
     sampling=Sampling(samples=100, batch=100, nfe=20),
-    eval=Evaluation(features="pixels", samples=500, batch=500),
+    eval=Evaluation(samples=500, batch=500, features="pixels"),
 )
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ EXPERIMENT = Experiment(
         save_every=1_000,
     ),
     sampling=Sampling(samples=4_000, batch=4_000, nfe=20),
-    eval=Evaluation(features="pixels", samples=4_000, batch=4_000),
+    eval=Evaluation(samples=2_000, batch=2_000, features="pixels"),
 )
 
 if __name__ == "__main__":

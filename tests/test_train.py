@@ -72,14 +72,14 @@ def test_how_the_work_is_cut_changes_nothing_but_rounding(plain, other):
 
 def test_a_step_is_a_function_of_seed_and_step():
     plan = Plan(EXPERIMENT)
-    step = jax.jit(plan.step(flip=False, accumulate=1))
+    step = jax.jit(plan.step(flip=False))
     batch = jnp.asarray(next(batches(EXPERIMENT.data.train(), 16, 0)))
     state = plan.init()
     later = eqx.tree_at(lambda s: s.step, state, state.step + 1)
     loss = {name: float(step(s, batch)[1]["loss"]) for name, s in {"a": state, "b": state, "later": later}.items()}
     other = Plan(dataclasses.replace(EXPERIMENT, seed=1))
     assert loss["a"] == loss["b"] != loss["later"]
-    assert float(jax.jit(other.step(flip=False, accumulate=1))(state, batch)[1]["loss"]) != loss["a"]
+    assert float(jax.jit(other.step(flip=False))(state, batch)[1]["loss"]) != loss["a"]
 
 
 def test_the_buffers_of_the_state_are_taken_over():

@@ -23,8 +23,8 @@ from gddim.sde.linalg import product
 
 def grid(experiment: Experiment, sampling: Sampling) -> Float[np.ndarray, " n"]:
     """The times of a sampler, as many as its network calls allow; an adaptive one is given the ends."""
-    fixed = isinstance(sampling.sampler, AbstractSampler)
-    steps = steps_for(sampling.sampler, sampling.nfe, sampling.last) if fixed else 1
+    sampler = sampling.sampler
+    steps = steps_for(sampler, sampling.nfe, sampling.last) if isinstance(sampler, AbstractSampler) else 1
     return power_grid(experiment.sde.horizon, sampling.t_min, steps, sampling.power)
 
 

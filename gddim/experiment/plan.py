@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from gddim.data import random_flip, to_unit
 from gddim.experiment.config import Experiment
@@ -50,37 +51,43 @@ class Plan:
         """The model that has these parameters."""
         return eqx.combine(params, self.static)
 
-    def step(self, flip: bool, accumulate: int) -> Callable:
-        """The pure training step, of records that may or may not be mirrored."""
+    def prepare(self, batch: Array, key: PRNGKeyArray, flip: bool) -> tuple[Array, ...]:
+        """What the loss takes, an example a row: scaled records, perhaps mirrored, with times, noises and dropout keys."""
+        flip_key, noise_key = jax.random.split(key)
+        x0 = to_unit(random_flip(batch, flip_key) if flip else batch)
+        return x0, *draw_noise(self.experiment.sde, x0, noise_key, self.experiment.train.time_power)
+
+    def loss(self, params: PyTree, *arrays: Array) -> Float[Array, ""]:
+        """The mean over what `prepare` made."""
+        # Whole for the step: left to itself XLA splits some layers over fsdp, and sends activations around.
+        params = jax.lax.with_sharding_constraint(params, replicated(self.mesh))
+        return jnp.mean(jax.vmap(self.model(params).loss)(*arrays))
+
+    def step(self, flip: bool) -> Callable:
+        """The pure training step of a batch of records."""
         train = self.experiment.train
-
-        def prepare(batch, key):
-            flip_key, noise_key = jax.random.split(key)
-            x0 = to_unit(random_flip(batch, flip_key) if flip else batch)
-            return x0, *draw_noise(self.experiment.sde, x0, noise_key, train.time_power)
-
-        def loss(params, *arrays):
-            # Whole for the step: left to itself XLA splits some layers over fsdp, and sends activations around.
-            params = jax.lax.with_sharding_constraint(params, replicated(self.mesh))
-            return jnp.mean(jax.vmap(self.model(params).loss)(*arrays))
-
-        return make_update(
-            prepare, loss, self.optimizer, self.schedule,
-            seed=self.experiment.seed, ema=train.ema, accumulate=accumulate,
-        )  # fmt: skip
+        prepare = partial(self.prepare, flip=flip)
+        settings = {"seed": self.experiment.seed, "ema": train.ema, "accumulate": train.accumulate}
+        return make_update(prepare, self.loss, self.optimizer, self.schedule, **settings)
 
     def update(self, flip: bool) -> Callable:
         """The jitted step, which takes the state's buffers over; several steps if the experiment fuses them."""
-        step, fused = self.step(flip, self.experiment.train.accumulate), self.experiment.train.fused
-        return jax.jit(fuse(step) if fused > 1 else step, donate_argnums=0, out_shardings=(self.shardings, None))
+        step = fuse(self.step(flip)) if self.experiment.train.fused > 1 else self.step(flip)
+        return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
 
     def flops(self) -> tuple[float, float]:
-        """Floating-point operations of the network for one image, and of a training step, as XLA counts them."""
+        """Floating-point operations of the network for one image, and of loss and gradient in a step, as XLA counts them.
+
+        Adam's are left out: tens for each parameter, a thousandth of the rest.
+        """
         experiment = self.experiment
-        shape, dtype = experiment.data.shape, jnp.uint8 if len(experiment.data.shape) == 3 else jnp.float32
         state, t = jax.ShapeDtypeStruct(experiment.state_shape, jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
+        shape, dtype = experiment.data.shape, jnp.uint8 if len(experiment.data.shape) == 3 else jnp.float32
         batch = jax.ShapeDtypeStruct((experiment.train.batch, *shape), dtype)
-        forward = jax.jit(lambda params, u, t: self.model(params)(u, t)).lower(self.shapes.model, state, t)
-        step = jax.jit(self.step(flip=False, accumulate=1)).lower(self.shapes, batch)
-        counts = [program.cost_analysis() or {} for program in (forward, step)]
-        return counts[0].get("flops", math.nan), counts[1].get("flops", math.nan)
+        arrays = jax.eval_shape(partial(self.prepare, flip=False), batch, jax.random.key(0))
+        programs = (
+            jax.jit(lambda params, u, t: self.model(params)(u, t)).lower(self.shapes.model, state, t),
+            jax.jit(jax.grad(self.loss)).lower(self.shapes.model, *arrays),
+        )
+        forward, step = ((program.cost_analysis() or {}).get("flops", math.nan) for program in programs)
+        return forward, step
