@@ -57,7 +57,7 @@ class Blurring(AbstractLinearSDE):
     """What the blur leaves of the highest frequencies, in (0, 1]."""
     horizon: float = eqx.field(default=1.0, static=True)
     """T, the largest time, ≤ 1."""
-    k: int = eqx.field(default=1, init=False, static=True)
+    k = 1
 
     def __check_init__(self) -> None:
         if not (isinstance(self.size, int) and self.size >= 1):

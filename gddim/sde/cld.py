@@ -48,7 +48,7 @@ class CLD(AbstractLinearSDE):
     """Variance added to both fields at t = 0, > 0."""
     horizon: float = eqx.field(default=1.0, static=True)
     """T, the time at which sampling starts."""
-    k: int = eqx.field(default=2, init=False, static=True)
+    k = 2
 
     def __check_init__(self) -> None:
         for name in ("m_inv", "epsilon", "horizon"):

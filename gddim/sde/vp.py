@@ -21,7 +21,7 @@ class VP(AbstractLinearSDE):
     """β at t = 1, per unit of time."""
     horizon: float = eqx.field(default=1.0, static=True)
     """T, the time at which sampling starts."""
-    k: int = eqx.field(default=1, init=False, static=True)
+    k = 1
 
     def __check_init__(self) -> None:
         at_horizon = self.beta_min + (self.beta_max - self.beta_min) * self.horizon
