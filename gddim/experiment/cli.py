@@ -7,10 +7,11 @@ import dataclasses
 import difflib
 import io
 import itertools
+import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal, NoReturn
 
 import jax
@@ -71,23 +72,19 @@ def parse(experiment: Experiment, argv: Sequence[str]) -> Command:
     default = Command("run", f"runs/{experiment.name}", experiment)
     about = f"{sys.modules['__main__'].__doc__ or experiment.name}\n\n{EPILOGUE}"
 
-    def ask(*words: str) -> tuple[Command, list[str]]:
-        return tyro.cli(
-            Command, args=words, default=default, prog=_program(), description=about, return_unknown_args=True
-        )
+    def ask(*words: str) -> Command:
+        return tyro.cli(Command, args=words, default=default, prog=_program(), description=about)
 
-    said = io.StringIO()
+    if {"-h", "--help"} & set(argv):
+        ask("--help")
     try:
-        with contextlib.redirect_stderr(said):
-            command, unknown = ask(*argv)
-    except SystemExit as error:
-        if not error.code:
-            raise
-        raise UserError(_one_line(said.getvalue())) from None
-    if unknown:
-        with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+        with _captured() as said:
+            command = ask(*argv)
+    except SystemExit:
+        with _captured() as known, contextlib.suppress(SystemExit):
             ask("--help")
-        raise UserError(_unknown(unknown[0], re.findall(r"^│ (--[\w.-]+)", said.getvalue(), re.MULTILINE)))
+        _refuse_unknown(argv, re.findall(r"(?<=│ |, )--[\w.-]+", known.getvalue().decode()))
+        raise UserError(_one_line(said.getvalue().decode())) from None
     if command.step is not None and command.verb in ("run", "train"):
         raise UserError("--step is for sample and evaluate; training continues from the newest checkpoint")
     return command
@@ -130,21 +127,34 @@ def _program() -> str:
     return f"python -m {spec.name}" if spec else f"python {sys.argv[0]}"
 
 
+@contextlib.contextmanager
+def _captured() -> Iterator[io.BytesIO]:
+    """What is printed inside, in UTF-8, as on a terminal so wide that no line is broken."""
+    said, columns = io.BytesIO(), os.environ.get("COLUMNS")
+    text = io.TextIOWrapper(said, "utf-8", write_through=True)
+    os.environ["COLUMNS"] = "10000"
+    try:
+        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+            yield said
+    finally:
+        text.detach()
+        del os.environ["COLUMNS"]
+        os.environ.update({} if columns is None else {"COLUMNS": columns})
+
+
 def _one_line(box: str) -> str:
     """What tyro says in a framed box: its first paragraph, and the kind of value that it describes after it."""
     rows = [row.strip("│ ") for row in box.splitlines() if row.startswith("│")]
     end = next((i for i, row in enumerate(rows) if row.startswith("──")), len(rows))
     words = re.sub(r"^Error parsing (experiment\.)?", "", " ".join(rows[:end]))
     kind = [after for row, after in itertools.pairwise(rows) if row == "Argument helptext:"]
-    return f"{words} (accepted: {kind[0]})" if kind else words
+    return f"{words} (accepted: {kind[0]})" if kind and "accepted" not in words else words
 
 
-def _unknown(word: str, options: list[str]) -> str:
-    """The line for an argument that no option takes: the nearest options, then the others of its group."""
-    name = word.split("=")[0]
-    if not name.startswith("-"):
-        return f"{word!r} is neither a verb (run, train, sample, evaluate) nor the value of an option"
-    near = difflib.get_close_matches(name, options, n=3)
-    group = [option for option in options if option.rpartition(".")[0] == name.rpartition(".")[0]]
-    groups = sorted({option.partition(".")[0] + ".…" for option in options if "." in option})
-    return f"unknown option {name}; accepted: {', '.join(dict.fromkeys(near + (group or groups)))}"
+def _refuse_unknown(argv: Sequence[str], options: list[str]) -> None:
+    """Raise `UserError` for an argument that no option takes: it tells the nearest, and the others of its group."""
+    for name in (word.split("=")[0].replace("_", "-") for word in argv):
+        if name.startswith("--") and name not in options:
+            near = difflib.get_close_matches(name, options, n=3)
+            group = [option for option in options if option.rpartition(".")[0] == name.rpartition(".")[0]]
+            raise UserError(f"unknown option {name}; accepted: {', '.join(dict.fromkeys(near + group))}; see --help")

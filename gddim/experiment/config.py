@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
 
 import tyro
 from jaxtyping import PRNGKeyArray
 
-from gddim.data import Dataset
 from gddim.errors import UserError
 from gddim.evaluation.samplers import parse_sampler, sampler_name
 from gddim.model import Denoiser, EpsModel
@@ -17,6 +16,11 @@ from gddim.parallel import MeshConfig
 from gddim.samplers import GDDIM, AbstractSampler, CholeskyMultistep, EulerMaruyama
 from gddim.samplers.base import AbstractAdaptive
 from gddim.sde import AbstractLinearSDE
+
+if TYPE_CHECKING:
+    from gddim.data import Dataset
+else:
+    Dataset = Any  # tyro narrows a field to the type of its default, but not from a protocol with attributes
 
 # What may differ between a run and its continuation: it changes neither the gradient of a step nor what came before.
 MAY_CHANGE = (
@@ -54,7 +58,7 @@ def require(good: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class Model:
-    """What the network predicts (design: the denoiser is EDM's preconditioning for a matrix SDE)."""
+    """What the network predicts."""
 
     predicts: Literal["data", "eps"] = "data"
     """The data, preconditioned; or the noise ε in R coordinates, as published."""
@@ -124,11 +128,11 @@ class Sampling:
     """How samples are drawn: by `sample`, for the grids while training, and where an evaluation does not say."""
 
     sampler: Annotated[Sampler, tyro.conf.arg(name="sampler", prefix_name=False)] = OURS
-    """The sampler."""
+    """gddim[:ORDER][:data][:corrector][:lam=λ], cholesky[:ORDER], em[:lam=λ], heun, sscs or rk45[:rtol=…][:atol=…]."""
     nfe: int = 50
     """Network calls a sample, the last step's included."""
     samples: int = 64
-    """How many."""
+    """Number of samples."""
     batch: int = 64
     """How many at a time, over all devices; changes no sample."""
     power: float = 2.0

@@ -88,7 +88,7 @@ def _tile(images: Shaped[np.ndarray, "n h w c"], columns: int, least: int = 32) 
     return tiled.reshape(rows * (height + 1), columns * (width + 1), 3)
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
+def _figure(rows: int, columns: int, size: tuple[int, int]) -> tuple[Any, list[Any]]:
     """A figure that needs no display and no global state, and its axes in reading order."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
