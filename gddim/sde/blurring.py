@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -57,7 +59,7 @@ class Blurring(AbstractLinearSDE):
     """What the blur leaves of the highest frequencies, in (0, 1]."""
     horizon: float = eqx.field(default=1.0, static=True)
     """T, the largest time, ≤ 1."""
-    k = 1
+    k: ClassVar[int] = 1
 
     def __check_init__(self) -> None:
         if not (isinstance(self.size, int) and self.size >= 1):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
@@ -48,7 +50,7 @@ class CLD(AbstractLinearSDE):
     """Variance added to both fields at t = 0, > 0."""
     horizon: float = eqx.field(default=1.0, static=True)
     """T, the time at which sampling starts."""
-    k = 2
+    k: ClassVar[int] = 2
 
     def __check_init__(self) -> None:
         for name in ("m_inv", "epsilon", "horizon"):

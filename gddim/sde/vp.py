@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import equinox as eqx
 import jax.numpy as jnp
 
@@ -21,7 +23,7 @@ class VP(AbstractLinearSDE):
     """β at t = 1, per unit of time."""
     horizon: float = eqx.field(default=1.0, static=True)
     """T, the time at which sampling starts."""
-    k = 1
+    k: ClassVar[int] = 1
 
     def __check_init__(self) -> None:
         at_horizon = self.beta_min + (self.beta_max - self.beta_min) * self.horizon
