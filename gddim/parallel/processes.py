@@ -100,7 +100,7 @@ class PreemptionGuard:
     def __enter__(self) -> "PreemptionGuard":
         self._together = jax.distributed.is_initialized()
         self._signalled = False
-        self._last: int | None = None
+        self._asked = 0
         numbers = (signal.SIGINT,) if self._together else (signal.SIGINT, signal.SIGTERM)
         self._previous = {number: signal.signal(number, self._catch) for number in numbers}
         return self
@@ -122,7 +122,8 @@ class PreemptionGuard:
         """Whether to stop after `step`; call it on every process for the same increasing steps. Costs 0.4 µs a step."""
         if not self._together:
             return self._signalled
-        # The agreed step may lie between two calls when several steps are one dispatch: ask for each.
-        steps = range(step if self._last is None else self._last + 1, step + 1)
-        self._last = step
+        # The agreed step is one more than the last that any process asked for: before the first call that is step 1
+        # wherever the run was resumed, and it may lie between two calls when several steps are one dispatch.
+        steps = range(self._asked + 1, step + 1)
+        self._asked = step
         return any([multihost_utils.reached_preemption_sync_point(each) for each in steps])

@@ -1,0 +1,127 @@
+"""What a deterministic sampler gives for free: data to their latents by the same steps taken backwards, and between them."""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from gddim.samplers import GDDIM, Coefficients
+from gddim.samplers.base import Calls, calls, run
+from gddim.samplers.gddim import history_nodes
+from gddim.samplers.grids import check_grid
+from gddim.samplers.quadrature import Panels
+from gddim.sde import AbstractLinearSDE
+from gddim.sde.linalg import inverse, product, symmetric_root, transpose
+
+
+def encoding_table(sde: AbstractLinearSDE, ts: Any, order: int = 3) -> Coefficients:
+    """The exponential Adams–Bashforth method of gDDIM from the end of a decreasing grid to its start.
+
+    `u_t = Ψ(t,s) u_s + Σ_j [∫_s^t ℓ_j(τ) d(Ψ(t,τ) R_τ)] ε(u_{s_j}, s_j)`, s_j the last `order` times at or below s. The
+    weights are those of sampling with the roles of s and t exchanged.
+    """
+    ts = check_grid(sde, ts)
+    panels = Panels(sde, ts, lam=0.0)
+    nodes = history_nodes(ts[::-1], order)[::-1]
+    at_t = panels.to_nodes(ts[:-1]) + 0 * panels.tau
+    Q = panels.psi(at_t, panels.tau) @ panels.at(sde.noise_factor, panels.tau)
+    R, psi = panels.at(sde.noise_factor, ts), panels.psi(ts[:-1], ts[1:])
+    weights = -panels.stieltjes(nodes, Q, psi @ R[1:], R[:-1])
+    one = np.broadcast_to(np.eye(sde.k), (len(ts), *psi.shape[1:]))
+    rising = ts[::-1]
+    return Coefficients(rising, rising[:-1], psi[::-1], weights[::-1], 0 * psi, record_u=0 * one, record_eps=one)
+
+
+class Coder(eqx.Module):
+    """Both directions between data and latents of one model on one grid, deterministic and of one order.
+
+    States at the grid's end `t_min` are data with the little noise that they have there; `key` draws it, so that the
+    state is one that the model has seen.
+    """
+
+    model: Any
+    up: Calls
+    down: Calls
+    at_end: tuple[Any, Any]
+    """`Ψ(t_min, 0)` and `R` at t_min."""
+    whiten: Any
+    """`S_T^{−1/2}`: latents times this are standard normal."""
+
+    @staticmethod
+    def of(model: Any, ts: Float[np.ndarray, " n"], order: int = 3) -> "Coder":
+        sde, end = model.sde, float(ts[-1])
+        last, sigma = sde.transition(float(ts[0]), 0.0)[..., :, :1], sde.covariance(float(ts[0]))
+        return Coder(
+            model,
+            calls(encoding_table(sde, ts, order), sde),
+            calls(GDDIM(order).coefficients(sde, ts), sde),
+            (sde.transition(end, 0.0), sde.noise_factor(end)),
+            inverse(symmetric_root(product(last, transpose(last)) + sigma)),
+        )
+
+    def noised(self, x: Float[Array, "*dims C"], key: PRNGKeyArray) -> Float[Array, "*dims k C"]:
+        """The state of data at `t_min`."""
+        u = self.model.sde.lift(x)
+        psi, R = self.at_end
+        return product(psi, u) + product(R, jax.random.normal(key, u.shape, u.dtype))
+
+    def encode(self, u: Float[Array, "*dims k C"]) -> Float[Array, "*dims k C"]:
+        """A state at `t_min` to the latent at the grid's start, of the prior's distribution."""
+        return run(self.up, self.model, u, jax.random.key(0))
+
+    def decode(self, latent: Float[Array, "*dims k C"]) -> Float[Array, "*dims k C"]:
+        """A latent to the state at `t_min`."""
+        return run(self.down, self.model, latent, jax.random.key(0))
+
+    def between(
+        self, a: Float[Array, "*dims k C"], b: Float[Array, "*dims k C"], shares: Float[Array, " n"]
+    ) -> Float[Array, "n *dims k C"]:
+        """Latents on the great circle from a (share 0) to b (share 1): as typical of the prior as its ends are.
+
+        `(sin((1−s)θ) a + sin(sθ) b) / sin θ`, θ the angle of the whitened latents.
+        """
+        white_a, white_b = product(self.whiten, a), product(self.whiten, b)
+        norms = jnp.sqrt(jnp.vdot(white_a, white_a) * jnp.vdot(white_b, white_b))
+        angle = jnp.arccos(jnp.clip(jnp.vdot(white_a, white_b) / norms, -0.9999, 0.9999))
+        mix = lambda share: (jnp.sin((1 - share) * angle) * a + jnp.sin(share * angle) * b) / jnp.sin(angle)
+        return jax.vmap(mix)(shares)
+
+
+class Reconstruction(NamedTuple):
+    """Data encoded and decoded: the latents, the data that came back, and the root mean square of their difference."""
+
+    latents: Float[Array, "n *dims k C"]
+    data: Float[Array, "n *dims C"]
+    error: Float[Array, " n"]
+
+
+@eqx.filter_jit
+def reconstruct(coder: Coder, x: Float[Array, "n *dims C"], key: PRNGKeyArray) -> Reconstruction:
+    """Encode and decode; the error is that of the round trip, from `t_min` and back, in units of the data."""
+    project = coder.model.sde.project
+
+    def one(x: Array, key: Array) -> Reconstruction:
+        start = coder.noised(x, key)
+        latent = coder.encode(start)
+        end = coder.decode(latent)
+        return Reconstruction(latent, project(end), jnp.sqrt(jnp.mean((project(end) - project(start)) ** 2)))
+
+    return jax.vmap(one)(x, jax.random.split(key, len(x)))
+
+
+@eqx.filter_jit
+def interpolate(
+    coder: Coder, a: Float[Array, "n *dims C"], b: Float[Array, "n *dims C"], steps: int, key: PRNGKeyArray
+) -> Float[Array, "n steps *dims C"]:
+    """Rows of a picture: from each record of `a` to its partner in `b`, decoded from between their latents."""
+    shares = jnp.linspace(0.0, 1.0, steps)
+
+    def one(a: Array, b: Array, key: Array) -> Array:
+        first, second = jax.random.split(key)
+        ends = coder.encode(coder.noised(a, first)), coder.encode(coder.noised(b, second))
+        return jax.vmap(lambda latent: coder.model.sde.project(coder.decode(latent)))(coder.between(*ends, shares))
+
+    return jax.vmap(one)(a, b, jax.random.split(key, len(a)))
