@@ -12,6 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Key
 
 from gddim.errors import UserError
@@ -25,7 +26,7 @@ class Draw:
 
     def __init__(self, values: Float[Array, " n"] | None = None):
         # NumPy slices compile nothing; while tracing (a sharded initialiser) they have to be XLA's.
-        self.values = values if values is None or isinstance(values, jax.core.Tracer) else np.asarray(values)
+        self.values = values if values is None or isinstance(values, Tracer) else np.asarray(values)
         self.used = 0
 
     def uniform(self, shape: tuple[int, ...], bound: float = 1.0) -> Float[Array, "..."]:

@@ -2,14 +2,14 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from gddim.errors import UserError
 from gddim.nn.layers import (
@@ -114,7 +114,7 @@ class Block(eqx.Module):
         self.resample, self.fir, self.dropout = resample, config.fir, config.dropout
 
     def __call__(
-        self, x: Float[Array, "h w i"], time: Float[Array, " t"], key: Key[Array, ""] | None = None
+        self, x: Float[Array, "h w i"], time: Float[Array, " t"], keep: Bool[Array, "a b o"] | None = None
     ) -> Float[Array, "a b o"]:
         h = self.norm_in(x, swish=True)
         if self.resample != "none":
@@ -122,8 +122,7 @@ class Block(eqx.Module):
             h, x = resample(h, self.fir), resample(x, self.fir)
         h = self.conv_in(h) + self.time(time)[None, None]
         h = self.norm_out(h, swish=True)
-        if key is not None and self.dropout > 0:
-            keep = jax.random.bernoulli(key, 1 - self.dropout, h.shape)
+        if keep is not None:
             h = jnp.where(keep, h / (1 - self.dropout), 0)
         h = self.conv_out(h)
         x = (h + (x if self.shortcut is None else self.shortcut(x))) * math.sqrt(0.5)
@@ -213,33 +212,28 @@ class NCSNpp(eqx.Module):
         if x.shape != self.in_shape:
             raise ValueError(f"x: got shape {x.shape}, the network was built for {self.in_shape}")
         time = self._embed(t)
-        count = 2 + sum(len(level.blocks) + (level.resample is not None) for level in self.down + self.up)
-        keys = iter([None] * count if key is None else jax.random.split(key, count))
+        keys = iter(jax.random.split(key, 4 * len(self.down)) if key is not None and self.config.dropout else ())
 
-        def apply(block: Block, h: Array, extra: tuple[Array | None, Array | None]) -> Array:
-            skip, key = extra
-            return block(h if skip is None else jnp.concatenate([h, skip], axis=-1), time, key)
-
-        if self.config.remat:
-            apply = jax.checkpoint(apply)
+        def chain(blocks: Sequence[Block], h: Array, skips: Sequence[Array] = ()) -> tuple[Array, list[Array]]:
+            pairs = zip(blocks, skips or [None] * len(blocks), self._masks(next(keys, None), blocks, h), strict=True)
+            return self._chain(list(pairs), h, time)
 
         h = pyramid = x.astype(self.config.dtype)
         h = self.conv_in(h)
         skips = [h]
         for level in self.down:
-            h, outputs = self._chain(apply, level.blocks, h, [(None, next(keys)) for _ in level.blocks])
+            h, outputs = chain(level.blocks, h)
             skips += outputs
             if level.resample is not None:
-                h = apply(level.resample, h, (None, next(keys)))
+                h, _ = chain([level.resample], h)
                 if level.progressive is not None:
                     h = pyramid = (downsample_conv(pyramid, level.progressive, self.config.fir) + h) * math.sqrt(0.5)
                 skips.append(h)
-        for block in self.middle:
-            h = apply(block, h, (None, next(keys)))
+        h, _ = chain(self.middle, h)
         for level in self.up:
-            h, _ = self._chain(apply, level.blocks, h, [(skips.pop(), next(keys)) for _ in level.blocks])
+            h, _ = chain(level.blocks, h, [skips.pop() for _ in level.blocks])
             if level.resample is not None:
-                h = apply(level.resample, h, (None, next(keys)))
+                h, _ = chain([level.resample], h)
         return self.conv_out(self.norm_out(h.astype(jnp.float32), swish=True))
 
     def _embed(self, t: Float[Array, ""]) -> Float[Array, " features"]:
@@ -253,31 +247,39 @@ class NCSNpp(eqx.Module):
             features = jax.nn.swish(dense(features))
         return features.astype(self.config.dtype)
 
-    def _chain(
-        self, apply: Callable, blocks: Sequence[Block], h: Array, extras: list[Any]
-    ) -> tuple[Array, list[Array]]:
-        """The blocks one after another, each with its extra input; returns the last output and all of them.
+    def _masks(self, key: Key[Array, ""] | None, blocks: Sequence[Block], h: Array) -> Sequence[Array | None]:
+        """What dropout keeps in each of the blocks, in one draw: a draw for each of them doubles the compile time."""
+        if key is None:
+            return [None] * len(blocks)
+        grow = {"none": (1, 1), "down": (1, 2), "up": (2, 1)}[blocks[0].resample]
+        height, width = (size * grow[0] // grow[1] for size in h.shape[:2])
+        shape = (len(blocks), height, width, blocks[0].conv_out.bias.size)
+        return list(jax.lax.optimization_barrier(jax.random.bernoulli(key, 1 - self.config.dropout, shape)))
+
+    def _chain(self, links: list[tuple[Block, Any, Any]], h: Array, time: Array) -> tuple[Array, list[Array]]:
+        """The blocks one after another, each with its skip and its mask; returns the last output and all of them.
 
         With `scan_blocks`, consecutive blocks of equal shapes are stacked while tracing and run as one loop.
         """
-        outputs: list[Array] = []
 
-        def shapes(pair: tuple[Block, Any]) -> Any:
-            leaves, structure = jax.tree.flatten(pair)
+        def step(h: Array, link: tuple[Block, Any, Any]) -> tuple[Array, Array]:
+            block, skip, keep = link
+            h = block(h if skip is None else jnp.concatenate([h, skip], axis=-1), time, keep)
+            return h, h
+
+        def shapes(link: tuple[Block, Any, Any]) -> tuple[Any, list[tuple[int, ...]]]:
+            leaves, structure = jax.tree.flatten(link)
             return structure, [leaf.shape for leaf in leaves]
 
-        pairs = list(zip(blocks, extras, strict=True))
-        runs = itertools.groupby(pairs, shapes) if self.config.scan_blocks else ((None, [pair]) for pair in pairs)
-        for _, run in runs:
+        if self.config.remat:
+            step = jax.checkpoint(step)
+        outputs: list[Array] = []
+        for _, run in itertools.groupby(links, shapes if self.config.scan_blocks else id):
             run = list(run)
             if len(run) == 1:
-                outputs.append(h := apply(run[0][0], h, run[0][1]))
-                continue
-
-            def body(h: Array, pair: tuple[Block, Any]) -> tuple[Array, Array]:
-                h = apply(pair[0], h, pair[1])
-                return h, h
-
-            h, stacked = jax.lax.scan(body, h, jax.tree.map(lambda *leaves: jnp.stack(leaves), *run))
-            outputs += list(stacked)
+                h, output = step(h, run[0])
+                outputs.append(output)
+            else:
+                h, stacked = jax.lax.scan(step, h, jax.tree.map(lambda *leaves: jnp.stack(leaves), *run))
+                outputs += list(stacked)
         return h, outputs
