@@ -25,18 +25,24 @@ def collocate(A: np.ndarray, *, backward: bool = False) -> tuple[np.ndarray, np.
     """Solve `X' = A X` over panels by Gauss collocation, from the left end (or `backward`, from the right) with X = I.
 
     A: `(panels, nodes, *dims, k, k)`, values at the nodes times half the panel's width. Returns X at the nodes, of the same
-    shape, and at the far end, `(panels, *dims, k, k)`: of order 2·nodes there.
+    shape, and at the far end, `(panels, *dims, k, k)`: of order 2·nodes there. The system `X = I + ∫ A X` is solved by
+    Picard's iteration, whose n-th term is at most `(2 max|A|)^n/n!`; on panels where that is large nothing is resolved.
     """
     k = A.shape[-1]
     S = INTEGRATE - W if backward else INTEGRATE
-    moved = np.moveaxis(A, 1, -3)  # (panels, *dims, nodes, k, k)
-    batch = moved.shape[:-3]
-    system = -S[:, None, :, None] * moved.swapaxes(-3, -2)[..., None, :, :, :]  # (…, i, row, j, column)
-    system = system.reshape(*batch, NODES * k, NODES * k) + np.eye(NODES * k)
-    start = np.broadcast_to(np.tile(np.eye(k), (NODES, 1)), (*batch, NODES * k, k))
-    nodes = np.linalg.solve(system, start).reshape(*batch, NODES, k, k)
-    end = np.eye(k) + (-1 if backward else 1) * np.einsum("i,...iab->...ab", W, moved @ nodes)
-    return np.moveaxis(nodes, -3, 1), end
+    entries = np.ascontiguousarray(np.moveaxis(A, (-2, -1), (0, 1)))  # long axes last: tiny matrices are slow in NumPy
+    flat = entries.reshape(k, k, *A.shape[:2], -1)
+    term = np.broadcast_to(np.eye(k)[..., None, None, None], flat.shape)
+    nodes = term.copy()
+    for _ in range(4 * NODES):
+        term = S @ np.einsum("ij...,jk...->ik...", flat, term)
+        nodes += term
+        if not np.abs(term).max() > 1e-20:
+            break
+    moved = np.einsum("ij...,jk...->ik...", flat, nodes)
+    end = np.eye(k)[..., None, None] + (-1 if backward else 1) * np.einsum("n,ijmnp->ijmp", W, moved)
+    back = lambda values, shape: np.moveaxis(values.reshape(k, k, *shape), (0, 1), (-2, -1))
+    return back(nodes, A.shape[:-2]), back(end, A.shape[:1] + A.shape[2:-2])
 
 
 def unresolved(values: np.ndarray) -> np.ndarray:

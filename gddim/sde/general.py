@@ -12,7 +12,7 @@ import numpy as np
 from gddim.sde.base import AbstractLinearSDE, Time
 from gddim.sde.collocation import DEPTH, INTEGRATE, NODES, TO_LEGENDRE, W, X, collocate, unresolved
 from gddim.sde.host import in_float64
-from gddim.sde.linalg import Array, as_times, inverse, namespace, product, transpose
+from gddim.sde.linalg import Array, as_times, inverse, matrix, namespace, product, transpose
 
 Coefficient = Callable[[Any], Any]  # of a scalar time, to (*#dims, k, k)
 
@@ -84,15 +84,29 @@ def _checked(name: str, value: np.ndarray) -> np.ndarray:
 
 
 class Solution:
-    """The process as polynomials in y = √t on panels of [0, √T]: `Ψ(τ, lower)`, R, F and GGᵀ."""
+    """The process as polynomials in y = √t on panels of [0, √T]: `Ψ(τ, lower)`, R, F and GGᵀ.
+
+    Positions whose coefficients are equal, as those of the frequencies (i, j) and (j, i) of an image, are solved as one.
+    """
 
     def __init__(self, drift: Coefficient, diffusion_squared: Coefficient, covariance: np.ndarray, horizon: float):
         self.drift, self.diffusion_squared = drift, diffusion_squared
-        self.covariance, self.horizon = covariance, horizon
+        self.horizon = horizon
+        self.shape = np.broadcast_shapes(np.shape(drift(horizon)), np.shape(diffusion_squared(horizon)), covariance.shape)
+        self.covariance = np.broadcast_to(covariance, self.shape)
+
+    @cached_property
+    def kinds(self) -> tuple[np.ndarray, np.ndarray]:
+        """One position of each kind, `(kinds,)`, and the kind of every position, `#dims`."""
+        *dims, k, _ = self.shape
+        known = np.concatenate([*self._coefficients(self.horizon * (1 + X) / 2), self.covariance[None]])
+        rows = known.reshape(len(known), -1, k * k).swapaxes(0, 1).reshape(-1, len(known) * k * k)
+        _, first, kind = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+        return first, kind.reshape(dims)
 
     @cached_property
     def table(self) -> dict[str, np.ndarray]:
-        """`edges` (panels+1,), Legendre coefficients `psi`, `R`, `F`, `GG` (panels, nodes, *#dims, k, k), and `whole`,
+        """`edges` (panels+1,), Legendre coefficients `psi`, `R`, `F`, `GG` (panels, nodes, kinds, k, k), and `whole`,
         `Ψ(upper, lower)` of each panel, with its `inverse`.
         """
         edges = np.sqrt(self.horizon) * np.append(0.0, 2.0 ** np.arange(-10, 1))
@@ -113,9 +127,9 @@ class Solution:
         """Values at the nodes of the panels between the edges, and which panels do not resolve them."""
         width = np.diff(edges)[:, None]
         y = edges[:-1, None] + width * (1 + X) / 2
-        F, GG = self._coefficients(y**2)
-        slope = (width * y).reshape(y.shape + (1,) * (F.ndim - 2))  # dτ/dξ
-        rough = np.abs(slope * F).sum(-1).max(tuple(range(1, F.ndim - 1))) > 1
+        F, GG, covariance = (self._of_kinds(values) for values in (*self._coefficients(y**2), self.covariance))
+        slope = (width * y)[..., None, None, None]  # dτ/dξ
+        rough = np.abs(slope * F).sum(-1).max((1, 2, 3)) > 1
         rough = rough | unresolved(F) | unresolved(GG)
         if rough.any():
             return {}, rough
@@ -123,7 +137,7 @@ class Solution:
         pulled = np.linalg.solve(psi, slope * GG)
         pulled = transpose(np.linalg.solve(psi, transpose(pulled)))  # Ψ⁻¹ GGᵀ Ψ⁻ᵀ dτ/dξ
         gained = np.einsum("ij,mj...->mi...", INTEGRATE, pulled)
-        sigma, start = np.empty(psi.shape), np.broadcast_to(self.covariance, psi.shape[2:])
+        sigma, start = np.empty(psi.shape), covariance
         for p in range(len(psi)):
             sigma[p] = psi[p] @ (start + gained[p]) @ transpose(psi[p])
             start = whole[p] @ (start + np.einsum("i,i...->...", W, pulled[p])) @ transpose(whole[p])
@@ -131,8 +145,13 @@ class Solution:
         R = L if L.shape[-1] == 1 else L @ self._rotation(slope, F, GG, L)
         return {"psi": psi, "R": R, "F": F, "GG": GG, "whole": whole}, unresolved(psi) | unresolved(R)
 
+    def _of_kinds(self, values: np.ndarray) -> np.ndarray:
+        """`(…, *#dims, k, k)` to `(…, kinds, k, k)`."""
+        lead = values.shape[: values.ndim - len(self.shape)]
+        return values.reshape(*lead, -1, *self.shape[-2:])[..., self.kinds[0], :, :]
+
     def _coefficients(self, tau: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """F and GGᵀ at times `(panels, nodes)`, of one rank."""
+        """F and GGᵀ at an array of times, `(*tau.shape, *#dims, k, k)`."""
         both = []
         for name, fn in (("drift", self.drift), ("diffusion_squared", self.diffusion_squared)):
             try:
@@ -141,15 +160,24 @@ class Solution:
                 values = np.stack([np.asarray(fn(float(t)), np.float64) for t in tau.reshape(-1)])
                 values = values.reshape(tau.shape + values.shape[1:])
             both.append(_checked(f"{name} on (0, {self.horizon}]", values))
-        rank = max(*(value.ndim for value in both), self.covariance.ndim + 2)
-        return tuple(v.reshape(tau.shape + (1,) * (rank - v.ndim) + v.shape[2:]) for v in both)
+        missing = lambda v: (1,) * (tau.ndim + len(self.shape) - v.ndim)
+        ranked = (v.reshape(tau.shape + missing(v) + v.shape[tau.ndim :]) for v in both)
+        F, GG = (np.broadcast_to(v, tau.shape + self.shape) for v in ranked)
+        return F, GG
 
     def _rotation(self, slope: np.ndarray, F: np.ndarray, GG: np.ndarray, L: np.ndarray) -> np.ndarray:
-        """`O = L⁻¹R` at the nodes, from `O' = (L⁻¹F̂L − L⁻¹L') O`, whose generator is skew."""
+        """`O = L⁻¹R` at the nodes, from `O' = (L⁻¹F̂L − L⁻¹L') O`, whose generator is skew: for k = 2 a rate of rotation."""
         S = np.linalg.solve(L, F @ L + transpose(np.linalg.solve(L, transpose(GG))) / 2)
         symmetric = S + transpose(S)
         generator = S - np.tril(symmetric) * (1 - 0.5 * np.eye(S.shape[-1]))
-        O, whole = collocate(slope * (generator - transpose(generator)) / 2)
+        generator = slope * (generator - transpose(generator)) / 2
+        if generator.shape[-1] == 2:
+            rate = generator[..., 1, 0]
+            whole = np.cumsum(np.einsum("i,mi...->m...", W, rate), 0)[:, None]
+            angle = np.einsum("ij,mj...->mi...", INTEGRATE - W, rate) + whole
+            cos, sin = np.cos(angle), np.sin(angle)
+            return matrix(np, [[cos, -sin], [sin, cos]])
+        O, whole = collocate(generator)
         start = np.eye(S.shape[-1])
         for p in range(len(O)):
             O[p], start = O[p] @ start, whole[p] @ start
@@ -170,10 +198,18 @@ class Solution:
 
     def __call__(self, name: str, t: Array) -> Array:
         """The polynomial called `name` at the times, `(*t.shape, *#dims, k, k)`."""
+        return self._everywhere(self._at(name, t))
+
+    def _at(self, name: str, t: Array) -> Array:
+        """The same for every kind of position, `(*t.shape, kinds, k, k)`."""
         xp = namespace(t)
         panel, basis = self._locate(t)
         coefficients = xp.asarray(self.table[name], t.dtype)[panel]
-        return (coefficients * basis.reshape(basis.shape + (1,) * (coefficients.ndim - basis.ndim))).sum(t.ndim)
+        return (coefficients * basis[..., None, None, None]).sum(t.ndim)
+
+    def _everywhere(self, values: Array) -> Array:
+        """`(…, kinds, k, k)` to `(…, *#dims, k, k)`."""
+        return values[..., self.kinds[1], :, :]
 
     def transition(self, t: Array, s: Array) -> Array:
         """`Ψ(t, s)` as a product over the panels between s and t: of their Ψ forward in time, of their inverses backward."""
@@ -181,7 +217,7 @@ class Solution:
         late, early = xp.maximum(t, s), xp.minimum(t, s)
         first, last = self._locate(early)[0], self._locate(late)[0]
         whole, back = (xp.asarray(self.table[name], t.dtype) for name in ("whole", "inverse"))
-        psi_late, psi_early = self("psi", late), self("psi", early)
+        psi_late, psi_early = self._at("psi", late), self._at("psi", early)
         # backward in time the transpose is built, so that both directions multiply from the right
         forward = (t >= s).reshape(t.shape + (1,) * (psi_late.ndim - t.ndim))
         choose = lambda ahead, behind: xp.where(forward, ahead, transpose(behind))
@@ -199,7 +235,7 @@ class Solution:
             for distance in range(1, 1 + int(np.max(last - first, initial=0))):
                 M = step(distance, M)
         M = product(M, choose(inverse(psi_early), psi_early))
-        return xp.where(forward, M, transpose(M))
+        return self._everywhere(xp.where(forward, M, transpose(M)))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,11 +17,18 @@ def in_float64(fn: Callable[..., Any], *times: np.ndarray) -> Any:
     Returns float64 NumPy `(*times.shape, *fn.shape)`, or a tuple of them. Works while something else is being traced, too.
     """
     flat = [np.asarray(t, np.float64).reshape(-1) for t in times]
+    count = flat[0].size
+    padded = [np.pad(t, (0, 2 ** (count - 1).bit_length() - count), mode="edge") for t in flat]  # few shapes to compile
     cpu = jax.local_devices(backend="cpu")[0]
     with jax.ensure_compile_time_eval(), jax.enable_x64(True), jax.default_device(cpu):
-        values = jax.jit(jax.vmap(lambda *ts: _floats(fn(*ts))))(*flat)
-        reshaped = lambda v: np.asarray(v).reshape(np.shape(times[0]) + v.shape[1:])
+        values = _mapped(fn, *padded)
+        reshaped = lambda v: np.asarray(v)[:count].reshape(np.shape(times[0]) + v.shape[1:])
         return tuple(map(reshaped, values)) if isinstance(values, tuple) else reshaped(values)
+
+
+@partial(jax.jit, static_argnums=0)
+def _mapped(fn: Callable[..., Any], *times: Any) -> Any:
+    return jax.vmap(lambda *ts: _floats(fn(*ts)))(*times)
 
 
 def _floats(value: Any) -> Any:

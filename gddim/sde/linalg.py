@@ -1,6 +1,6 @@
 """Algebra of coefficient arrays `(*#dims, k, k)` with k ≤ a few, the same code for NumPy and JAX.
 
-Products are written as broadcast, multiply and sum: exact in the array's own precision on every backend (a
+Products on devices are written as broadcast, multiply and sum: exact in the array's own precision on every backend (a
 `dot_general` would run in TF32 or bfloat16 on accelerators) and fused by XLA into their surroundings.
 """
 
@@ -50,7 +50,7 @@ def product(A: Array, B: Array) -> Array:
     if isinstance(B, jax.Array) and not isinstance(A, jax.Array):
         A = jnp.asarray(A, B.dtype)
     A, B = aligned(A, B)
-    return (A[..., :, :, None] * B[..., None, :, :]).sum(-2)
+    return A @ B if namespace(A, B) is np else (A[..., :, :, None] * B[..., None, :, :]).sum(-2)
 
 
 def transpose(A: Array) -> Array:
