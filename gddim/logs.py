@@ -14,10 +14,22 @@ class Log:
     """Scalars, pictures and text of one run; process 0 makes one, the others a silent one.
 
     `folder` holds the TensorBoard events. A run resumed at `step` discards what an earlier life wrote beyond it.
+    `full_rate` is the images/s at which one of `chips` would do nothing but the model's arithmetic, where it is known.
     """
 
-    def __init__(self, folder: str, *, step: int, steps: int, batch: int, quiet: bool = False):
+    def __init__(
+        self,
+        folder: str,
+        *,
+        step: int,
+        steps: int,
+        batch: int,
+        chips: int = 1,
+        full_rate: float | None = None,
+        quiet: bool = False,
+    ):
         self._steps, self._batch, self._quiet = steps, batch, quiet
+        self._chips, self._full_rate = chips, full_rate
         self._since: tuple[int, float] | None = None  # the step and time that images/s counts from
         self._writer = self._bar = None
         if quiet:
@@ -45,22 +57,35 @@ class Log:
             self._since = (self._since[0], self._since[1] + time.perf_counter() - start)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Report the means of an interval that ends at `step`, with its images/s and the time left."""
+        """Report the means of an interval that ends at `step`, with its throughput and the time left."""
         before, then = self._since or (step, time.perf_counter())
         self._since = (step, time.perf_counter())
         rate = (step - before) / max(self._since[1] - then, 1e-9)
-        values = values | {"images_per_second": rate * self._batch}
+        per_chip = rate * self._batch / self._chips
+        values = values | {"images_per_second": rate * self._batch, "images_per_second_per_chip": per_chip}
+        if self._full_rate:
+            values["flops_utilisation"] = per_chip / self._full_rate
         if self._writer is None:
             return
         for name, value in values.items():
             self._writer.add_scalar(f"train/{name}", value, step)
         words = f"loss {values['loss']:.4f}, {values['images_per_second']:.4g} images/s"
+        words += f" ({per_chip:.4g} per chip)" if self._chips > 1 else ""
+        words += f", {values['flops_utilisation']:.1%} of peak FLOP/s" if self._full_rate else ""
         if self._bar is not None:
             self._bar.set_postfix_str(words, refresh=False)
         else:
             left = (self._steps - step) / rate if rate else 0.0
             more = f"gradient norm {values['grad_norm']:.3g}, learning rate {values['learning_rate']:.3g}"
             self.say(f"step {step}/{self._steps}: {words}, {more}, {left // 60:.0f}:{left % 60:02.0f} left")
+
+    def metrics(self, step: int, of: str, values: dict[str, float]) -> None:
+        """Report an evaluation, of so and so many samples."""
+        if self._writer is None:
+            return
+        for name, value in values.items():
+            self._writer.add_scalar(f"evaluation of {of}/{name}", value, step)
+        self.say(f"step {step}/{self._steps}, {of}: {', '.join(f'{k} {v:.4g}' for k, v in values.items())}")
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         """A picture `(H, W, 3)` in uint8."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -159,13 +159,13 @@ def train(
     report_every: int,
     save: Callable[[int, TrainState], None],
     save_every: int,
-    show: Callable[[int, TrainState], None] = lambda step, state: None,
-    show_every: int = 0,
+    also: Sequence[tuple[int, Callable[[int, TrainState], None]]] = (),
     stop: Callable[[int], bool] = lambda step: False,
 ) -> tuple[int, TrainState]:
     """Go from `step` to `steps`, or until `stop(step)`; the state reached is saved either way, and returned.
 
     A state is saved only once every step before it is known to be finite; `Diverged` names the first that is not.
+    `also` is what else is done, and every how many steps (0: never); the time that it takes is kept out of images/s.
     """
     ledger, saved = Ledger(), step
     while step < steps and not stop(step):
@@ -177,9 +177,10 @@ def train(
             ledger.settle(AHEAD)
             if means := ledger.mean():
                 log.scalars(step, means)
-        if _due(show_every, before, step):
-            with log.paused():
-                show(step, state)
+        for every, do in also:
+            if _due(every, before, step):
+                with log.paused():
+                    do(step, state)
         if _due(save_every, before, step):
             ledger.settle()
             save(step, state)

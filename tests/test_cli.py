@@ -65,7 +65,7 @@ def test_help_documents_every_option(module, capsys):
 WRONG = {
     "--train.stepz=3": "unknown option --train.stepz; accepted: --train.steps, ",
     "--nonsense": "unknown option --nonsense; accepted: ",
-    "trian": "invalid choice 'trian' for argument 'verb'. Expected one of ('run', 'train', 'sample', 'evaluate').",
+    "trian": "invalid choice 'trian' for argument 'verb'. Expected one of ('run', 'train', 'sample', 'evaluate', ",
     "--train.steps=many": "--train.steps: invalid literal for int() with base 10: 'many' (accepted: --train.steps INT)",
     "--train.steps=-3": "train: steps must be at least 1, not -3",
     "--train.batch=0": "train: batch must be at least 1, not 0",
@@ -80,7 +80,7 @@ WRONG = {
     "--sde.m-inv=-1": "m_inv=-1.0 must be > 0",
     "--mesh.fsdp=3": "mesh.fsdp=3 do not fit 8 device(s)",
     "--train.batch=6": "batch 6 cannot be split over 8 device(s): use a multiple of 8",
-    "--step=3": "--step is for sample and evaluate",
+    "--step=3": "--step is for what follows training",
     "--net.width=0": "width: got 0",
 }  # fmt: skip
 

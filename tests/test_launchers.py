@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gddim.parallel import EXIT_PREEMPTED
+from gddim.parallel import EXIT_LOST, EXIT_PREEMPTED
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = ["python", "-m", "experiments.cld_cifar10", "--workdir", "gs://bucket/a run"]
@@ -46,7 +46,8 @@ def executable(path: Path, text: str) -> Path:
 def test_all_agree_on_the_status_of_a_preempted_run():
     assert {tpu.PREEMPTED, gpu.PREEMPTED} == {EXIT_PREEMPTED}
     assert f'"$status" -eq {EXIT_PREEMPTED} ' in (ROOT / "infra" / "slurm.sh").read_text()
-    assert f"values: [{EXIT_PREEMPTED}, {tpu.ABORTED}]" in (ROOT / "infra" / "jobset.yaml").read_text()
+    assert tpu.ABORTED == EXIT_LOST
+    assert f"values: [{EXIT_PREEMPTED}, {EXIT_LOST}]" in (ROOT / "infra" / "jobset.yaml").read_text()
 
 
 # TPU slices

@@ -114,7 +114,7 @@ def test_data_come_back_from_their_latents_which_look_like_the_prior(sde: Abstra
     errors = []
     for steps in (40, 80):
         coder = Coder.of(Exact(sde), power_grid(sde.horizon, 1e-3, steps), order=2)
-        found = reconstruct(coder, x, jax.random.key(0))
+        found = reconstruct(coder, x, jax.random.split(jax.random.key(0), len(x)))
         errors.append(float(found.error.mean()))
     assert errors[1] < errors[0] / 2.8  # second order, and a half is lost to the first steps
     assert errors[1] < 0.01
@@ -127,7 +127,7 @@ def test_interpolations_begin_and_end_at_the_data_and_stay_typical():
     model = Exact(VP())
     coder = Coder.of(model, power_grid(1.0, 1e-3, 60), order=2)
     a, b = jnp.asarray(gaussian(40, (6,)))[:20], jnp.asarray(gaussian(40, (6,)))[20:]
-    rows = interpolate(coder, a, b, 5, jax.random.key(1))
+    rows = interpolate(coder, a, b, 5, jax.random.split(jax.random.key(1), 20))
     assert rows.shape == (20, 5, 6)
     assert float(jnp.abs(rows[:, 0] - a).max()) < 0.06
     assert float(jnp.abs(rows[:, -1] - b).max()) < 0.06

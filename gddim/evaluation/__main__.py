@@ -12,7 +12,7 @@ from etils import epath
 from gddim.data import CIFAR10, SVHN, ArrayFile, ArraySource, CelebA, Digits, FiveRings, ImageFolder, Shards, Source
 from gddim.errors import UserError
 from gddim.evaluation.features import FeatureSpace, PixelFeatures
-from gddim.evaluation.inception import CONVENTIONS, InceptionFeatures
+from gddim.evaluation.inception import CONVENTIONS, PRECISIONS, InceptionFeatures
 from gddim.evaluation.metrics import Gaussian, frechet_distance
 from gddim.evaluation.provenance import software
 from gddim.evaluation.report import plot, table
@@ -41,6 +41,7 @@ def main() -> None:
     for verb in (stats, fid):
         verb.add_argument("--features", choices=("inception", "pixels"), default="inception")
         verb.add_argument("--convention", choices=CONVENTIONS, default=CONVENTIONS[0], help="how images are resized")
+        verb.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="of the Inception network")
         verb.add_argument("--weights", type=Path, help="Inception weights; by default those in the data folder")
         verb.add_argument("--size", type=int, help="resize images of a folder to this; by default to that of the first")
     report = verbs.add_parser("report", help="write the tables of RESULTS to OUT.md and the plot to OUT.png")
@@ -62,6 +63,7 @@ def _stats(options: argparse.Namespace) -> None:
     found = _statistics(_source(options.source, options.size), _space(options), options.source)
     found.save(out)
     print(f"{out}: {found.count:,} records of {options.source}, {found.origin['features']}, digest {found.digest()}")
+    _tell_deviation(found)
 
 
 def _fid(options: argparse.Namespace) -> None:
@@ -75,6 +77,12 @@ def _fid(options: argparse.Namespace) -> None:
     print(f"Fréchet distance {found['frechet']:.4f} ({a.count:,} and {b.count:,} samples{few})")
     print(f"KID {found['kid']:.6f} ± {found['kid_error']:.6f}")
     print(f"precision {found['precision']:.4f}, recall {found['recall']:.4f}")
+    _tell_deviation(a)
+
+
+def _tell_deviation(found: Statistics) -> None:
+    if (share := found.origin.get("deviation_from_float32")) is not None:
+        print(f"features in bfloat16 differ by {share:.2%} from those in float32 (root mean square)")
 
 
 def _sides(options: argparse.Namespace) -> list[Statistics | Gaussian]:
@@ -104,7 +112,7 @@ def _report(options: argparse.Namespace) -> None:
 def _space(options: argparse.Namespace) -> FeatureSpace:
     if options.features == "pixels":
         return PixelFeatures()
-    return InceptionFeatures.load(options.weights, options.convention)
+    return InceptionFeatures.load(options.weights, options.convention, options.precision)
 
 
 def _statistics(source: Source, space: FeatureSpace, name: str) -> Statistics:

@@ -1,6 +1,6 @@
 """Feature spaces: functions from samples to vectors, in which two sets of samples are compared."""
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import numpy as np
@@ -30,6 +30,10 @@ class FeatureSpace(Protocol):
 
     def __call__(self, samples: Shaped[Array, "b ..."], /) -> Float[Array, "b d"]: ...
 
+    def told(self, samples: Shaped[np.ndarray, "b ..."], /) -> dict[str, Any]:
+        """What else is to be known of its features, for which these are some samples."""
+        ...
+
     def probabilities(self, features: Float[np.ndarray, "b d"], /) -> Float[np.ndarray, "b classes"] | None:
         """Class probabilities for the Inception Score; None where there are no classes."""
         ...
@@ -44,6 +48,9 @@ class PixelFeatures(eqx.Module):
 
     def __call__(self, samples: Shaped[Array, "b ..."]) -> Float[Array, "b d"]:
         return to_unit(samples).reshape(len(samples), -1)
+
+    def told(self, samples: Shaped[np.ndarray, "b ..."]) -> dict[str, Any]:
+        return {}
 
     def probabilities(self, features: Float[np.ndarray, "b d"]) -> None:
         return None

@@ -1,5 +1,6 @@
 """The InceptionV3 network of 2015-12-05 that FID is defined by, with its weights from the published PyTorch file."""
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from gddim.errors import UserError
 from gddim.evaluation.torch_reader import read_torch
 
 CONVENTIONS = ("pytorch-fid", "tf1")
+PRECISIONS = ("float32", "bfloat16")
 SIZE = 299
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 # SHA-256 of the files whose weights are known to be right; PyTorch names its files after the first eight digits.
@@ -120,9 +122,9 @@ def _mean_pool(x: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
     """Mean over the neighbours that exist: TensorFlow does not count its padding, PyTorch does."""
 
     def total(x: Array) -> Array:
-        return jax.lax.reduce_window(x, 0.0, jax.lax.add, (3, 3, 1), (1, 1, 1), "SAME")
+        return jax.lax.reduce_window(x, jnp.zeros((), x.dtype), jax.lax.add, (3, 3, 1), (1, 1, 1), "SAME")
 
-    return total(x) / total(jnp.ones((*x.shape[:2], 1)))
+    return total(x) / total(jnp.ones((*x.shape[:2], 1), x.dtype))
 
 
 _POOLS = {
@@ -180,31 +182,36 @@ class InceptionFeatures(eqx.Module):
 
     `convention` names how images reach 299×299: "pytorch-fid" (pixel centres at half positions, scaled to [-1, 1]; also
     clean-fid's legacy mode) or "tf1" (TensorFlow 1 corners, `(x − 128)/128`; Heusel's original and torch-fidelity).
-    Statistics of different conventions are different spaces: `name` keeps them apart.
+    Statistics of different conventions are different spaces: `name` keeps them apart. With `precision` "bfloat16" the
+    network runs in it, for speed; `told` says by how much its features then differ.
     """
 
     network: InceptionV3
     digest: str = eqx.field(static=True)
     convention: str = eqx.field(static=True)
+    precision: str = eqx.field(static=True, default="float32")
     metrics: tuple[str, ...] = eqx.field(static=True, default=("frechet", "kid", "precision_recall"))
     chunk: int = eqx.field(static=True, default=32)
 
     @staticmethod
-    def load(path: Path | None = None, convention: str = "pytorch-fid") -> "InceptionFeatures":
+    def load(
+        path: Path | None = None, convention: str = "pytorch-fid", precision: str = "float32"
+    ) -> "InceptionFeatures":
         """From a published weight file, by default the one that `find_weights` finds, checked against its digest."""
         path = path or find_weights()
-        if convention not in CONVENTIONS:
-            raise UserError(f"convention: {convention!r} given, accepted are {', '.join(CONVENTIONS)}")
+        for given, accepted in ((convention, CONVENTIONS), (precision, PRECISIONS)):
+            if given not in accepted:
+                raise UserError(f"Inception features: {given!r} given, accepted are {', '.join(accepted)}")
         digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
         if path.is_file() and not any(digest.startswith(known) for known in DIGESTS):
             raise UserError(
                 f"{path} has SHA-256 {digest}, which is none of the known weight files: {', '.join(DIGESTS)}"
             )
-        return InceptionFeatures(_from_torch(read_torch(path)), digest, convention)
+        return InceptionFeatures(_from_torch(read_torch(path)), digest, convention, precision)
 
     @property
     def name(self) -> str:
-        return f"inception-2015-12-05 {self.convention} float32, weights {self.digest[:16]}"
+        return f"inception-2015-12-05 {self.convention} {self.precision}, weights {self.digest[:16]}"
 
     def __call__(self, images: UInt8[Array, "b h w c"]) -> Float[Array, "b 2048"]:
         if images.shape[-1] not in (1, 3):
@@ -213,7 +220,16 @@ class InceptionFeatures(eqx.Module):
         x = jnp.broadcast_to(images, (*images.shape[:3], 3)).astype(jnp.float32)
         x = x / 127.5 - 1 if self.convention == "pytorch-fid" else (x - 128) / 128
         x = jnp.einsum("Hh,bhwc,Ww->bHWc", rows, x, columns, precision=jax.lax.Precision.HIGHEST)
-        return jax.vmap(self.network)(x)
+        network = jax.tree.map(lambda leaf: leaf.astype(self.precision), self.network)
+        return jax.vmap(network)(x.astype(self.precision)).astype(jnp.float32)
+
+    def told(self, images: UInt8[np.ndarray, "b h w c"]) -> dict[str, float]:
+        """For bfloat16, the root mean square of the difference to features in float32, as a share of that of these."""
+        if self.precision == "float32":
+            return {}
+        exact = eqx.filter_jit(dataclasses.replace(self, precision="float32"))(jnp.asarray(images))
+        error = eqx.filter_jit(self)(jnp.asarray(images)) - exact
+        return {"deviation_from_float32": float(jnp.linalg.norm(error) / jnp.linalg.norm(exact))}
 
     def probabilities(self, features: Float[np.ndarray, "b 2048"]) -> Float[np.ndarray, "b classes"] | None:
         """Class probabilities: softmax of the last layer, without its bias as in the original score."""

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from gddim.samplers import GDDIM, Coefficients
 from gddim.samplers.base import Calls, calls, run
@@ -99,7 +99,7 @@ class Reconstruction(NamedTuple):
 
 
 @eqx.filter_jit
-def reconstruct(coder: Coder, x: Float[Array, "n *dims C"], key: PRNGKeyArray) -> Reconstruction:
+def reconstruct(coder: Coder, x: Float[Array, "n *dims C"], keys: Key[Array, " n"]) -> Reconstruction:
     """Encode and decode; the error is that of the round trip, from `t_min` and back, in units of the data."""
     project = coder.model.sde.project
 
@@ -109,12 +109,12 @@ def reconstruct(coder: Coder, x: Float[Array, "n *dims C"], key: PRNGKeyArray) -
         end = coder.decode(latent)
         return Reconstruction(latent, project(end), jnp.sqrt(jnp.mean((project(end) - project(start)) ** 2)))
 
-    return jax.vmap(one)(x, jax.random.split(key, len(x)))
+    return jax.vmap(one)(x, keys)
 
 
 @eqx.filter_jit
 def interpolate(
-    coder: Coder, a: Float[Array, "n *dims C"], b: Float[Array, "n *dims C"], steps: int, key: PRNGKeyArray
+    coder: Coder, a: Float[Array, "n *dims C"], b: Float[Array, "n *dims C"], steps: int, keys: Key[Array, " n"]
 ) -> Float[Array, "n steps *dims C"]:
     """Rows of a picture: from each record of `a` to its partner in `b`, decoded from between their latents."""
     shares = jnp.linspace(0.0, 1.0, steps)
@@ -124,4 +124,4 @@ def interpolate(
         ends = coder.encode(coder.noised(a, first)), coder.encode(coder.noised(b, second))
         return jax.vmap(lambda latent: coder.model.sde.project(coder.decode(latent)))(coder.between(*ends, shares))
 
-    return jax.vmap(one)(a, b, jax.random.split(key, len(a)))
+    return jax.vmap(one)(a, b, keys)

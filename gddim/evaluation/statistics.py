@@ -121,7 +121,7 @@ def source_statistics(
 
     order = np.random.default_rng(0).permutation(len(source))
     size = space.chunk * (sharding.num_devices if sharding else 1)
-    origin = {"source": name, "records": len(source), "features": space.name}
+    origin = {"source": name, "records": len(source), "features": space.name, **space.told(source[order[:64]])}
     found = None
     with tqdm(total=len(source), desc=name, unit="img", disable=None if progress else True) as bar:
         for first in range(0, len(source), size):

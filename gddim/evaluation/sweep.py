@@ -86,7 +86,7 @@ def read_rows(path: os.PathLike) -> list[Row]:
 
 
 class _Keeper:
-    """Writes samples by number: images of 1 or 3 channels as PNG, anything else as npy."""
+    """Writes samples by number: images of 1 or 3 channels as a PNG each, anything else as an npz for each batch."""
 
     def __init__(self, folder: epath.Path):
         self._folder = folder
@@ -95,11 +95,14 @@ class _Keeper:
     def __call__(self, first: int, samples: np.ndarray) -> None:
         from PIL import Image
 
+        if jax.process_index():
+            return
+        if samples.dtype != np.uint8 or samples.shape[-1] not in (1, 3):
+            buffer = io.BytesIO()
+            np.savez(buffer, samples=samples)
+            write_whole(self._folder / f"{first:06d}.npz", buffer.getvalue())
+            return
         for i, x in enumerate(samples, first):
             buffer = io.BytesIO()
-            if x.dtype == np.uint8 and x.shape[-1] in (1, 3):
-                Image.fromarray(x.squeeze(-1) if x.shape[-1] == 1 else x).save(buffer, "PNG")
-            else:
-                np.save(buffer, x)
-            suffix = "png" if buffer.getvalue().startswith(b"\x89PNG") else "npy"
-            (self._folder / f"{i:06d}.{suffix}").write_bytes(buffer.getvalue())
+            Image.fromarray(x.squeeze(-1) if x.shape[-1] == 1 else x).save(buffer, "PNG")
+            (self._folder / f"{i:06d}.png").write_bytes(buffer.getvalue())

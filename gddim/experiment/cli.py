@@ -19,8 +19,10 @@ import tyro
 from etils import epath
 
 from gddim.errors import UserError
-from gddim.experiment.config import MAY_CHANGE, Experiment
+from gddim.experiment.config import MAY_CHANGE, Experiment, require
+from gddim.experiment.encoding import encode, likelihood
 from gddim.experiment.evaluating import evaluate
+from gddim.experiment.measure import cells, feature_space
 from gddim.experiment.plan import Plan
 from gddim.experiment.training import Preempted, run_training
 from gddim.experiment.verbs import dry_run, sample
@@ -30,23 +32,30 @@ from gddim.train import Diverged
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 EPILOGUE = """Exit status: 0 done; 1 failed, or the loss was not finite; 2 a wrong option, value or path,
-nothing written; 75 stopped by SIGTERM or Ctrl-C, the state saved, so that the same command continues."""
+nothing written; 75 stopped by SIGTERM or Ctrl-C, the state saved, so that the same command continues; 134 another
+process of the job was lost, continue likewise."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
     """What to do with an experiment."""
 
-    verb: Annotated[Literal["run", "train", "sample", "evaluate"], tyro.conf.Positional]
+    verb: Annotated[Literal["run", "train", "sample", "evaluate", "likelihood", "encode"], tyro.conf.Positional]
     """train: to the last step, continuing the run in the workdir; sample: write samples and pictures of them;
-    evaluate: write the table of distances; run: all three."""
+    evaluate: write the table of distances; run: these three; likelihood: tell the bits per dimension of held-out data;
+    encode: held-out data to latents and back."""
     workdir: str
     """Folder of the run, local or gs://…; made where there is none."""
     experiment: Annotated[Experiment, tyro.conf.arg(name="")]
     step: int | None = None
-    """Checkpoint that is sampled or evaluated; without it the newest whole one."""
+    """Checkpoint that is sampled, evaluated, …; without it the newest whole one."""
+    peak_flops: float | None = None
+    """FLOP/s of one accelerator at full rate, for the share that training reaches; without it what is known of it."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the configuration and what it needs, and do nothing."""
+
+    def __post_init__(self):
+        require(self.peak_flops is None or self.peak_flops > 0, f"peak_flops must be > 0, not {self.peak_flops}")
 
 
 def main(experiment: Experiment, argv: Sequence[str] | None = None) -> NoReturn:
@@ -86,7 +95,7 @@ def parse(experiment: Experiment, argv: Sequence[str]) -> Command:
         _refuse_unknown(argv, re.findall(r"(?<=│ |, )--[\w.-]+", known.getvalue().decode()))
         raise UserError(_one_line(said.getvalue().decode())) from None
     if command.step is not None and command.verb in ("run", "train"):
-        raise UserError("--step is for sample and evaluate; training continues from the newest checkpoint")
+        raise UserError("--step is for what follows training; training continues from the newest checkpoint")
     return command
 
 
@@ -103,17 +112,24 @@ def carry_out(command: Command) -> None:
         source = experiment.data.train()
     elif not known:
         raise UserError(f"--workdir {workdir} holds no run: train it first")
+    if command.verb in ("run", "evaluate") or experiment.eval.every:
+        feature_space(experiment.eval)
+        cells(experiment)
     main = jax.process_index() == 0
     with locked(workdir) if main else contextlib.nullcontext():
         check_config(workdir, describe(experiment), MAY_CHANGE)
         if command.verb in ("run", "train"):
             if main:
                 write_config(workdir, describe(experiment))
-            run_training(plan, source, workdir)
+            run_training(plan, source, workdir, command.peak_flops)
         if command.verb in ("run", "sample"):
             sample(plan, workdir, command.step)
         if command.verb in ("run", "evaluate"):
             evaluate(plan, workdir, command.step)
+        if command.verb == "likelihood":
+            likelihood(plan, workdir, command.step)
+        if command.verb == "encode":
+            encode(plan, workdir, command.step)
 
 
 def _end(status: int, message: str) -> NoReturn:

@@ -170,17 +170,28 @@ class Evaluation:
     """Its columns: network calls a sample."""
     samples: int = 500
     """Samples a cell."""
+    seeds: int = 1
+    """Times that each cell is drawn, with seeds from sampling.seed on; the table tells mean and spread."""
     batch: int = 500
     """Samples at a time, over all devices; changes no sample."""
     features: Literal["inception", "pixels"] = "inception"
     """Where distances are measured: in Inception features to the training data (FID), or in the pixels or coordinates
     themselves to the held-out data, where the data are too small for the former."""
+    convention: Literal["pytorch-fid", "tf1"] = "pytorch-fid"
+    """How images are resized for the Inception network; distances of two conventions are not comparable."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """In which the Inception network runs; what bfloat16 changes is told with the results."""
+    keep_samples: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Write the samples of each cell into the workdir: images as PNG, anything else as npz."""
+    every: int = 0
+    """Training steps between two evaluations of at most 5,000 samples, by sampling's sampler, that are logged; 0: none."""
 
     def __post_init__(self):
         require(len(self.nfe) > 0 and min(self.nfe) >= 1, f"nfe must be positive numbers, not {self.nfe}")
         require(len(self.samplers) > 0, "samplers: give at least one")
-        for name in ("samples", "batch"):
+        for name in ("samples", "seeds", "batch"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        require(self.every >= 0, f"every must be at least 0, not {self.every}")
 
 
 @dataclass(frozen=True)

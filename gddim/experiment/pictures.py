@@ -27,6 +27,17 @@ def gallery(samples: Shaped[np.ndarray, "n ..."]) -> Picture:
     return _tile(samples, columns=math.ceil(math.sqrt(len(samples))))
 
 
+def rows(samples: Shaped[np.ndarray, "n m ..."]) -> Picture:
+    """Images `(n, m, H, W, C)` in n rows of m, or points `(n, m, C)` joined to n lines."""
+    if samples.ndim == 3:
+        figure, axes = _figure(1, 1, size=(5, 5))
+        for points in samples:
+            axes[0].plot(points[:, 0], points[:, min(1, points.shape[1] - 1)], marker=".")
+        axes[0].set_aspect("equal")
+        return _render(figure)
+    return _tile(samples.reshape(-1, *samples.shape[2:]), columns=samples.shape[1])
+
+
 def film(paths: Paths, frames: int = 9, shown: int = 4) -> Picture:
     """From noise to data in a strip of frames: for each sample what it is, and below it the data foreseen there.
 

@@ -15,7 +15,15 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from gddim.data import random_flip, to_unit
 from gddim.experiment.config import Experiment
 from gddim.loss import draw_noise
-from gddim.parallel import init_sharded, make_mesh, per_device_batch, replicated, state_shardings
+from gddim.parallel import (
+    activation_bytes,
+    init_sharded,
+    make_mesh,
+    on_paper,
+    per_device_batch,
+    replicated,
+    state_shardings,
+)
 from gddim.train import TrainState, adam, fuse, learning_rate, make_update
 
 
@@ -75,19 +83,28 @@ class Plan:
         step = fuse(self.step(flip)) if self.experiment.train.fused > 1 else self.step(flip)
         return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
 
-    def flops(self) -> tuple[float, float]:
-        """Floating-point operations of the network for one image, and of loss and gradient in a step, as XLA counts them.
+    def image_flops(self) -> float:
+        """Floating-point operations of the network for one image, forward, as XLA counts them."""
+        state = jax.ShapeDtypeStruct(self.experiment.state_shape, jnp.float32)
+        program = jax.jit(lambda params, u, t: self.model(params)(u, t))
+        return _flops(program.lower(self.shapes.model, state, jax.ShapeDtypeStruct((), jnp.float32)))
 
-        Adam's are left out: tens for each parameter, a thousandth of the rest.
-        """
-        experiment = self.experiment
-        state, t = jax.ShapeDtypeStruct(experiment.state_shape, jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
-        shape, dtype = experiment.data.shape, jnp.uint8 if len(experiment.data.shape) == 3 else jnp.float32
-        batch = jax.ShapeDtypeStruct((experiment.train.batch, *shape), dtype)
-        arrays = jax.eval_shape(partial(self.prepare, flip=False), batch, jax.random.key(0))
-        programs = (
-            jax.jit(lambda params, u, t: self.model(params)(u, t)).lower(self.shapes.model, state, t),
-            jax.jit(jax.grad(self.loss)).lower(self.shapes.model, *arrays),
-        )
-        forward, step = ((program.cost_analysis() or {}).get("flops", math.nan) for program in programs)
-        return forward, step
+    def step_flops(self) -> float:
+        """Those of loss and gradient in a step; Adam's, tens for each parameter, are a thousandth of them."""
+        return _flops(jax.jit(jax.grad(self.loss)).lower(self.shapes.model, *self._rows(self.experiment.train.batch)))
+
+    def on_paper(self) -> list[str]:
+        """What a step would need on some large machines, by its trace."""
+        row = tuple(jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in self._rows(1))
+        activations = activation_bytes(self.loss, self.shapes.model, row)
+        return on_paper(self.shapes.model, self.shapes, activations, self.experiment.train.batch)
+
+    def _rows(self, count: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """The shapes of what `prepare` makes."""
+        shape = self.experiment.data.shape
+        batch = jax.ShapeDtypeStruct((count, *shape), jnp.uint8 if len(shape) == 3 else jnp.float32)
+        return jax.eval_shape(partial(self.prepare, flip=False), batch, jax.random.key(0))
+
+
+def _flops(program: Any) -> float:
+    return (program.cost_analysis() or {}).get("flops", math.nan)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 from collections.abc import Iterator
 
 import jax
@@ -16,11 +17,12 @@ from gddim.checkpoint import Checkpointer
 from gddim.data import Source, batches, prefetch
 from gddim.experiment.config import Experiment
 from gddim.experiment.drawing import draw_samples
+from gddim.experiment.measure import Measure
 from gddim.experiment.pictures import gallery
 from gddim.experiment.plan import Plan
 from gddim.experiment.workdir import describe
 from gddim.logs import Log
-from gddim.parallel import PreemptionGuard, global_batch
+from gddim.parallel import PreemptionGuard, global_batch, peak_flops
 from gddim.parallel import describe as describe_mesh
 from gddim.train import TrainState, next_step, train
 
@@ -35,15 +37,26 @@ def checkpoints(experiment: Experiment, workdir: epath.Path) -> Checkpointer:
     return Checkpointer(workdir / "checkpoints", keep_last=settings.keep, keep_every=settings.keep_every or None)
 
 
-def run_training(plan: Plan, source: Source, workdir: epath.Path) -> None:
-    """Train to the last step, from the newest whole checkpoint if there is one. Raises `Preempted` or `Diverged`."""
+def run_training(plan: Plan, source: Source, workdir: epath.Path, peak: float | None = None) -> None:
+    """Train to the last step, from the newest whole checkpoint if there is one. Raises `Preempted` or `Diverged`.
+
+    `peak` is the FLOP/s of one device, where they are not known by its name.
+    """
     experiment, settings = plan.experiment, plan.experiment.train
     with contextlib.ExitStack() as stack:
         guard = stack.enter_context(PreemptionGuard())
         saved = stack.enter_context(contextlib.closing(checkpoints(experiment, workdir)))
         step, state = _start(plan, saved)
         main = jax.process_index() == 0
-        log = Log(str(workdir / "tensorboard"), step=step, steps=settings.steps, batch=settings.batch, quiet=not main)
+        log = Log(
+            str(workdir / "tensorboard"),
+            step=step,
+            steps=settings.steps,
+            batch=settings.batch,
+            chips=plan.mesh.size,
+            full_rate=_full_rate(plan, peak) if main else None,
+            quiet=not main,
+        )
         stack.callback(log.close)
         log.say(describe_mesh(plan.mesh, state))
         if step >= settings.steps:
@@ -57,12 +70,14 @@ def run_training(plan: Plan, source: Source, workdir: epath.Path) -> None:
         stack.callback(placed.close)
 
         def save(step: int, state: TrainState) -> None:
-            saved.save(step, _items(state), describe(experiment))
+            saved.save(step, items_of(state), describe(experiment))
 
         def show(step: int, state: TrainState) -> None:
             samples, _ = draw_samples(experiment, plan.mesh, plan.model(state.ema), experiment.sampling)
             log.image(step, "samples", gallery(samples))
 
+        every = experiment.eval.every
+        watched = [(every, Measure(plan, workdir).watch(log.metrics))] if every else []
         step, _ = train(
             state,
             plan.update(source.flip),
@@ -74,8 +89,7 @@ def run_training(plan: Plan, source: Source, workdir: epath.Path) -> None:
             report_every=settings.report_every,
             save=save,
             save_every=settings.save_every,
-            show=show,
-            show_every=settings.show_every,
+            also=[(settings.show_every, show), *watched],
             stop=guard.reached,
         )
     if step < settings.steps:
@@ -89,15 +103,22 @@ def restore_ema(plan: Plan, workdir: epath.Path, step: int | None = None) -> tup
     return items["ema"], step
 
 
+def _full_rate(plan: Plan, peak: float | None) -> float | None:
+    """Images/s of a device that does nothing but the model's arithmetic: three forward passes an image, in training."""
+    peak = peak or peak_flops(plan.mesh.devices.flat[0].device_kind)
+    rate = peak / (3 * plan.image_flops()) if peak else math.nan
+    return rate if math.isfinite(rate) else None
+
+
 def _start(plan: Plan, saved: Checkpointer) -> tuple[int, TrainState]:
     """The step and the state from which to train: of the newest whole checkpoint, or fresh."""
     if not saved.steps():
         return 0, plan.init()
-    items, step = saved.restore(_items(plan.shapes))
+    items, step = saved.restore(items_of(plan.shapes))
     return step, TrainState(**items["train"], ema=items["ema"])
 
 
-def _items(state: TrainState) -> dict[str, object]:
+def items_of(state: TrainState) -> dict[str, object]:
     """What a checkpoint holds, the average apart from the rest so that it can be read alone."""
     return {"train": {"step": state.step, "model": state.model, "opt_state": state.opt_state}, "ema": state.ema}
 

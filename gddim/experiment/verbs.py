@@ -28,7 +28,6 @@ def dry_run(plan: Plan) -> None:
         print(f"{name.removesuffix('.type')} = {json.dumps(value, ensure_ascii=False)}")
     leaves = jax.tree.leaves(plan.shapes)
     total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves) / 2**20
-    forward, step = plan.flops()
     facts = {
         "parameters": f"{sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(plan.shapes.model)):,}",
         "devices": f"{plan.mesh.size} × {plan.mesh.devices.flat[0].device_kind}, {jax.process_count()} process(es)",
@@ -36,11 +35,12 @@ def dry_run(plan: Plan) -> None:
         "batch per device": f"{experiment.train.batch // plan.mesh.size}",
         "state": f"{total:,.1f} MiB, {bytes_per_device(plan.shapes) / 2**20:,.1f} MiB on each device",
         "checkpoint": f"about {total:,.1f} MiB",
-        "FLOPs per image, forward": f"{forward:.4g}",
-        "FLOPs per training step": f"{step:.4g}",
+        "FLOPs per image, forward": f"{plan.image_flops():.4g}",
+        "FLOPs per training step": f"{plan.step_flops():.4g}",
     }
     for name, fact in facts.items():
         print(f"{name}: {fact}")
+    print("On paper, a training step on", *plan.on_paper(), sep="\n  ")
 
 
 def sample(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:

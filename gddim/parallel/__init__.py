@@ -17,6 +17,7 @@ from gddim.parallel.mesh import make_mesh as make_mesh
 from gddim.parallel.mesh import per_device_batch as per_device_batch
 from gddim.parallel.mesh import replicated as replicated
 from gddim.parallel.mesh import state_shardings as state_shardings
+from gddim.parallel.processes import EXIT_LOST as EXIT_LOST
 from gddim.parallel.processes import EXIT_PREEMPTED as EXIT_PREEMPTED
 from gddim.parallel.processes import PreemptionGuard as PreemptionGuard
 from gddim.parallel.processes import initialize as initialize

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from typing import NoReturn
 
@@ -15,7 +16,9 @@ from jax.experimental import multihost_utils
 from gddim.errors import UserError
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the launchers start a run that ends with it again
+EXIT_LOST = 134  # SIGABRT, with which JAX ends a process whose job has lost another: idem
 HEARTBEAT_SECONDS = 30  # a host that has been silent for so long is lost, and JAX ends the others
+VERDICT_SECONDS = 45  # by then it has
 
 # How each launcher says which process this is, out of how many; the first pair that is set counts.
 _RANKS = (
@@ -51,7 +54,8 @@ def cluster(env: Mapping[str, str], on_tpu: bool) -> dict[str, str | int] | None
 def initialize() -> None:
     """Joins this process to its job; does nothing on a machine that is in none. Call it before JAX is used.
 
-    An exception that nobody catches then ends this process at once, so that the others learn of it.
+    An exception that nobody catches then ends this process at once, so that the others learn of it; but a failed
+    computation waits, being perhaps the first sign of a lost host, of which JAX learns later and with more to tell.
     """
     # libtpu and its device files: what JAX itself takes for a TPU machine, without asking a metadata server.
     on_tpu = bool(
@@ -65,10 +69,15 @@ def initialize() -> None:
     jax.distributed.initialize(**job, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)  # pyright: ignore[reportArgumentType]
     report = sys.excepthook
 
-    def end(*error) -> None:
-        report(*error)
-        if threading.current_thread() is threading.main_thread():  # tensorstore's threads report harmless errors here
-            leave(1)
+    def end(kind, error, trace) -> None:
+        report(kind, error, trace)
+        if threading.current_thread() is not threading.main_thread():
+            return  # tensorstore's threads report harmless errors here
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            verdict = f"JAX tells within {VERDICT_SECONDS} s and ends this one with status {EXIT_LOST}"
+            print(f"if another process was lost, {verdict}; otherwise it is 1", file=sys.stderr, flush=True)
+            time.sleep(VERDICT_SECONDS)
+        leave(1)
 
     sys.excepthook = end
 

@@ -1,0 +1,101 @@
+"""The verbs that go from data to noise: `likelihood` and `encode`."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jaxtyping import Key
+
+from gddim.data import to_unit
+from gddim.errors import UserError
+from gddim.evaluation.latents import Coder, interpolate, reconstruct
+from gddim.evaluation.likelihood import bits_per_dimension
+from gddim.evaluation.provenance import hardware, software
+from gddim.evaluation.statistics import to_host, write_whole
+from gddim.experiment.config import Sampling
+from gddim.experiment.drawing import grid
+from gddim.experiment.outputs import origin_of, write_npz, write_png
+from gddim.experiment.pictures import gallery, rows
+from gddim.experiment.plan import Plan
+from gddim.experiment.training import restore_ema
+from gddim.experiment.workdir import describe
+from gddim.parallel import batch_sharding
+from gddim.samplers import GDDIM
+
+ROWS, COLUMNS = 8, 9  # of the picture of interpolations
+
+
+def likelihood(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
+    """Tell the bits per dimension of the first held-out records, as many as an evaluation has samples."""
+    experiment, settings = plan.experiment, plan.experiment.sampling
+    params, step = restore_ema(plan, workdir, step)
+    source = experiment.data.test()
+    found = bits_per_dimension(
+        plan.model(params),
+        source,
+        min(experiment.eval.samples, len(source)),
+        settings.seed,
+        -(-settings.batch // plan.mesh.size) * plan.mesh.size,
+        batch_sharding(plan.mesh),
+    )
+    row = {
+        "bits_per_dimension": found.mean,
+        "standard_error": found.standard_error,
+        "records": len(found.each),
+        "kind": "exact" if experiment.sde.k == 1 else "upper bound",
+        "experiment": describe(experiment),
+        "step": step,
+        "devices": hardware(),
+        **software(),
+    }
+    if jax.process_index() == 0:
+        write_whole(workdir / "likelihood.json", (json.dumps(row, indent=2) + "\n").encode())
+        print(
+            f"{found.mean:.4f} ± {found.standard_error:.4f} bits per dimension ({row['kind']}) of {len(found.each):,} "
+            f"held-out records at step {step}; {workdir}: likelihood.json",
+            flush=True,
+        )
+
+
+def encode(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
+    """Bring the first held-out records to their latents and back; writes both, and pictures of what lies between."""
+    experiment, settings = plan.experiment, plan.experiment.sampling
+    sampler = settings.sampler
+    if not isinstance(sampler, GDDIM) or sampler.lam > 0 or sampler.corrector:
+        raise UserError("encode: it needs the coefficients of gddim[:ORDER], without noise and corrector")
+    names = ("latents.npz", "reconstructions.png", "interpolations.png")
+    for name in names:
+        origin_of(workdir / name)
+    params, step = restore_ema(plan, workdir, step)
+    source = experiment.data.test()
+    count = min(settings.samples, len(source))
+    size = -(-min(settings.batch, count) // plan.mesh.size) * plan.mesh.size
+    coder = Coder.of(plan.model(params), grid(experiment, settings), sampler.order)
+    parts = []
+    for first in range(0, count, size):
+        numbers = np.minimum(np.arange(first, first + size), count - 1)
+        x, keys = jax.device_put((source[numbers], _keys(settings, numbers)), batch_sharding(plan.mesh))
+        parts.append(jax.tree.map(to_host, reconstruct(coder, to_unit(x), keys)))
+    latents, data, errors = (np.concatenate(part)[:count] for part in zip(*parts, strict=True))
+    shown = min(ROWS, count // 2)
+    ends = to_unit(jnp.asarray(source[np.arange(2 * shown)]))
+    between = interpolate(coder, ends[:shown], ends[shown:], COLUMNS, _keys(settings, np.arange(shown)))
+    if jax.process_index() == 0:
+        origin = {"experiment": experiment.name, "step": step, **describe(settings)}
+        write_npz(workdir / names[0], latents, origin)
+        pairs = np.stack([np.asarray(ends), data[: 2 * shown]])
+        write_png(workdir / names[1], rows(pairs) if data.ndim == 4 else gallery(data), origin)
+        write_png(workdir / names[2], rows(to_host(between)), origin)
+        print(
+            f"{count:,} held-out records encoded and decoded in {len(coder.up.time)} calls each way at step {step}: root "
+            f"mean square error {errors.mean():.4g}, at most {errors.max():.4g}; {workdir}: {', '.join(names)}",
+            flush=True,
+        )
+
+
+def _keys(settings: Sampling, numbers: np.ndarray) -> Key[jax.Array, " n"]:
+    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(settings.seed), i))(jnp.asarray(numbers))
