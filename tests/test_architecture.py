@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "check": {"sde", "samplers", "model"},
     "train": {*GROUND, "data", "checkpoint", "model", "loss"},
     "evaluation": {"sde", "nn", "parallel", "data", "samplers", "model"},
-    "convert": {"sde", "nn", "parallel", "checkpoint", "model"},
+    "convert": {"nn", "train", "experiment"},  # it writes a run
 }
 READ_THE_COMMAND_LINE = {"experiment", "check", "convert", "__main__"}
 PICKLES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
