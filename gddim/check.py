@@ -78,8 +78,8 @@ def convergence(sde: AbstractLinearSDE, orders: tuple[int, ...] = (1, 2, 3)) -> 
     """Measure the orders of convergence on a Gaussian mixture with its exact ε."""
     for order in orders:
         for interpolate in ("eps", "data")[: 1 + (order > 1)]:
-            slope = _slope(sde, GDDIM(order, interpolate=interpolate))
-            yield Law(f"order of convergence {order}, {interpolate}: slope", slope, order - 0.4, at_least=True)
+            found = slope(sde, GDDIM(order, interpolate=interpolate))
+            yield Law(f"order of convergence {order}, {interpolate}: slope", found, order - 0.4, at_least=True)
 
 
 def _at(fn: Callable[..., Any], *times: np.ndarray) -> np.ndarray:
@@ -144,7 +144,7 @@ def mixture_eps(sde: AbstractLinearSDE, centres: np.ndarray, std: float) -> Call
     return eps_fn
 
 
-def _slope(sde: AbstractLinearSDE, sampler: GDDIM, steps: int = 96, t_min: float = 1e-2) -> float:
+def slope(sde: AbstractLinearSDE, sampler: GDDIM, steps: int = 96, t_min: float = 1e-2) -> float:
     """The order of convergence between `steps` and twice as many, on a Gaussian mixture with its exact ε, in float64."""
     rng = np.random.default_rng(1)
     dims, std = _dims(sde), 0.25

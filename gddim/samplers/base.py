@@ -188,7 +188,7 @@ def run(rows: Calls, eps_fn: EpsFn, u: Float[Array, "..."], key: PRNGKeyArray) -
         u, history = jax.lax.cond(row.noisy, add_noise, lambda u, history: (u, history), u, history)
         return (jnp.where(row.accept, u, base), u, history), None
 
-    start = (u, u, jnp.zeros((SLOTS, *u.shape), u.dtype))
+    start = (u, u, jnp.stack([0 * u] * SLOTS))  # of the same axes as u, where it is sharded by hand
     (_, u, _), _ = jax.lax.scan(step, start, rows)
     return u
 

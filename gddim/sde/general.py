@@ -92,7 +92,9 @@ class Solution:
     def __init__(self, drift: Coefficient, diffusion_squared: Coefficient, covariance: np.ndarray, horizon: float):
         self.drift, self.diffusion_squared = drift, diffusion_squared
         self.horizon = horizon
-        self.shape = np.broadcast_shapes(np.shape(drift(horizon)), np.shape(diffusion_squared(horizon)), covariance.shape)
+        self.shape = np.broadcast_shapes(
+            np.shape(drift(horizon)), np.shape(diffusion_squared(horizon)), covariance.shape
+        )
         self.covariance = np.broadcast_to(covariance, self.shape)
 
     @cached_property
