@@ -15,7 +15,7 @@ from gddim.experiment.drawing import Paths
 from gddim.sde import AbstractLinearSDE
 from gddim.sde.linalg import inverse, product, transpose
 
-Picture = UInt8[np.ndarray, "h w 3"]
+Picture = UInt8[np.ndarray, "height width 3"]
 
 
 def gallery(samples: Shaped[np.ndarray, "n ..."]) -> Picture:

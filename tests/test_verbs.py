@@ -1,0 +1,134 @@
+"""What an experiment's verbs leave behind: likelihood, latents, kept samples, seeds, what training tells on the way."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import cld_digits, points
+from gddim.experiment.cli import carry_out, main, parse
+from gddim.experiment.config import Experiment
+from gddim.experiment.pictures import rows
+from gddim.experiment.plan import Plan
+
+POINTS = [
+    *("--train.steps=16", "--train.batch=16", "--train.warmup=4", "--train.save-every=8", "--train.report-every=4"),
+    *("--net.width=16", "--net.depth=1", "--data.train-points=100", "--data.test-points=50"),
+    *("--sampling.samples=8", "--sampling.batch=8", "--sampling.nfe=3", "--eval.samples=8", "--eval.batch=8"),
+    *("--eval.nfe", "3", "--eval.samplers", "gddim:2", "em"),
+]  # fmt: skip
+DIGITS = [
+    *("--train.steps=2", "--train.batch=8", "--net.width=8", "--net.attention", "--sampling.samples=8"),
+    *("--sampling.batch=8", "--sampling.nfe=3", "--eval.samples=8", "--eval.batch=8", "--eval.nfe", "3"),
+    *("--eval.samplers", "gddim:2", "--net.multipliers", "1"),
+]  # fmt: skip
+
+
+def do(experiment: Experiment, workdir: Path, verb: str, *more: str) -> None:
+    words = POINTS if experiment is points.EXPERIMENT else DIGITS
+    carry_out(parse(experiment, [verb, f"--workdir={workdir}", *words, *more]))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("run") / "w"
+    do(points.EXPERIMENT, workdir, "train")
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def trained_digits(tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("digits") / "w"
+    do(cld_digits.EXPERIMENT, workdir, "train")
+    return workdir
+
+
+def test_likelihood_is_told_and_written(trained, capsys):
+    do(points.EXPERIMENT, trained, "likelihood")
+    found = json.loads((trained / "likelihood.json").read_text())
+    assert (found["records"], found["step"], found["kind"]) == (8, 16, "upper bound")
+    assert np.isfinite(found["bits_per_dimension"])
+    assert found["standard_error"] > 0
+    assert f"{found['bits_per_dimension']:.4f} ± {found['standard_error']:.4f} bits" in capsys.readouterr().out
+
+
+def test_pictures_in_rows():
+    assert rows(np.zeros((2, 3, 8, 8, 1), np.float32)).shape == (2 * 33, 3 * 33, 3)
+
+
+@pytest.mark.slow
+def test_encoding_writes_latents_and_pictures_of_digits(trained_digits, capsys):
+    do(cld_digits.EXPERIMENT, trained_digits, "encode")
+    with np.load(trained_digits / "latents.npz", allow_pickle=False) as file:
+        assert file["samples"].shape == (8, 8, 8, 2, 1)
+    with Image.open(trained_digits / "interpolations.png") as image:
+        assert image.size == (9 * 33, 4 * 33)
+    with Image.open(trained_digits / "reconstructions.png") as image:
+        assert image.size == (8 * 33, 2 * 33)
+    assert "8 held-out records encoded and decoded in 3 calls each way at step 2: root mean" in capsys.readouterr().out
+
+
+def test_encoding_of_points_and_what_it_refuses(trained, capsys):
+    do(points.EXPERIMENT, trained, "encode")
+    assert (trained / "interpolations.png").exists()
+    for word in ("heun", "gddim:2:lam=0.5", "gddim:2:corrector"):
+        with pytest.raises(SystemExit, match="2"):
+            main(points.EXPERIMENT, ["encode", f"--workdir={trained}", *POINTS, f"--sampler={word}"])
+        assert "encode: it needs the coefficients of gddim" in capsys.readouterr().err
+
+
+def test_kept_points_are_arrays(trained):
+    do(points.EXPERIMENT, trained, "evaluate", "--eval.keep-samples")
+    files = sorted((trained / "samples").rglob("*"))
+    assert [file.name for file in files if file.is_file()] == ["000000.npz"] * 2
+    with np.load(files[-1], allow_pickle=False) as file:
+        assert file["samples"].shape == (8, 2)
+
+
+@pytest.mark.slow
+def test_kept_images_are_pictures(trained_digits):
+    do(cld_digits.EXPERIMENT, trained_digits, "evaluate", "--eval.keep-samples")
+    assert len(list((trained_digits / "samples").rglob("*.png"))) == 8
+
+
+def test_several_seeds_are_a_mean_and_its_spread(trained):
+    do(points.EXPERIMENT, trained, "evaluate", "--eval.seeds=3", "--eval.samplers", "gddim:2")
+    rows = [json.loads(line) for line in (trained / "results.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["cell"]["sampler"] == "gddim:2"]
+    assert sorted(row["cell"]["seed"] for row in rows) == [0, 1, 2]
+    values = [row["metrics"]["frechet"] for row in rows]
+    table = (trained / "results.md").read_text()
+    assert f"| gddim:2 | {np.mean(values):.3g} ± {np.std(values, ddof=1):.2g} |" in table
+    assert "of only 8 samples" in table
+
+
+def test_training_tells_its_throughput_and_evaluates_on_the_way(tmp_path, capsys):
+    do(points.EXPERIMENT, tmp_path / "w", "train", "--eval.every=8", "--peak-flops=1e9")
+    said = capsys.readouterr().out
+    assert said.count("16, 8 samples: frechet ") == 2
+    line = next(line for line in said.splitlines() if line.startswith("step 16/16: loss"))
+    images, per_chip = (float(line.split(words)[0].split()[-1].strip("(")) for words in (" images/s", " per chip"))
+    assert per_chip == pytest.approx(images / 8, rel=2e-3)
+    share = float(line.split("% of peak FLOP/s")[0].split()[-1]) / 100
+    forward = Plan(parse(points.EXPERIMENT, POINTS).experiment).image_flops()
+    assert forward > 1000
+    assert share == pytest.approx(3 * forward * per_chip / 1e9, abs=1e-3)
+    assert len(list((tmp_path / "w" / "statistics").iterdir())) == 2
+
+
+def test_what_an_evaluation_lacks_is_said_before_training(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("GDDIM_DATA", str(tmp_path))
+    for words in (["train", "--eval.every=5"], ["run"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(cld_digits.EXPERIMENT, [*words, f"--workdir={tmp_path / 'w'}", *DIGITS, "--eval.features=inception"])
+        assert "no Inception weights: put https://" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(
+            points.EXPERIMENT,
+            ["run", f"--workdir={tmp_path / 'w'}", *POINTS, "--eval.nfe", "1", "--eval.samplers", "heun"],
+        )
+    assert "heun with last=none makes at least 2 calls" in capsys.readouterr().err
+    assert not (tmp_path / "w").exists()
