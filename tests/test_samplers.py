@@ -11,15 +11,19 @@ from gddim.check import slope
 from gddim.samplers.gddim import triangular
 from gddim.sde.linalg import inverse, product
 
-X0 = np.array([0.7, -0.3])
-PROCESSES = [gddim.VP(), gddim.CLD()]
+PROCESSES = [gddim.VP(), gddim.CLD(), gddim.Blurring(4)]
 DETERMINISTIC = [
     GDDIM(1), GDDIM(3), GDDIM(4, interpolate="data"), GDDIM(2, interpolate="data", corrector=True),
 ]  # fmt: skip
 STOCHASTIC = [
     GDDIM(1, 0.5), GDDIM(3, 1.0), GDDIM(2, 1.3, interpolate="data"),
-    GDDIM(2, 0.8, corrector=True, interpolate="data"),
+    GDDIM(2, 0.8, corrector=True, interpolate="data"), GDDIM(2, 0.8, corrector=True),
 ]  # fmt: skip
+
+
+def data_point(sde):
+    dims = np.shape(sde.transition(1.0, 0.0))[:-2]
+    return np.random.default_rng(0).uniform(-1, 1, (*dims, 2))
 
 
 def point_eps(sde, u0):
@@ -40,7 +44,7 @@ def at(sde, t, u0, eps):
 @pytest.mark.parametrize("sampler", DETERMINISTIC, ids=str)
 def test_one_step_is_exact_for_one_data_point(sde, sampler):
     with jax.enable_x64(True):
-        u0 = jnp.asarray(sde.lift(jnp.asarray(X0)))
+        u0 = jnp.asarray(sde.lift(jnp.asarray(data_point(sde))))
         eps = jax.random.normal(jax.random.key(0), u0.shape)
         exact = at(sde, 1e-3, u0, eps)
         for steps in (1, 4):
@@ -49,12 +53,12 @@ def test_one_step_is_exact_for_one_data_point(sde, sampler):
             )
             assert jnp.abs(u - exact).max() <= 1e-9 * jnp.abs(exact).max()
         clean = gddim.sample(sampler, sde, point_eps(sde, u0), at(sde, 1.0, u0, eps), [1.0, 0.3, 1e-3], last="data")
-        np.testing.assert_allclose(sde.project(clean), X0, atol=1e-8)
+        np.testing.assert_allclose(sde.project(clean), data_point(sde), atol=1e-8)
 
 
 def test_l_is_not_exact_in_one_step_and_float32_is_close():
     sde = gddim.CLD()
-    u0 = sde.lift(jnp.asarray(X0, jnp.float32))
+    u0 = sde.lift(jnp.asarray(data_point(sde), jnp.float32))
     eps = jax.random.normal(jax.random.key(0), u0.shape)
     errors = {}
     for sampler in (GDDIM(1), gddim.CholeskyMultistep(1)):
@@ -67,8 +71,14 @@ def test_l_is_not_exact_in_one_step_and_float32_is_close():
 @pytest.mark.parametrize("sampler", STOCHASTIC, ids=str)
 @pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 6])
 def test_marginals_are_exact_for_one_data_point_at_any_lam(sde, sampler, steps):
+    if steps == 1 and sampler.corrector and sampler.interpolate == "eps" and not isinstance(sde, gddim.VP):
+        pytest.skip("ill-posed over one step from T to t_min: see the docstring of GDDIM")
     with jax.enable_x64(True):
-        u0, grid, n = jnp.asarray(sde.lift(jnp.asarray(X0))), gddim.power_grid(1.0, 1e-3, steps), 20_000
+        u0, grid, n = (
+            jnp.asarray(sde.lift(jnp.asarray(data_point(sde)))),
+            gddim.power_grid(1.0, 1e-3, steps),
+            100_000 // steps,
+        )
 
         def draw(key):
             first, rest = jax.random.split(key)
@@ -175,7 +185,7 @@ def test_exports_and_keeps_float32_around_a_bfloat16_network():
 def test_rk45_agrees_with_a_fine_table_and_counts_its_calls():
     sde = gddim.VP()
     with jax.enable_x64(True):
-        u0 = jnp.asarray(sde.lift(jnp.asarray(X0)))
+        u0 = jnp.asarray(sde.lift(jnp.asarray(data_point(sde))))
         eps = jax.random.normal(jax.random.key(0), u0.shape)
         u, calls = gddim.RK45(1e-8, 1e-8).solve(sde, point_eps(sde, u0), at(sde, 1.0, u0, eps), [1.0, 1e-3])
         np.testing.assert_allclose(u, at(sde, 1e-3, u0, eps), atol=1e-6)

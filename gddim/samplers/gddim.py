@@ -28,7 +28,8 @@ class GDDIM(AbstractSampler):
     point both are exact in law at any λ and any number of steps. For ε with λ > 0 this needs the history to be what the
     network would have said had the noise drawn since been there from the start: `ε_j ← Z ε_j + R_s⁻¹ P^{1/2} ξ`,
     `Z = R_s⁻¹ Ψ̂(s,t) R_t`, after every step. The corrector adds the node s, with ε at the predicted state (Adams–Moulton,
-    PECE: two calls a step). The first `order − 1` steps use the orders that their history allows.
+    PECE: two calls a step). The first `order − 1` steps use the orders that their history allows. Correcting ε at λ > 0
+    carries it back by `Z⁻¹`: over a few huge steps that amplifies rounding, and "data" is the form to correct.
 
     Raises `ValueError` for an order outside 1 … 4, λ < 0, or another `interpolate`.
     """
