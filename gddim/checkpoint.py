@@ -8,11 +8,14 @@ Paths are local, `gs://…` (install `gddim[gcs]`) or `s3://…` (`gddim[s3]`; a
 one that was interrupted counts as damaged).
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import logging
 import math
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -74,7 +77,8 @@ class Checkpointer:
                 return
             raise UserError(f"{self.directory} already holds a different step {step}; it is not overwritten")
         saves = {name: ocp.args.StandardSave(arrays) for name, arrays in flat.items()}
-        manager.save(step, args=ocp.args.Composite(manifest=ocp.args.JsonSave(manifest), **saves), force=True)
+        with self._writing():
+            manager.save(step, args=ocp.args.Composite(manifest=ocp.args.JsonSave(manifest), **saves), force=True)
 
     def restore(self, items: dict[str, PyTree], step: int | None = None) -> tuple[dict[str, PyTree], int]:
         """The named items of the newest whole step, each array with the sharding that its leaf asks for, and that step.
@@ -108,13 +112,25 @@ class Checkpointer:
     def wait(self) -> None:
         """Wait until what was saved so far is complete."""
         if self._manager:
-            self._manager.wait_until_finished()
+            with self._writing():
+                self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Wait, then release the threads."""
-        if self._manager:
-            self._manager.close()
-            self._manager = None
+        manager, self._manager = self._manager, None
+        if manager:
+            with self._writing():
+                manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn what Orbax raises when a checkpoint cannot be written, a `ValueError` for a full disk, into `OSError`."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            full = re.search("No space left on device|Disk quota exceeded", str(error))
+            reason = full.group() if full else _line(error)
+            raise OSError(f"{self.directory}: cannot write a checkpoint: {reason}; those that are whole remain") from error
 
     def _open(self):
         """The manager that writes; made late, since it makes the folder.
