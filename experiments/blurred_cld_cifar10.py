@@ -6,15 +6,17 @@
 """
 
 import dataclasses
+from pathlib import Path
 
 from experiments import cld_cifar10_denoiser
 from experiments.processes import blurred_langevin
-from gddim.experiment import main
+from gddim.experiment import Model, Spectrum, main
 
 EXPERIMENT = dataclasses.replace(
     cld_cifar10_denoiser.EXPERIMENT,
     name="blurred_cld_cifar10",
     sde=blurred_langevin(32),
+    model=Model(predicts="data", data_std=Spectrum.read(Path(__file__).with_name("cifar10_spectrum.npz"))),
 )
 
 if __name__ == "__main__":

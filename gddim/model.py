@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 
+from gddim.errors import UserError
 from gddim.sde.base import AbstractLinearSDE
 from gddim.sde.linalg import aligned, inverse, product, symmetric_root, transpose
 
@@ -64,15 +65,24 @@ class Denoiser(eqx.Module):
 
     The network sees k whitened fields (`k·C` channels, in pixels), returns C channels, and its target has variance 1 at
     every t. Written with `w = R⁻¹ψ`, `c_out² = s²/(1 + s² wᵀw)` and `c_skip = c_out² wᵀR⁻¹`, nothing cancels. Called as
-    `eps_fn(u, t)` on one state `(*dims, k, C)`. Raises `ValueError` for a standard deviation that is not positive.
+    `eps_fn(u, t)` on one state `(*dims, k, C)`. Raises `ValueError` for a standard deviation that is not positive,
+    or a spectrum that is not of the process.
     """
 
     sde: AbstractLinearSDE
     net: Net
     data_std: Any = eqx.field(default=0.5, static=True, converter=_as_tuples)
-    """s: a number, or a spectrum `(H, W)` in the basis of a process that has one per frequency."""
+    """s: a number, or a spectrum `(H, W)`, with a process that has coefficients `(H, W, k, k)` in that basis."""
     time_scale: float = eqx.field(default=999.0, static=True)
     """The network's label is this times t."""
+
+    def __check_init__(self) -> None:
+        spectrum = np.shape(self.data_std)
+        if spectrum and np.shape(self.sde.transition(self.sde.horizon, 0.0))[:-2] != spectrum:
+            raise UserError(
+                f"data_std: a spectrum {spectrum} needs a process with as many frequencies; "
+                f"this {type(self.sde).__name__} takes a number"
+            )
 
     def __call__(
         self, u: Float[Array, "*dims k C"], t: Scalar, key: PRNGKeyArray | None = None
@@ -111,7 +121,7 @@ class Denoiser(eqx.Module):
 
     def _variance(self, t: Scalar) -> Array:
         """`s²` as `(*#dims, 1, 1)`."""
-        return jnp.asarray(self.data_std, jnp.asarray(t).dtype)[..., None, None] ** 2
+        return jnp.asarray(np.asarray(self.data_std), jnp.asarray(t).dtype)[..., None, None] ** 2
 
     def _scales(self, t: Scalar) -> tuple[Array, Array]:
         """`w = R⁻¹ψ` `(*#dims, k, 1)` and `c_out` `(*#dims, 1, 1)`."""

@@ -6,3 +6,4 @@ from gddim.experiment.config import Experiment as Experiment
 from gddim.experiment.config import Model as Model
 from gddim.experiment.config import Sampling as Sampling
 from gddim.experiment.config import Training as Training
+from gddim.experiment.spectrum import Spectrum as Spectrum

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import io
 import itertools
+import logging
 import os
 import re
 import shlex
@@ -28,6 +30,7 @@ from gddim.experiment.training import Preempted, run_training
 from gddim.experiment.verbs import dry_run, sample
 from gddim.experiment.workdir import check_config, describe, locked, write_config
 from gddim.parallel import EXIT_PREEMPTED, initialize, leave
+from gddim.sde import AbstractLinearSDE
 from gddim.train import Diverged
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -61,6 +64,7 @@ class Command:
 def main(experiment: Experiment, argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line of an experiment file; ends the process with a status that says how it went."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs, at length, what it raises as well
     try:
         carry_out(parse(experiment, argv))
     except UserError as error:
@@ -71,6 +75,11 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> NoReturn:
         _end(EXIT_FAILED, f"error: not finite at {error}; the checkpoints before it are untouched")
     except OSError as error:
         _end(EXIT_FAILED, f"error: {error}")
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        what = str(error).splitlines()[0][:200]
+        _end(EXIT_FAILED, f"error: out of memory: {what}; make a batch smaller, raise train.accumulate or mesh.fsdp")
     except KeyboardInterrupt:
         _end(EXIT_INTERRUPTED, "interrupted; the same command continues from the last checkpoint")
     sys.exit(0)
@@ -82,7 +91,7 @@ def parse(experiment: Experiment, argv: Sequence[str]) -> Command:
     about = f"{sys.modules['__main__'].__doc__ or experiment.name}\n\n{EPILOGUE}"
 
     def ask(*words: str) -> Command:
-        return tyro.cli(Command, args=words, default=default, prog=_program(), description=about)
+        return tyro.cli(Command, args=words, default=default, prog=_program(), description=about, registry=_FIXED)
 
     if {"-h", "--help"} & set(argv):
         ask("--help")
@@ -130,6 +139,19 @@ def carry_out(command: Command) -> None:
             likelihood(plan, workdir, command.step)
         if command.verb == "encode":
             encode(plan, workdir, command.step)
+
+
+_FIXED = tyro.constructors.ConstructorRegistry()
+
+
+@_FIXED.struct_rule
+def _leave_alone(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
+    """A process made of functions has no options: what is not built from its fields stays as the experiment has it."""
+    if not dataclasses.is_dataclass(info.type) or not isinstance(info.default, AbstractLinearSDE):
+        return None
+    if {f.name for f in dataclasses.fields(info.type)} >= set(inspect.signature(info.type).parameters):
+        return None
+    return tyro.constructors.StructConstructorSpec(lambda: info.default, fields=())
 
 
 def _end(status: int, message: str) -> NoReturn:

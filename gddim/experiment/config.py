@@ -11,6 +11,7 @@ from jaxtyping import PRNGKeyArray
 
 from gddim.errors import UserError
 from gddim.evaluation.samplers import parse_sampler, sampler_name
+from gddim.experiment.spectrum import DataStd, Spectrum
 from gddim.model import Denoiser, EpsModel
 from gddim.parallel import MeshConfig
 from gddim.samplers import GDDIM, AbstractSampler, CholeskyMultistep, EulerMaruyama
@@ -62,13 +63,15 @@ class Model:
 
     predicts: Literal["data", "eps"] = "data"
     """The data, preconditioned; or the noise ε in R coordinates, as published."""
-    data_std: float = 0.5
-    """Standard deviation of the data, which preconditions the prediction of data."""
+    data_std: DataStd = 0.5
+    """Standard deviation of the data, which preconditions the prediction of data: a number, or, for a process with
+    coefficients by frequency, the file that python -m gddim.data std --spectrum wrote."""
     mixed_score: bool = False
     """Add that of the velocity, R⁻¹(0, v), to a predicted ε."""
 
     def __post_init__(self):
-        require(self.data_std > 0, f"data_std must be > 0, not {self.data_std}")
+        if not isinstance(self.data_std, Spectrum):
+            require(0 < self.data_std < math.inf, f"data_std must be > 0, not {self.data_std}")
 
 
 @dataclass(frozen=True)
@@ -213,6 +216,9 @@ class Experiment:
     def __post_init__(self):
         t_min, horizon = self.sampling.t_min, self.sde.horizon
         require(t_min < horizon, f"sampling.t_min must be below the horizon {horizon} of the process, not {t_min}")
+        std, dims = self.model.data_std, tuple(self.data.shape[:-1])
+        fits = not isinstance(std, Spectrum) or std.shape == dims
+        require(fits, f"model.data_std is a {std}, and the data are {dims}")
 
     @property
     def state_shape(self) -> tuple[int, ...]:
@@ -228,4 +234,5 @@ class Experiment:
         net = self.net.build((*dims, fields), fields if eps else channels, key)
         if eps:
             return EpsModel(self.sde, net, mixed_score=self.model.mixed_score)
-        return Denoiser(self.sde, net, data_std=self.model.data_std)
+        std = self.model.data_std
+        return Denoiser(self.sde, net, data_std=std.rms if isinstance(std, Spectrum) else std)

@@ -15,6 +15,7 @@ from etils import epath
 from gddim.errors import UserError
 from gddim.evaluation.samplers import sampler_name
 from gddim.evaluation.statistics import write_whole
+from gddim.experiment.spectrum import Spectrum
 from gddim.samplers import AbstractSampler
 from gddim.samplers.base import AbstractAdaptive
 
@@ -22,9 +23,12 @@ CONFIG = "config.json"
 
 
 def describe(value: Any) -> Any:
-    """A dataclass tree as JSON: each object its type and its fields; a sampler its word, a function its name."""
+    """A dataclass tree as JSON: each object its type and its fields; a sampler its word, a function its name,
+    a spectrum its digest."""
     if isinstance(value, AbstractSampler | AbstractAdaptive):
         return sampler_name(value)
+    if isinstance(value, Spectrum):
+        return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
         return {"type": type(value).__name__, **fields}
@@ -32,9 +36,9 @@ def describe(value: Any) -> Any:
         return [describe(item) for item in value]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if callable(value):
+    if hasattr(value, "__qualname__"):
         return f"{value.__module__}.{value.__qualname__}"
-    return value
+    return value if isinstance(value, str | int | float | None) else repr(value)
 
 
 def differences(saved: dict, given: dict, free: tuple[str, ...] = ()) -> list[str]:

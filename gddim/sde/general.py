@@ -97,6 +97,12 @@ class Solution:
         )
         self.covariance = np.broadcast_to(covariance, self.shape)
 
+    def __repr__(self) -> str:
+        """What tells one process from another in the description of a run: the sizes of its coefficients."""
+        F, GG = self._coefficients(self.horizon * (1 + X) / 2)
+        sizes = (f"{name} {np.sqrt(np.mean(v**2)):.8g}" for name, v in dict(F=F, GG=GG, start=self.covariance).items())
+        return f"{self.shape}: {', '.join(sizes)}"
+
     @cached_property
     def kinds(self) -> tuple[np.ndarray, np.ndarray]:
         """One position of each kind, `(kinds,)`, and the kind of every position, `#dims`."""
