@@ -90,6 +90,23 @@ def test_conventions_are_different_spaces_and_grey_images_are_images(space: Ince
         space(jnp.zeros((1, 8, 8, 2), jnp.uint8))
 
 
+@pytest.mark.slow
+def test_bfloat16_is_a_space_of_its_own_and_tells_by_how_much_it_differs(space: InceptionFeatures, gddim_data: Path):
+    half = dataclasses.replace(space, precision="bfloat16")
+    images = cifar(gddim_data, "test_batch.bin", 32)
+    features = np.asarray(apply(half, images))
+    assert features.dtype == np.float32
+    exact = np.asarray(apply(space, images))
+    (deviation,) = half.told(images).values()
+    assert deviation == pytest.approx(np.linalg.norm(features - exact) / np.linalg.norm(exact), rel=1e-2)
+    assert 1e-4 < deviation < 0.05
+    assert half.name == space.name.replace("float32", "bfloat16") != space.name
+    assert space.told(images) == {}
+    with pytest.raises(UserError, match="'float16' given, accepted are float32, bfloat16"):
+        InceptionFeatures.load(gddim_data / "inception" / "pt_inception_trunk.pth", precision="float16")
+    print(f"deviation {deviation:.3%}")
+
+
 def test_probabilities_are_the_softmax_of_the_last_layer_without_bias():
     kernel = 0.03 * np.random.default_rng(1).standard_normal((2048, 5))
     network = inception.InceptionV3({}, jnp.asarray(kernel, jnp.float32))

@@ -1,10 +1,15 @@
 """Laws of the distances: exactness of streaming moments, closed forms on Gaussians, unbiasedness, degenerate input."""
 
+import itertools
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from gddim.evaluation import metrics
+from gddim.evaluation.features import PixelFeatures
 from gddim.evaluation.metrics import Gaussian, Moments
+from gddim.evaluation.statistics import Statistics
 
 
 def stream(features: np.ndarray, sizes: list[int]) -> Moments:
@@ -23,6 +28,23 @@ def test_moments_do_not_depend_on_how_the_stream_is_cut(sizes: list[int], offset
     np.testing.assert_allclose(found.mean, features.mean(axis=0), rtol=1e-12, atol=1e-12)
     exact = np.cov(features.astype(np.longdouble).T)
     assert np.abs(found.covariance - exact).max() <= 1e-9 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("stops", [(700,), (1, 1_234, 1_999)])
+def test_statistics_of_a_stream_stopped_and_continued_from_a_file_are_the_same(tmp_path: Path, stops: tuple[int, ...]):
+    features = np.random.default_rng(3).normal(30.0, 0.1, (2_000, 24)).astype(np.float32)
+    space, origin = PixelFeatures(), {"features": "pixels"}
+    whole, found = Statistics.of(features, space, 0, origin), None
+    for first, last in itertools.pairwise((0, *stops, 2_000)):
+        part = Statistics.of(features[first:last], space, first, origin)
+        (found.then(part) if found else part).save(tmp_path / "state.npz")
+        found = Statistics.load(tmp_path / "state.npz")
+    assert found
+    assert found.count == 2_000
+    np.testing.assert_allclose(found.moments.mean, whole.moments.mean, rtol=1e-12)
+    error = np.abs(found.moments.covariance - whole.moments.covariance).max()
+    assert error < 1e-9 * np.abs(whole.moments.covariance).max()
+    np.testing.assert_array_equal(found.subset, whole.subset)
 
 
 def test_moments_merge_is_symmetric_and_refuses_what_is_not_finite():

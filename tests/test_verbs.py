@@ -1,6 +1,12 @@
 """What an experiment's verbs leave behind: likelihood, latents, kept samples, seeds, what training tells on the way."""
 
 import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +14,7 @@ import pytest
 from PIL import Image
 
 from experiments import cld_digits, points
+from gddim.evaluation.sweep import read_rows
 from gddim.experiment.cli import carry_out, main, parse
 from gddim.experiment.config import Experiment
 from gddim.experiment.pictures import rows
@@ -132,3 +139,41 @@ def test_what_an_evaluation_lacks_is_said_before_training(tmp_path, capsys, monk
         )
     assert "heun with last=none makes at least 2 calls" in capsys.readouterr().err
     assert not (tmp_path / "w").exists()
+
+
+SWEEP = ["--eval.nfe", "5", "10", "20", "--eval.samplers", "gddim:2", "gddim:3:data", "em", "--eval.samples=400"]
+
+
+@pytest.mark.slow
+def test_a_sweep_of_digits_takes_minutes_and_killed_at_random_gives_the_same_table(tmp_path):
+    words = [sys.executable, "-m", "experiments.cld_digits"]
+    steps = ["--train.steps=60", "--eval.batch=100"]
+
+    def start(verb: str, workdir: Path) -> subprocess.Popen:
+        command = [*words, verb, f"--workdir={workdir}", *steps, *SWEEP]
+        return subprocess.Popen(command, env=os.environ | {"XLA_FLAGS": ""}, stdout=subprocess.DEVNULL)
+
+    assert start("train", tmp_path / "whole").wait() == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    began = time.monotonic()
+    assert start("evaluate", tmp_path / "whole").wait() == 0
+    seconds = time.monotonic() - began
+    assert seconds < 180
+    results = tmp_path / "cut" / "results.jsonl"
+    for rows_done in sorted(random.sample(range(1, 8), 2)):
+        running = start("evaluate", tmp_path / "cut")
+        while running.poll() is None and not (results.exists() and len(read_rows(results)) >= rows_done):
+            time.sleep(0.02)
+        time.sleep(random.uniform(0.0, 0.5))
+        assert running.poll() is None, "it ended before it was killed"
+        running.kill()
+        running.wait()
+    assert start("evaluate", tmp_path / "cut").wait() == 0
+    found, expected = (
+        [(row["cell"], row["provenance"], row["metrics"]) for row in read_rows(tmp_path / name / "results.jsonl")]
+        for name in ("cut", "whole")
+    )
+    assert len(found) == 10
+    assert found == expected
+    assert (tmp_path / "cut" / "results.md").read_text() == (tmp_path / "whole" / "results.md").read_text()
+    print(f"{seconds:.0f} s")
