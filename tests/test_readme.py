@@ -1,16 +1,88 @@
-"""The Python in the README runs as it stands."""
+"""The README runs as it stands: its Python, and its commands on small things in the places of the words in capitals."""
 
+import importlib
+import json
 import re
+import shlex
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
+from gddim.experiment.cli import parse
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+LINES = re.findall(r"^    (.*(?:\\\n.*)*)", README, re.MULTILINE)
+COMMANDS = {command for line in LINES for command in re.findall(r"python -m (?:experiments|gddim)\.\w[^#]*", line)}
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
 def test_code_of_the_readme(block):
-    names = {}
+    names = {"__name__": "readme"}
     exec(compile(block, "README.md", "exec"), names)
     if "images" in names:
         assert names["images"].shape == (4, 8, 8, 3)
+
+
+@pytest.mark.parametrize("command", sorted(c for c in COMMANDS if "-m experiments" in c))
+def test_options_of_the_experiments_in_the_readme(command):
+    """They are accepted; what they do is tested on small experiments in test_cli and test_verbs."""
+    module, *argv = shlex.split(command.replace("\\\n", ""))[2:]
+    command = parse(importlib.import_module(module).EXPERIMENT, argv)
+    assert command.dry_run == ("--dry-run" in argv)
+
+
+@pytest.fixture
+def things(tmp_path) -> dict[str, str]:
+    """What the words in capitals stand for."""
+    rng = np.random.default_rng(0)
+    for folder, size in (("PHOTOS", 40), ("SAMPLES", 6), ("DATA", 6)):
+        (tmp_path / folder).mkdir()
+        for i in range(5):
+            Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)).save(tmp_path / folder / f"{i}.png")
+    return {name: str(tmp_path / name) for name in ("PHOTOS", "SAMPLES", "DATA", "SHARDS", "TABLE", "runs")}
+
+
+@pytest.mark.parametrize("module", ["gddim.data", "gddim.evaluation"])
+def test_commands_of_the_readme(module, things, monkeypatch, capsys):
+    found = sorted(command for command in COMMANDS if f"-m {module} " in command)
+    assert found
+    for command in found:
+        words = shlex.split(re.sub("|".join(things), lambda name: things[name.group()], command))[3:]
+        for word in words:
+            if word.endswith("results.jsonl"):
+                Path(word).parent.mkdir(parents=True)
+                Path(word).write_text(
+                    (Path(__file__).parents[1] / "experiments/results/cld_digits/results.jsonl").read_text()
+                )
+        pixels = ["--features", "pixels"] if words[0] == "fid" else []  # without the weights of Inception
+        monkeypatch.setattr(sys, "argv", [module, *words, *pixels])
+        assert not importlib.import_module(f"{module}.__main__").main()
+        assert capsys.readouterr().out
+
+
+def test_the_table_of_the_readme_is_that_of_the_results():
+    results = Path(__file__).parents[1] / "experiments/results/cld_digits/results.jsonl"
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    found = {(row["cell"]["sampler"], row["cell"]["nfe"]): row["metrics"]["frechet"] for row in rows if "cell" in row}
+    names = {
+        "Euler on the probability flow": "em",
+        "multistep in L, order 2": "cholesky:2",
+        "gDDIM in R, order 3": "gddim:3",
+        "gDDIM in R, order 3, on the predicted data": "gddim:3:data",
+    }
+    for name, sampler in names.items():
+        (line,) = re.findall(rf"^\| {re.escape(name)} \|(.*)\|$", README, re.MULTILINE)
+        told = [float(cell.strip(" *")) for cell in line.split("|")]
+        np.testing.assert_allclose(told, [found[sampler, nfe] for nfe in (6, 10, 20, 50)], rtol=6e-3)
+
+
+@pytest.mark.slow
+def test_the_self_test_of_the_readme():
+    from gddim.check import main
+
+    (command,) = (command for command in COMMANDS if "-m gddim.check" in command)
+    assert main(shlex.split(command)[3:]) == 0
