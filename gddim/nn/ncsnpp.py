@@ -263,8 +263,7 @@ class NCSNpp(eqx.Module):
         """
 
         def step(h: Array, link: tuple[Block, Any, Any]) -> tuple[Array, Array]:
-            block, skip, keep = link
-            h = block(h if skip is None else jnp.concatenate([h, skip], axis=-1), time, keep)
+            h = _linked(h, time, *link)
             return h, h
 
         def shapes(link: tuple[Block, Any, Any]) -> tuple[Any, list[tuple[int, ...]]]:
@@ -283,3 +282,8 @@ class NCSNpp(eqx.Module):
                 h, stacked = jax.lax.scan(step, h, jax.tree.map(lambda *leaves: jnp.stack(leaves), *run))
                 outputs += list(stacked)
         return h, outputs
+
+
+@jax.jit  # traced once for all blocks of equal shapes
+def _linked(h: Array, time: Array, block: Block, skip: Array | None, keep: Array | None) -> Array:
+    return block(h if skip is None else jnp.concatenate([h, skip], axis=-1), time, keep)
