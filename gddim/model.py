@@ -67,6 +67,10 @@ class Denoiser(eqx.Module):
     every t. Written with `w = R⁻¹ψ`, `c_out² = s²/(1 + s² wᵀw)` and `c_skip = c_out² wᵀR⁻¹`, nothing cancels. Called as
     `eps_fn(u, t)` on one state `(*dims, k, C)`. Raises `ValueError` for a standard deviation that is not positive,
     or a spectrum that is not of the process.
+
+    >>> model = Denoiser(gddim.CLD(), net=lambda x, label, key=None: 0 * x[..., :3], data_std=0.5)
+    >>> model(jnp.ones((32, 32, 2, 3)), jnp.array(0.5)).shape  # ε of every field
+    (32, 32, 2, 3)
     """
 
     sde: AbstractLinearSDE

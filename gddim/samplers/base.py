@@ -208,6 +208,14 @@ def sample(
     `vmap` and `shard_map`; coefficients are computed on the host and are arguments of the compiled loop, which is one
     program for every sampler of this package on grids that make the same number of calls. `key` draws the noise of λ > 0.
     Raises `ValueError` for a wrong state shape, a grid that does not decrease within [0, horizon], a missing key.
+
+    >>> sde, x0 = gddim.VP(), jnp.array([0.3, -0.8])
+    >>> def eps_fn(u, t):  # the exact ε of data that are the one point x0
+    ...     return (u - sde.transition(t, 0.0) * sde.lift(x0)) / sde.noise_factor(t)
+    >>> u = sde.sample_prior(jax.random.key(0), (1, 2))
+    >>> one_step = sample(gddim.GDDIM(order=1), sde, eps_fn, u, [1.0, 0.0])
+    >>> bool(jnp.allclose(sde.project(one_step), x0, atol=1e-4))
+    True
     """
     sde.check_state(u)
     ts = check_grid(sde, ts)

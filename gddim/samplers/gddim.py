@@ -32,6 +32,13 @@ class GDDIM(AbstractSampler):
     carries it back by `Z⁻¹`: over a few huge steps that amplifies rounding, and "data" is the form to correct.
 
     Raises `ValueError` for an order outside 1 … 4, λ < 0, or another `interpolate`.
+
+    >>> sampler = GDDIM(order=3, interpolate="data")  # what samples a Denoiser in 10 calls
+    >>> sampler.nfe(steps=10), GDDIM(order=2, corrector=True).nfe(steps=10)
+    (10, 20)
+    >>> table = sampler.coefficients(gddim.CLD(), gddim.power_grid(1.0, 1e-3, steps=10))
+    >>> table.psi.shape, table.weights.shape  # (steps, k, k) and (steps, order, k, k), float64
+    ((10, 2, 2), (10, 3, 2, 2))
     """
 
     order: int = eqx.field(default=3, static=True)

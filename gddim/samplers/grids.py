@@ -14,6 +14,9 @@ def power_grid(t_max: float, t_min: float, steps: int, power: float = 2.0) -> np
     """Times uniform in `t^{1/power}` from `t_max` down to `t_min`. Returns `(steps + 1,)`.
 
     Raises `ValueError` unless `0 ≤ t_min < t_max`, `steps ≥ 1` and `power > 0`. gDDIM, appendix C.
+
+    >>> power_grid(1.0, 0.0, steps=4)
+    array([1.    , 0.5625, 0.25  , 0.0625, 0.    ])
     """
     _check_range(t_max, t_min, steps)
     if not power > 0:

@@ -36,6 +36,13 @@ class CLD(AbstractLinearSDE):
 
     Dockhorn, Vahdat, Kreis, ICLR 2022 (arXiv 2112.07068), with hybrid score matching: the velocity starts at
     `N(0, γM)` and is integrated out, `Σ_0 = diag(ε, γM + ε)`, `M = 1/m_inv`. Raises `ValueError` outside the ranges.
+
+    >>> sde = CLD()
+    >>> R = sde.noise_factor(0.5)  # a Python time: NumPy, float64; a JAX time gives a JAX array
+    >>> bool(np.allclose(R @ R.T, sde.covariance(0.5)))
+    True
+    >>> sde.lift(jnp.zeros((32, 32, 3))).shape  # (H, W, k, C): position and velocity of every pixel
+    (32, 32, 2, 3)
     """
 
     m_inv: float = eqx.field(default=4.0, static=True)

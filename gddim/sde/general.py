@@ -27,6 +27,11 @@ class LinearSDE(AbstractLinearSDE):
     `drift` and `diffusion_squared` are functions of a scalar time, in NumPy, JAX or plain Python. Raises `ValueError`,
     naming the argument, for coefficients that are not finite or not of one shape `(*#dims, k, k)`, a GGᵀ that is not
     positive semidefinite, an initial covariance that is not positive definite (for k = 1 it may be 0), a horizon ≤ 0.
+
+    >>> beta = lambda t: 0.1 + 19.9 * t  # the variance-preserving SDE, from its coefficients
+    >>> vp = LinearSDE(lambda t: [[-beta(t) / 2]], lambda t: [[beta(t)]], initial_covariance=[[0.0]])
+    >>> bool(np.allclose(vp.noise_factor(0.3), gddim.VP().noise_factor(0.3), rtol=1e-11))
+    True
     """
 
     k: int = eqx.field(static=True)

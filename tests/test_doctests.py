@@ -1,0 +1,18 @@
+"""The examples in docstrings."""
+
+import doctest
+import importlib
+
+import pytest
+
+import gddim
+
+MODULES = ("samplers.gddim", "samplers.grids", "samplers.base", "sde.cld", "sde.general", "model")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name):
+    module = importlib.import_module(f"gddim.{name}")
+    failed, tried = doctest.testmod(module, extraglobs={"gddim": gddim})
+    assert tried
+    assert not failed
