@@ -1,6 +1,7 @@
 """Networks: the published sizes and formulas, and that no way of running them changes what they compute."""
 
 import dataclasses
+import itertools
 import math
 
 import chex
@@ -167,13 +168,18 @@ def test_dropout_keeps_the_mean(resample):
     chex.assert_trees_all_close((block(x, time, keep) + block(x, time, ~keep)) / 2, plain, atol=1e-5)
 
 
-def test_dropout_drops_its_share_of_every_block():
-    net = LEVEL.build(SHAPE, 6, jax.random.key(0))
-    masks = np.stack(net._masks(jax.random.key(0), net.up[0].blocks, jnp.zeros((8, 8, 1))))
-    assert masks.shape == (3, 8, 8, 8)
-    shares = masks.reshape(3, -1).mean(1)
-    assert np.all(np.abs(shares - 0.9) < 5 * math.sqrt(0.1 * 0.9 / 512))
-    assert np.mean(masks[0] == masks[1]) < 0.95
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_dropout_drops_its_share_of_every_block(share):
+    net = dataclasses.replace(SMALL, dropout=share).build(SHAPE, 6, jax.random.key(0))
+    masks = [np.asarray(mask) for mask in net._masks(jax.random.key(0))]
+    fine, coarse = (8, 8, 8), (4, 4, 16)
+    down, middle, up = [fine, fine, (4, 4, 8), coarse, coarse], [coarse] * 2, [*[coarse] * 3, (8, 8, 16), *[fine] * 3]
+    assert [mask.shape for mask in masks] == down + middle + up
+    for mask in masks:
+        assert abs(mask.mean() - (1 - share)) < 5 * math.sqrt(share * (1 - share) / mask.size)
+    for a, b in itertools.pairwise([mask for mask in masks if mask.shape == fine]):
+        agree = share**2 + (1 - share) ** 2
+        assert abs(np.mean(a == b) - agree) < 5 * math.sqrt(agree * (1 - agree) / a.size)
 
 
 @pytest.mark.parametrize("size", [1, 3])

@@ -212,11 +212,11 @@ class NCSNpp(eqx.Module):
         if x.shape != self.in_shape:
             raise ValueError(f"x: got shape {x.shape}, the network was built for {self.in_shape}")
         time = self._embed(t)
-        keys = iter(jax.random.split(key, 4 * len(self.down)) if key is not None and self.config.dropout else ())
+        masks = iter(self._masks(key) if key is not None and self.config.dropout else ())
 
         def chain(blocks: Sequence[Block], h: Array, skips: Sequence[Array] = ()) -> tuple[Array, list[Array]]:
-            pairs = zip(blocks, skips or [None] * len(blocks), self._masks(next(keys, None), blocks, h), strict=True)
-            return self._chain(list(pairs), h, time)
+            links = [(block, skip, next(masks, None)) for block, skip in itertools.zip_longest(blocks, skips)]
+            return self._chain(links, h, time)
 
         h = pyramid = x.astype(self.config.dtype)
         h = self.conv_in(h)
@@ -247,14 +247,24 @@ class NCSNpp(eqx.Module):
             features = jax.nn.swish(dense(features))
         return features.astype(self.config.dtype)
 
-    def _masks(self, key: Key[Array, ""] | None, blocks: Sequence[Block], h: Array) -> Sequence[Array | None]:
-        """What dropout keeps in each of the blocks, in one draw: a draw for each of them doubles the compile time."""
-        if key is None:
-            return [None] * len(blocks)
-        grow = {"none": (1, 1), "down": (1, 2), "up": (2, 1)}[blocks[0].resample]
-        height, width = (size * grow[0] // grow[1] for size in h.shape[:2])
-        shape = (len(blocks), height, width, blocks[0].conv_out.bias.size)
-        return list(jax.lax.optimization_barrier(jax.random.bernoulli(key, 1 - self.config.dropout, shape)))
+    def _masks(self, key: Key[Array, ""]) -> list[Bool[Array, "a b o"]]:
+        """What dropout keeps in each block, in the order of their calls: 16 random bits a value, all in one draw.
+
+        A draw for each block would take most of the time of compiling a training step.
+        """
+        height, width, _ = self.in_shape
+        calls: list[tuple[int, Block]] = []
+        for i, level in enumerate(self.down):
+            calls += [(i, block) for block in level.blocks] + [(i + 1, level.resample)] * (level.resample is not None)
+        calls += [(len(self.down) - 1, block) for block in self.middle]
+        for i, level in zip(reversed(range(len(self.up))), self.up, strict=True):
+            calls += [(i, block) for block in level.blocks] + [(i - 1, level.resample)] * (level.resample is not None)
+        shapes = [(height >> i, width >> i, block.conv_out.bias.size) for i, block in calls]
+        ends = list(itertools.accumulate(math.prod(shape) for shape in shapes))
+        words = jax.random.bits(key, (-(-ends[-1] // 2),), jnp.uint32)
+        bits = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)
+        keep = jax.lax.optimization_barrier(bits >= jnp.uint16(min(round(self.config.dropout * 2**16), 2**16 - 1)))
+        return [keep[end - math.prod(shape) : end].reshape(shape) for shape, end in zip(shapes, ends, strict=True)]
 
     def _chain(self, links: list[tuple[Block, Any, Any]], h: Array, time: Array) -> tuple[Array, list[Array]]:
         """The blocks one after another, each with its skip and its mask; returns the last output and all of them.
