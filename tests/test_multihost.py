@@ -174,6 +174,24 @@ def test_what_two_processes_saved_is_the_same_on_any_mesh(undisturbed):
 
 
 @pytest.mark.slow
+def test_every_verb_gives_the_same_on_one_and_on_two_processes(undisturbed, tmp_path):
+    options = ["--sampling.samples", 10, "--sampling.batch", 8, "--eval.samples", 20, "--eval.nfe", 4]
+    options += ["--eval.features", "pixels", "--eval.samplers", "gddim:2:data", "em:lam=1"]
+    found = []
+    for processes in (1, 2):
+        workdir, logs = tmp_path / str(processes), tmp_path / "logs"
+        shutil.copytree(undisturbed, workdir)
+        for verb in ("sample", "evaluate", "likelihood", "encode"):
+            job = Job(verb, "--workdir", workdir, *options, processes=processes, devices=4 // processes, logs=logs)
+            assert job.wait() == [0] * processes, job.said()
+        arrays = [np.load(workdir / name)["samples"] for name in ("samples.npz", "latents.npz")]
+        rows = [json.loads(line)["metrics"] for line in (workdir / "results.jsonl").read_text().splitlines()]
+        bits = json.loads((workdir / "likelihood.json").read_text())["bits_per_dimension"]
+        found.append((arrays, rows, bits))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), *found)
+
+
+@pytest.mark.slow
 def test_twenty_kills_change_nothing(tmp_path):
     """Each restart continues from the newest whole step, at most an interval and a save in flight before the kill."""
     options = ("--train.steps", 400, "--train.report-every", 1)

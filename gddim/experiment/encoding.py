@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Key
+from jaxtyping import Array, Int, Key
 
 from gddim.data import to_unit
 from gddim.errors import UserError
@@ -16,7 +17,6 @@ from gddim.evaluation.latents import Coder, interpolate, reconstruct
 from gddim.evaluation.likelihood import bits_per_dimension
 from gddim.evaluation.provenance import hardware, software
 from gddim.evaluation.statistics import to_host, write_whole
-from gddim.experiment.config import Sampling
 from gddim.experiment.drawing import grid
 from gddim.experiment.outputs import origin_of, write_npz, write_png
 from gddim.experiment.pictures import gallery, rows
@@ -78,12 +78,12 @@ def encode(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
     parts = []
     for first in range(0, count, size):
         numbers = np.minimum(np.arange(first, first + size), count - 1)
-        x, keys = jax.device_put((source[numbers], _keys(settings, numbers)), batch_sharding(plan.mesh))
-        parts.append(jax.tree.map(to_host, reconstruct(coder, to_unit(x), keys)))
+        x, numbers = jax.device_put((source[numbers], numbers), batch_sharding(plan.mesh))
+        parts.append(jax.tree.map(to_host, reconstruct(coder, to_unit(x), _keys(settings.seed, numbers))))
     latents, data, errors = (np.concatenate(part)[:count] for part in zip(*parts, strict=True))
     shown = min(ROWS, count // 2)
     ends = to_unit(jnp.asarray(source[np.arange(2 * shown)]))
-    between = interpolate(coder, ends[:shown], ends[shown:], COLUMNS, _keys(settings, np.arange(shown)))
+    between = interpolate(coder, ends[:shown], ends[shown:], COLUMNS, _keys(settings.seed, jnp.arange(shown)))
     if jax.process_index() == 0:
         origin = {"experiment": experiment.name, "step": step, **describe(settings)}
         write_npz(workdir / names[0], latents, origin)
@@ -97,5 +97,6 @@ def encode(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
         )
 
 
-def _keys(settings: Sampling, numbers: np.ndarray) -> Key[jax.Array, " n"]:
-    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(settings.seed), i))(jnp.asarray(numbers))
+@functools.partial(jax.jit, static_argnums=0)
+def _keys(seed: int, numbers: Int[Array, " n"]) -> Key[Array, " n"]:
+    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(numbers)
