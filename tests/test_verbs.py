@@ -1,5 +1,6 @@
 """What an experiment's verbs leave behind: likelihood, latents, kept samples, seeds, what training tells on the way."""
 
+import dataclasses
 import json
 import os
 import random
@@ -8,9 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from PIL import Image
 
 from experiments import cld_digits, points
@@ -19,6 +23,8 @@ from gddim.experiment.cli import carry_out, main, parse
 from gddim.experiment.config import Experiment
 from gddim.experiment.pictures import rows
 from gddim.experiment.plan import Plan
+from gddim.experiment.workdir import describe
+from gddim.parallel import MeshConfig, default_rule
 
 POINTS = [
     *("--train.steps=16", "--train.batch=16", "--train.warmup=4", "--train.save-every=8", "--train.report-every=4"),
@@ -177,3 +183,17 @@ def test_a_sweep_of_digits_takes_minutes_and_killed_at_random_gives_the_same_tab
     assert found == expected
     assert (tmp_path / "cut" / "results.md").read_text() == (tmp_path / "whole" / "results.md").read_text()
     print(f"{seconds:.0f} s")
+
+
+def whole_average(path: str, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
+    return PartitionSpec() if path.startswith("ema/") else default_rule(path, shape, mesh)
+
+
+def test_a_rule_given_in_the_experiment_places_its_state():
+    ours = dataclasses.replace(points.EXPERIMENT, mesh=MeshConfig(1, 8), rule=whole_average)
+    experiment = parse(ours, ["train", *POINTS]).experiment
+    assert experiment.rule is whole_average
+    assert describe(experiment)["rule"].endswith("test_verbs.whole_average")
+    state = Plan(experiment).init()
+    assert {leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.ema)} == {True}
+    assert {leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.model)} == {True, False}

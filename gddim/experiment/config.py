@@ -13,7 +13,7 @@ from gddim.errors import UserError
 from gddim.evaluation.samplers import parse_sampler, sampler_name
 from gddim.experiment.spectrum import DataStd, Spectrum
 from gddim.model import Denoiser, EpsModel
-from gddim.parallel import MeshConfig
+from gddim.parallel import MeshConfig, Rule, default_rule
 from gddim.samplers import GDDIM, AbstractSampler, CholeskyMultistep, EulerMaruyama
 from gddim.samplers.base import AbstractAdaptive
 from gddim.sde import AbstractLinearSDE
@@ -26,7 +26,7 @@ else:
 # What may differ between a run and its continuation: it changes neither the gradient of a step nor what came before.
 MAY_CHANGE = (
     *(f"train.{name}" for name in ("steps", "accumulate", "fused", "report_every", "show_every", "save_every")),
-    *("train.keep", "train.keep_every", "sampling", "eval", "mesh", "data.root", "net.remat", "net.scan_blocks"),
+    *("train.keep", "train.keep_every", "sampling", "eval", "mesh", "rule", "data.root", "net.remat", "net.scan_blocks"),
 )
 
 Sampler = Annotated[
@@ -210,6 +210,8 @@ class Experiment:
     sampling: Sampling = Sampling()
     eval: Evaluation = Evaluation()
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    rule: tyro.conf.Suppress[Rule] = default_rule
+    """Where each array of the state lives on the mesh, by its path: a function, to be given in the experiment's file."""
     seed: int = 0
     """Seed of the parameters, the order of the data and the noise of training."""
 

@@ -43,14 +43,14 @@ class Plan:
         model = eqx.filter_eval_shape(experiment.build, jax.random.key(experiment.seed))
         self.static = eqx.filter(model, lambda leaf: not isinstance(leaf, jax.ShapeDtypeStruct))
         shapes = eqx.filter_eval_shape(self._init)
-        self.shardings = state_shardings(shapes, self.mesh)
+        self.shardings = state_shardings(shapes, self.mesh, experiment.rule)
         self.shapes = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, self.shardings
         )
 
     def init(self) -> TrainState:
         """The state before the first step, made in its shards."""
-        return init_sharded(self._init, self.mesh)
+        return init_sharded(self._init, self.mesh, self.experiment.rule)
 
     def _init(self) -> TrainState:
         return TrainState.create(self.experiment.build(jax.random.key(self.experiment.seed)), self.optimizer)
