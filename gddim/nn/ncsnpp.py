@@ -253,12 +253,18 @@ class NCSNpp(eqx.Module):
         A draw for each block would take most of the time of compiling a training step.
         """
         height, width, _ = self.in_shape
-        calls: list[tuple[int, Block]] = []
+        calls: list[tuple[int, Block]] = []  # each block with the level of its output
+
+        def call(i: int, blocks: Sequence[Block], resample: Block | None = None, to: int = 0) -> None:
+            calls.extend((i, block) for block in blocks)
+            if resample is not None:
+                calls.append((to, resample))
+
         for i, level in enumerate(self.down):
-            calls += [(i, block) for block in level.blocks] + [(i + 1, level.resample)] * (level.resample is not None)
-        calls += [(len(self.down) - 1, block) for block in self.middle]
+            call(i, level.blocks, level.resample, i + 1)
+        call(len(self.down) - 1, self.middle)
         for i, level in zip(reversed(range(len(self.up))), self.up, strict=True):
-            calls += [(i, block) for block in level.blocks] + [(i - 1, level.resample)] * (level.resample is not None)
+            call(i, level.blocks, level.resample, i - 1)
         shapes = [(height >> i, width >> i, block.conv_out.bias.size) for i, block in calls]
         ends = list(itertools.accumulate(math.prod(shape) for shape in shapes))
         words = jax.random.bits(key, (-(-ends[-1] // 2),), jnp.uint32)

@@ -1,0 +1,121 @@
+"""The shipped experiments: what each costs is told before it starts, and the headline learns, reduced, on real images."""
+
+import importlib
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import numpy as np
+import pytest
+
+from gddim.experiment.workdir import describe
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted(path for path in (ROOT / "experiments").glob("*.py") if "EXPERIMENT = " in path.read_text())
+PUBLISHED = {
+    "cld_cifar10": 107_597_446,
+    "cld_cifar10_mixed": 107_597_446,
+    "cld_cifar10_small": 61_811_334,
+    "cld_digits": None,
+    "points": None,
+}
+REDUCED = [
+    *("--net.width=8", "--net.blocks=1", "--net.multipliers", "1", "1", "--train.batch=16", "--train.warmup=10"),
+    *("--train.learning-rate=4e-3", "--train.report-every=10", "--train.save-every=1000", "--mesh.data=1"),
+]  # fmt: skip
+
+
+def command(name: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", f"experiments.{name}", *arguments]
+
+
+@pytest.mark.parametrize("name", [path.stem for path in FILES])
+def test_every_experiment_says_what_it_is(name):
+    module = importlib.import_module(f"experiments.{name}")
+    experiment = module.EXPERIMENT
+    assert experiment.name == name
+    assert f"python -m experiments.{name}" in module.__doc__
+    words = ("Hardware:",) if "cifar10" not in name else ("Paper:", "Hardware:", "Steps:", "Expected", "Measured:")
+    assert all(word in module.__doc__ for word in words)
+    json.dumps(describe(experiment))
+
+
+def parameters(name: str) -> int:
+    experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
+    *dims, channels = experiment.data.shape
+    fields = experiment.sde.k * channels
+    outputs = fields if experiment.model.predicts == "eps" else channels
+    net = eqx.filter_eval_shape(experiment.net.build, (*dims, fields), outputs, jax.random.key(0))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(net))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(path.stem, marks=[] if path.stem in ("points", "cld_digits", "cld_cifar10") else pytest.mark.slow)
+        for path in FILES
+    ],
+)
+def test_a_dry_run_tells_the_cost(name, tmp_path):
+    """In seconds of a processor that does nothing else; a multiply and an add of every weight are a lower bound."""
+    before = os.times()
+    done = subprocess.run(
+        command(name, "train", "--dry-run", f"--workdir={tmp_path / 'w'}"), cwd=ROOT, capture_output=True, text=True
+    )
+    after = os.times()
+    assert done.returncode == 0, done.stderr
+    told = dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
+    count = int(told["parameters"].replace(",", ""))
+    assert count == parameters(name)
+    assert count == (PUBLISHED.get(name) or count)
+    forward, step = (float(told[key]) for key in ("FLOPs per image, forward", "FLOPs per training step"))
+    batch = importlib.import_module(f"experiments.{name}").EXPERIMENT.train.batch
+    assert forward >= 2 * count * 0.9
+    assert 2.5 < step / (batch * forward) < 4
+    megabytes = float(re.match(r"([\d,.]+) MiB", told["state"])[1].replace(",", ""))
+    assert megabytes == pytest.approx(4 * 4 * count / 2**20, rel=1e-3, abs=0.1)  # parameters, average, two moments
+    assert not (tmp_path / "w").exists()
+    seconds = after.children_user + after.children_system - before.children_user - before.children_system
+    assert seconds < 40  # 20 where nothing else runs
+
+
+@pytest.mark.slow
+def test_the_headline_reduced_learns_resumes_and_samples(gddim_data, tmp_path):
+    """A hundred steps in two lives; the loss falls below that of a network that says 0, which is 1."""
+    workdir = tmp_path / "run"
+    arguments = [f"--workdir={workdir}", f"--data.root={gddim_data}", "--train.steps=150", *REDUCED]
+    first = subprocess.Popen(
+        command("cld_cifar10", "train", *arguments),
+        cwd=ROOT,
+        stderr=subprocess.STDOUT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert first.stdout is not None
+    said = ""
+    for line in first.stdout:
+        said += line
+        if "step 50/150" in line:
+            first.send_signal(signal.SIGTERM)
+    assert first.wait() == 75, said
+    second = subprocess.run(command("cld_cifar10", "train", *arguments), cwd=ROOT, capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr
+    said += second.stdout + second.stderr
+    stopped = int(re.search(r"saved at step (\d+)", said)[1])
+    assert f"training from step {stopped} to 150" in said
+    losses = [float(loss) for loss in re.findall(r"step \d+/150: loss ([\d.]+)", said)]
+    assert np.mean(losses[-3:]) < min(1, np.mean(losses[:3])) - 0.02
+    sampled = subprocess.run(
+        command("cld_cifar10", "sample", *arguments, "--sampling.nfe=5", "--sampling.samples=4", "--sampling.batch=4"),
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert sampled.returncode == 0, sampled.stderr
+    with np.load(workdir / "samples.npz") as file:
+        assert file["samples"].shape == (4, 32, 32, 3)
