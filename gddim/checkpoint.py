@@ -39,7 +39,9 @@ class Checkpointer:
     """
 
     def __init__(self, directory: epath.PathLike, *, keep_last: int = 3, keep_every: int | None = None):
-        self.directory = epath.Path(directory).resolve()
+        self.directory = epath.Path(directory)
+        if "://" not in str(self.directory):  # `resolve` takes a URL for a relative path
+            self.directory = self.directory.resolve()
         self._keep = keep_last, keep_every
         self._manager: Any = None
         self._damaged: set[int] = set()
