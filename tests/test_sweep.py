@@ -138,7 +138,9 @@ def small_unet() -> Denoiser:
     return Denoiser(CLD(), config.build((8, 8, 2), 1, jax.random.key(0)))
 
 
-@pytest.mark.parametrize("made", [("gddim:3:data", small_unet), ("gddim:1:lam=1", lambda: Exact(VP()))])
+@pytest.mark.parametrize(
+    "made", [pytest.param(("gddim:3:data", small_unet), marks=pytest.mark.slow), ("gddim:1:lam=1", lambda: Exact(VP()))]
+)
 def test_samples_do_not_depend_on_batch_or_devices(made: tuple):
     word, build = made
     model = build()
