@@ -5,7 +5,8 @@
 #
 # What a site needs (--partition, --account, --gpus-per-node, …) is given to sbatch, whose options come before the script and
 # override the lines below. The workdir and the checkout must be on a file system that all nodes share. A run that is preempted
-# or reaches its time limit saves, ends with status 75 and is requeued; any other failure ends the job.
+# or reaches its time limit saves, ends with status 75 and is requeued, and SLURM itself requeues a job whose node fails; any
+# other failure ends the job.
 # `infra/slurm.sh --dry-run COMMAND` prints the commands of a job and runs none.
 #
 #SBATCH --job-name=gddim
