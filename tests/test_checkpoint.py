@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gddim import UserError
 from gddim.checkpoint import Checkpointer, checksums
-from gddim.parallel import MeshConfig, init_sharded, make_mesh, state_shardings
+from gddim.parallel import MeshConfig, make_mesh, state_shardings
 
 MESHES = [(1, 1), (1, 8), (2, 4), (4, 1)]
 CONFIG = {"learning_rate": 2e-4, "name": "test", "multipliers": [1, 2]}
@@ -42,8 +43,9 @@ def make():
 
 
 def on(mesh):
-    """The state, in its shards."""
-    return init_sharded(make, mesh)
+    """The state, in its shards: the same bits on any mesh, which making it there need not give."""
+    state = make()
+    return jax.device_put(state, state_shardings(state, mesh))
 
 
 def asked_of(state, mesh):
@@ -298,3 +300,8 @@ def test_relative_folders(tmp_path, monkeypatch):
     saved.save(1, {"ema": jnp.arange(3)}, {})
     saved.close()
     assert json.loads((tmp_path / "run" / "1" / "manifest" / "metadata").read_text())["items"]["ema"]
+
+
+def test_a_url_stays_one(monkeypatch):
+    monkeypatch.setattr(type(epath.Path("gs://bucket")), "exists", lambda self: False)
+    assert str(Checkpointer("gs://bucket/run/checkpoints").directory) == "gs://bucket/run/checkpoints"
