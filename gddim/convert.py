@@ -78,29 +78,29 @@ def assign(state: dict[str, Any], model: M, weights: Literal["ema", "raw"], sour
     if not isinstance(tree, dict):
         raise UserError(f"{source} holds no {'.'.join(place)}, where {weights} weights are; it has {', '.join(state)}")
     found = dict(_flatten(tree["params"] if set(tree) == {"params"} else tree))
-    paths = [jax.tree_util.keystr(p, simple=True, separator=".") for p, _ in jax.tree_util.tree_leaves_with_path(net)]
-    leaves, structure = jax.tree.flatten(net)
-    names = published_names(paths, net.config.fir)
-    _check({name: leaf.shape for name, leaf in zip(names, leaves, strict=True)}, found, source)
-    loaded = jax.tree.unflatten(structure, [jnp.asarray(np.asarray(found[name], np.float32)) for name in names])
-    return jax.tree.unflatten(jax.tree.structure(model), jax.tree.leaves(loaded))
+    names = published_names(net)
+    _check({name: shape for each in names for name, shape in each.items()}, found, source)
+    loaded = [np.stack([np.asarray(found[name], np.float32) for name in each]) for each in names]
+    leaves = [value.reshape(leaf.shape) for value, leaf in zip(loaded, jax.tree.leaves(net), strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(model), map(jnp.asarray, leaves))
 
 
-def published_names(paths: list[str], fir: bool) -> list[str]:
-    """The published path of each parameter of an `NCSNpp`, from our own paths in the tree's order.
+def published_names(net: NCSNpp) -> list[dict[str, tuple[int, ...]]]:
+    """For each of our parameters, in the tree's order, the published ones that are stacked in it: paths and shapes.
 
     Flax numbers the modules of a class in the order of their calls, which is the order of our tree.
     """
-    numbers: dict[str, str] = {}
+    numbers: dict[str, range] = {}
     count: collections.Counter[str] = collections.Counter()
+    fir = net.config.fir
 
-    def module(kind: str, place: str) -> str:
-        if place not in numbers:
-            numbers[place] = f"{kind}_{count[kind]}"
-            count[kind] += 1
-        return numbers[place]
+    def name(path: str, i: int, stacked: int) -> str:
+        def module(kind: str, place: str) -> str:
+            if place not in numbers:
+                numbers[place] = range(count[kind], count[kind] + stacked)
+                count[kind] += stacked
+            return f"{kind}_{numbers[place][i]}"
 
-    def name(path: str) -> str:
         *words, leaf = path.split(".")
         place, last = ".".join(words[:-1]), words[-1] if words else ""
         if path == "frequencies":
@@ -117,7 +117,12 @@ def published_names(paths: list[str], fir: bool) -> list[str]:
             return f"{TOP['.'.join(words)]}/{leaf}"
         return f"{module('ResnetBlockBigGANpp', place)}/{BLOCK[last]}/{leaf}"
 
-    return [name(path) for path in paths]
+    names = []
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(net):
+        path = jax.tree_util.keystr(keys, simple=True, separator=".")
+        stacked, shape = (leaf.shape[0], leaf.shape[1:]) if ".runs." in path else (1, leaf.shape)
+        names.append({name(path, i, stacked): shape for i in range(stacked)})
+    return names
 
 
 def _check(wanted: dict[str, tuple[int, ...]], found: dict[str, Any], source: Any) -> None:

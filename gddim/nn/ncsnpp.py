@@ -4,11 +4,13 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Key
 
 from gddim.errors import UserError
@@ -25,6 +27,8 @@ from gddim.nn.layers import (
     sinusoidal_embedding,
     upsample,
 )
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,11 @@ class Block(eqx.Module):
         self.attention = Attention(outputs, draw=draw) if attend else None
         self.resample, self.fir, self.dropout = resample, config.fir, config.dropout
 
+    @property
+    def count(self) -> int:
+        """The number of blocks that are stacked in a run."""
+        return self.conv_out.bias.shape[0]
+
     def __call__(
         self, x: Float[Array, "h w i"], time: Float[Array, " t"], keep: Bool[Array, "a b o"] | None = None
     ) -> Float[Array, "a b o"]:
@@ -130,9 +139,13 @@ class Block(eqx.Module):
 
 
 class Level(eqx.Module):
-    """The blocks of one resolution, then what leads to the next: a resampling block, downwards also the input."""
+    """The blocks of one resolution, then what leads to the next: a resampling block, downwards also the input.
 
-    blocks: list[Block]
+    Consecutive blocks of equal shapes are one `Block` with their parameters stacked, `(n, …)`: a third of the arrays for
+    the compiler, the optimizer and the collectives.
+    """
+
+    runs: list[Block]
     resample: Block | None
     progressive: Conv | None
 
@@ -192,7 +205,7 @@ class NCSNpp(eqx.Module):
                 if config.progressive_input == "residual":
                     progressive = Conv(pyramid, now, draw=draw)
                     pyramid = now
-            self.down.append(Level(blocks, resample, progressive))
+            self.down.append(Level(stack_runs(blocks), resample, progressive))
         self.middle = [block(now, now, attend=True), block(now, now)]
         self.up = []
         for level, (size, outputs) in reversed(levels):
@@ -201,7 +214,7 @@ class NCSNpp(eqx.Module):
                 attend = i == config.blocks and size in config.attention
                 blocks.append(block(now + skips.pop(), outputs, attend=attend))
                 now = outputs
-            self.up.append(Level(blocks, block(now, now, resample="up") if level else None, None))
+            self.up.append(Level(stack_runs(blocks), block(now, now, resample="up") if level else None, None))
         self.norm_out = GroupNorm(now)
         self.conv_out = Conv(now, out_channels, scale=0.0, draw=draw)
         self.config, self.in_shape = config, in_shape
@@ -213,27 +226,44 @@ class NCSNpp(eqx.Module):
             raise ValueError(f"x: got shape {x.shape}, the network was built for {self.in_shape}")
         time = self._embed(t)
         masks = iter(self._masks(key) if key is not None and self.config.dropout else ())
+        apply = jax.checkpoint(_apply) if self.config.remat else _apply
 
-        def chain(blocks: Sequence[Block], h: Array, skips: Sequence[Array] = ()) -> tuple[Array, list[Array]]:
-            links = [(block, skip, next(masks, None)) for block, skip in itertools.zip_longest(blocks, skips)]
-            return self._chain(links, h, time)
+        def single(block: Block, h: Array) -> Array:
+            return apply(h, time, block, None, next(masks, None))
+
+        def through(run: Block, h: Array, skips: Sequence[Array] = ()) -> tuple[Array, list[Array]]:
+            """A run of blocks one after another; returns the last output and all of them."""
+
+            def step(h: Array, link: tuple[Block, Array | None, Array | None]) -> tuple[Array, Array]:
+                h = apply(h, time, *link)
+                return h, h
+
+            links = (run, jnp.stack(skips) if skips else None, next(masks, None))
+            if self.config.scan_blocks and run.count > 1:
+                h, stacked = jax.lax.scan(step, h, links)
+                return h, list(stacked)
+            outputs = [h := apply(h, time, *link) for link in unstack(links, run.count)]
+            return h, outputs
 
         h = pyramid = x.astype(self.config.dtype)
         h = self.conv_in(h)
         skips = [h]
         for level in self.down:
-            h, outputs = chain(level.blocks, h)
-            skips += outputs
+            for run in level.runs:
+                h, outputs = through(run, h)
+                skips += outputs
             if level.resample is not None:
-                h, _ = chain([level.resample], h)
+                h = single(level.resample, h)
                 if level.progressive is not None:
                     h = pyramid = (downsample_conv(pyramid, level.progressive, self.config.fir) + h) * math.sqrt(0.5)
                 skips.append(h)
-        h, _ = chain(self.middle, h)
+        for block in self.middle:
+            h = single(block, h)
         for level in self.up:
-            h, _ = chain(level.blocks, h, [skips.pop() for _ in level.blocks])
+            for run in level.runs:
+                h, _ = through(run, h, [skips.pop() for _ in range(run.count)])
             if level.resample is not None:
-                h, _ = chain([level.resample], h)
+                h = single(level.resample, h)
         return self.conv_out(self.norm_out(h.astype(jnp.float32), swish=True))
 
     def _embed(self, t: Float[Array, ""]) -> Float[Array, " features"]:
@@ -247,59 +277,47 @@ class NCSNpp(eqx.Module):
             features = jax.nn.swish(dense(features))
         return features.astype(self.config.dtype)
 
-    def _masks(self, key: Key[Array, ""]) -> list[Bool[Array, "a b o"]]:
-        """What dropout keeps in each block, in the order of their calls: 16 random bits a value, all in one draw.
+    def _masks(self, key: Key[Array, ""]) -> list[Bool[Array, "*n a b o"]]:
+        """What dropout keeps in each run or block, in the order of their calls: 16 random bits a value, all in one draw.
 
         A draw for each block would take most of the time of compiling a training step.
         """
         height, width, _ = self.in_shape
-        calls: list[tuple[int, Block]] = []  # each block with the level of its output
-
-        def call(i: int, blocks: Sequence[Block], resample: Block | None = None, to: int = 0) -> None:
-            calls.extend((i, block) for block in blocks)
-            if resample is not None:
-                calls.append((to, resample))
-
+        calls: list[tuple[int, Block | None]] = []  # each run or block with the level of its output
         for i, level in enumerate(self.down):
-            call(i, level.blocks, level.resample, i + 1)
-        call(len(self.down) - 1, self.middle)
+            calls += [*((i, run) for run in level.runs), (i + 1, level.resample)]
+        calls += [(len(self.down) - 1, block) for block in self.middle]
         for i, level in zip(reversed(range(len(self.up))), self.up, strict=True):
-            call(i, level.blocks, level.resample, i - 1)
-        shapes = [(height >> i, width >> i, block.conv_out.bias.size) for i, block in calls]
+            calls += [*((i, run) for run in level.runs), (i - 1, level.resample)]
+        biases = [(i, block.conv_out.bias.shape) for i, block in calls if block is not None]
+        shapes = [(*shape[:-1], height >> i, width >> i, shape[-1]) for i, shape in biases]
         ends = list(itertools.accumulate(math.prod(shape) for shape in shapes))
         words = jax.random.bits(key, (-(-ends[-1] // 2),), jnp.uint32)
         bits = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)
         keep = jax.lax.optimization_barrier(bits >= jnp.uint16(min(round(self.config.dropout * 2**16), 2**16 - 1)))
         return [keep[end - math.prod(shape) : end].reshape(shape) for shape, end in zip(shapes, ends, strict=True)]
 
-    def _chain(self, links: list[tuple[Block, Any, Any]], h: Array, time: Array) -> tuple[Array, list[Array]]:
-        """The blocks one after another, each with its skip and its mask; returns the last output and all of them.
-
-        With `scan_blocks`, consecutive blocks of equal shapes are stacked while tracing and run as one loop.
-        """
-
-        def step(h: Array, link: tuple[Block, Any, Any]) -> tuple[Array, Array]:
-            h = _linked(h, time, *link)
-            return h, h
-
-        def shapes(link: tuple[Block, Any, Any]) -> tuple[Any, list[tuple[int, ...]]]:
-            leaves, structure = jax.tree.flatten(link)
-            return structure, [leaf.shape for leaf in leaves]
-
-        if self.config.remat:
-            step = jax.checkpoint(step)
-        outputs: list[Array] = []
-        for _, run in itertools.groupby(links, shapes if self.config.scan_blocks else id):
-            run = list(run)
-            if len(run) == 1:
-                h, output = step(h, run[0])
-                outputs.append(output)
-            else:
-                h, stacked = jax.lax.scan(step, h, jax.tree.map(lambda *leaves: jnp.stack(leaves), *run))
-                outputs += list(stacked)
-        return h, outputs
-
 
 @jax.jit  # traced once for all blocks of equal shapes
-def _linked(h: Array, time: Array, block: Block, skip: Array | None, keep: Array | None) -> Array:
+def _apply(h: Array, time: Array, block: Block, skip: Array | None, keep: Array | None) -> Array:
     return block(h if skip is None else jnp.concatenate([h, skip], axis=-1), time, keep)
+
+
+def stack_runs(blocks: Sequence[Block]) -> list[Block]:
+    """Consecutive blocks of equal shapes as one, their parameters stacked."""
+
+    def shapes(block: Block) -> tuple[Any, list[tuple[int, ...]]]:
+        leaves, structure = jax.tree.flatten(block)
+        return structure, [leaf.shape for leaf in leaves]
+
+    def stack(*leaves: Array) -> Array:  # NumPy compiles nothing
+        return jnp.stack(leaves) if any(isinstance(leaf, Tracer) for leaf in leaves) else jnp.asarray(np.stack(leaves))
+
+    return [jax.tree.map(stack, *run) for _, run in itertools.groupby(blocks, shapes)]
+
+
+def unstack(tree: T, count: int) -> list[T]:
+    """The `count` trees whose arrays are stacked in one."""
+    leaves, structure = jax.tree.flatten(tree)
+    columns = [jnp.unstack(leaf) for leaf in leaves]
+    return [jax.tree.unflatten(structure, [column[i] for column in columns]) for i in range(count)]
