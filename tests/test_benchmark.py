@@ -6,12 +6,14 @@ import math
 import numpy as np
 import pytest
 
-from experiments.benchmark import data, mathematics, training
+from experiments import cld_digits
+from experiments.benchmark import data, evaluation, mathematics, training
 from experiments.benchmark.__main__ import BENCHES, main
 from experiments.benchmark.published import published_blurring, published_cld
 from experiments.benchmark.table import Row, Target
 from gddim import CLD, GDDIM, Blurring, power_grid
 from gddim.errors import UserError
+from gddim.evaluation.features import PixelFeatures
 
 ROWS = [
     Row("quick", 0.5, "s", "slow", 2.0, Target("ratio", "≤", 0.3)),
@@ -132,3 +134,9 @@ def test_every_experiment_is_measured():
 def test_noise_factor_and_sampler_are_measured():
     measured(mathematics.noise_factor(batch=8, calls=2))
     assert len(measured(mathematics.sampler(nfe=3, batch=2, repeats=1, width=4))) == 3
+
+
+@pytest.mark.slow  # compiles a sampler
+def test_a_cell_of_digits_is_measured():
+    digits = cld_digits.EXPERIMENT
+    assert len(measured(evaluation.cell_rows(digits, PixelFeatures(), digits.data.test(), 8, 4, "pixels", 8))) == 3
