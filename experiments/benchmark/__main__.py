@@ -33,17 +33,15 @@ BENCHES: dict[str, Callable[[], Iterator[Row]]] = {
 }
 
 
-def measure(names: Sequence[str], say: Callable[[str], Any]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of these benches, each said as it comes, and a line for each bench that had nothing to measure with."""
-    rows, missing = [], []
+def measure(names: Sequence[str], rows: list[dict[str, Any]], missing: list[str]) -> None:
+    """Print the rows of these benches and add them to `rows`; `missing` tells what a bench lacked."""
     for name in names:
         try:
             for row in BENCHES[name]():
                 rows.append({"bench": name, **row.describe()})
-                say(line(row.cells()))
+                print(line(row.cells()), flush=True)
         except UserError as error:
             missing.append(f"{name}: {error}")
-    return rows, missing
 
 
 def run(names: Sequence[str], path: Path, command: str) -> None:
@@ -58,10 +56,13 @@ def run(names: Sequence[str], path: Path, command: str) -> None:
         }
         print(f"`{command}` at {origin['commit']}, {origin['devices']}, {origin['date']}\n")
         print(line(HEADER), line(("---",) * len(HEADER)), sep="\n", flush=True)
-        rows, missing = measure(names, lambda words: print(words, flush=True))
-        origin["seconds"] = round(time.perf_counter() - began, 1)
+        rows, missing = [], []
+        try:
+            measure(names, rows, missing)
+        finally:  # Ctrl-C keeps what was measured
+            origin["seconds"] = round(time.perf_counter() - began, 1)
+            json.dump({**origin, "rows": rows, "not measured": missing}, file, indent=1, ensure_ascii=False)
         print("", *missing, f"{origin['seconds']:.0f} s, written to {path}", sep="\n")
-        json.dump({**origin, "rows": rows, "not measured": missing}, file, indent=1, ensure_ascii=False)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -84,6 +85,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"interrupted; the rows so far are in {path}", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":
