@@ -107,12 +107,12 @@ class GroupNorm(eqx.Module):
 
     def __call__(self, x: Float[Array, "h w c"], swish: bool = False) -> Float[Array, "h w c"]:
         wide = x.astype(jnp.float32)
-        mean, square = jnp.mean(wide, axis=(0, 1)), jnp.mean(wide * wide, axis=(0, 1))
-        mean, square = (jnp.mean(m.reshape(self.groups, -1), axis=1) for m in (mean, square))
+        moments = jnp.stack([jnp.mean(wide, axis=(0, 1)), jnp.mean(wide * wide, axis=(0, 1))])
+        mean, square = jnp.mean(moments.reshape(2, self.groups, -1), axis=2, keepdims=True)
         inverse = jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0.0) + 1e-6)
-        mean, inverse = (jnp.repeat(m, x.shape[-1] // self.groups) for m in (mean, inverse))
-        gain = self.scale * inverse
-        y = wide * gain[None, None] + (self.bias - mean * gain)[None, None]
+        gain = self.scale.reshape(self.groups, -1) * inverse
+        shift = self.bias.reshape(self.groups, -1) - mean * gain
+        y = wide * gain.reshape(1, 1, -1) + shift.reshape(1, 1, -1)
         return (jax.nn.swish(y) if swish else y).astype(x.dtype)
 
 
