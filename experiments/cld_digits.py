@@ -36,7 +36,7 @@ EXPERIMENT = Experiment(
         report_every=200,
         save_every=1_000,
     ),
-    sampling=Sampling(samples=100, batch=100, nfe=20),
+    sampling=Sampling(samples=100, batch=25, nfe=20),
     eval=Evaluation(samples=500, batch=500, features="pixels"),
 )
 

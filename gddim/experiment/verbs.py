@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import time
@@ -52,11 +51,17 @@ def sample(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
     params, step = restore_ema(plan, workdir, step)
     model = plan.model(params)
     origin = {"experiment": experiment.name, "step": step, **describe(sampling)}
-    draw_samples(experiment, plan.mesh, model, dataclasses.replace(sampling, samples=1))  # compiles
-    start = time.perf_counter()
+    drawn = [(time.perf_counter(), 0)]
     with tqdm(total=sampling.samples, unit="img", disable=None) as bar:
-        data, calls = draw_samples(experiment, plan.mesh, model, sampling, each=lambda n: bar.update(n - bar.n))
-    rate = sampling.samples / (time.perf_counter() - start)
+
+        def each(n: int) -> None:
+            bar.update(n - bar.n)
+            drawn.append((time.perf_counter(), n))
+
+        data, calls = draw_samples(experiment, plan.mesh, model, sampling, each)
+    compiled = len(drawn) > 2  # the first batch waits for the compiler
+    (began, before), (ended, after) = drawn[int(compiled)], drawn[-1]
+    rate = f"{(after - before) / (ended - began):.4g} images/s" + ("" if compiled else ", compilation included")
     paths = follow(experiment, model, sampling, count=4 if data.ndim == 4 else 1000)
     if jax.process_index() == 0:
         write_npz(workdir / names[0], data, origin)
@@ -65,6 +70,6 @@ def sample(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
         write_png(workdir / names[3], film(paths), origin)
         print(
             f"{len(data)} samples of step {step} by {sampler_name(sampling.sampler)}: NFE {calls:g}, "
-            f"{rate:.4g} images/s; {workdir}: {', '.join(names)}",
+            f"{rate}; {workdir}: {', '.join(names)}",
             flush=True,
         )
