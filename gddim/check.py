@@ -149,10 +149,10 @@ def mixture_eps(sde: AbstractLinearSDE, centres: np.ndarray, std: float) -> Call
     return eps_fn
 
 
-def slope(sde: AbstractLinearSDE, sampler: GDDIM, steps: int = 96, t_min: float = 1e-2) -> float:
+def slope(sde: AbstractLinearSDE, sampler: GDDIM, steps: int = 96, std: float = 0.25, t_min: float = 1e-2) -> float:
     """The order of convergence between `steps` and twice as many, on a Gaussian mixture with its exact ε, in float64."""
     rng = np.random.default_rng(1)
-    dims, std = _dims(sde), 0.25
+    dims = _dims(sde)
     centres = 0.8 * rng.choice([-1.0, 1.0], (4, *dims, 2)) / np.sqrt(max(1, np.prod(dims)))
     eps_fn = mixture_eps(sde, centres, std)
     with jax.enable_x64(True):

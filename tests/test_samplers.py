@@ -92,9 +92,10 @@ def test_marginals_are_exact_for_one_data_point_at_any_lam(sde, sampler, steps):
 
 
 SLOPES = [
-    # N is where a process is past its first bends and the first step, of order 1 at best, is not yet seen in order 4
+    # N is where a process is past its first bends and the first step, of order 1 at best, is not yet seen in order 4:
+    # for Blurring that takes narrower modes
     *[(name, GDDIM(q), steps) for name, steps in (("VP", 48), ("CLD", 96), ("Blurring", 96)) for q in (1, 2, 3)],
-    *[(name, GDDIM(4), steps) for name, steps in (("VP", 48), ("CLD", 96))],
+    *[(name, GDDIM(4), steps) for name, steps in (("VP", 48), ("CLD", 96), ("Blurring", 136))],
     *[(name, GDDIM(q, interpolate="data"), 48) for name in ("VP", "Blurring") for q in (2, 3, 4)],
     *[("CLD", GDDIM(q, interpolate="data"), 96) for q in (2, 3, 4)],
     *[(name, GDDIM(q, corrector=True), 48) for name in ("VP", "Blurring") for q in (1, 2, 3)],
@@ -109,7 +110,8 @@ FAST = [("CLD", GDDIM(3), 96), ("VP", GDDIM(4), 48), ("Blurring", GDDIM(3, inter
 )
 def test_orders_of_convergence_on_a_mixture(name, sampler, steps):
     sde = {"VP": gddim.VP(), "CLD": gddim.CLD(), "Blurring": gddim.Blurring(4)}[name]
-    assert slope(sde, sampler, steps) >= sampler.order + (0.7 if sampler.corrector else -0.3)
+    std = 0.15 if (name, sampler) == ("Blurring", GDDIM(4)) else 0.25
+    assert slope(sde, sampler, steps, std) >= sampler.order + (0.7 if sampler.corrector else -0.3)
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
