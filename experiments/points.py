@@ -15,20 +15,20 @@ EXPERIMENT = Experiment(
     name="points",
     sde=CLD(),
     net=MLPConfig(width=128, depth=3),
-    data=FiveRings(),
+    data=FiveRings(test_points=1_000),
     model=Model(data_std=1.0),
     train=Training(
-        steps=4_000,
+        steps=1_200,
         batch=512,
         learning_rate=2e-3,
         warmup=100,
-        cooldown=2_000,
+        cooldown=600,
         ema=0.999,
         report_every=500,
-        save_every=1_000,
+        save_every=500,
     ),
-    sampling=Sampling(samples=4_000, batch=4_000, nfe=20),
-    eval=Evaluation(samples=2_000, batch=2_000, features="pixels"),
+    sampling=Sampling(samples=2_000, batch=1_000, nfe=20),
+    eval=Evaluation(samples=1_000, batch=1_000, features="pixels"),
 )
 
 if __name__ == "__main__":
