@@ -2,12 +2,12 @@
 # docker build -t gddim --build-arg ACCELERATOR=cuda .                       NVIDIA GPUs: docker run --gpus all …
 # docker build -t gddim --build-arg ACCELERATOR=tpu --build-arg EXTRAS=gcs . TPUs: docker run --privileged --network host …
 #
-# docker run --init -v "$PWD/runs:/work/runs" gddim                          the main job, experiments.cld_digits
-# docker run --init -v "$PWD/runs:/work/runs" gddim python -m experiments.points
+# docker run --init -v "$PWD/runs:/srv/gddim/runs" gddim                          the main job, experiments.cld_digits
+# docker run --init -v "$PWD/runs:/srv/gddim/runs" gddim python -m experiments.points
 FROM python:3.12.12-slim-bookworm
 
 # The folder that a user mounts over belongs to user 1000; the program itself to root.
-RUN useradd --uid 1000 --create-home gddim && mkdir -p /work/runs && chown -R 1000 /work
+RUN useradd --uid 1000 --create-home gddim && mkdir -p /srv/gddim/runs && chown -R 1000 /srv/gddim
 ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=/opt/gddim MPLCONFIGDIR=/tmp
 
 # What changes seldom comes first: the dependencies are installed again only when they themselves change.
@@ -21,5 +21,5 @@ COPY gddim /opt/gddim/gddim
 COPY experiments /opt/gddim/experiments
 
 USER 1000
-WORKDIR /work
+WORKDIR /srv/gddim
 CMD ["python", "-m", "experiments.cld_digits"]
