@@ -17,7 +17,7 @@ from gddim.experiment import main
 EXPERIMENT = dataclasses.replace(
     cld_cifar10.EXPERIMENT,
     name="cld_celeba64",
-    net=dataclasses.replace(cld_cifar10.EXPERIMENT.net, blocks=4),  # pyright: ignore[reportArgumentType]
+    net=dataclasses.replace(cld_cifar10.NET, blocks=4),
     data=CelebA(size=64),
     train=dataclasses.replace(cld_cifar10.EXPERIMENT.train, ema=0.999),
 )

@@ -14,19 +14,20 @@ from gddim.nn import NCSNppConfig
 from gddim.samplers import GDDIM
 from gddim.sde import CLD
 
+NET = NCSNppConfig(
+    width=128,
+    multipliers=(1, 2, 2, 2),
+    blocks=8,
+    attention=(16,),
+    dropout=0.1,
+    embedding="fourier",
+    fir=True,
+    progressive_input="residual",
+)
 EXPERIMENT = Experiment(
     name="cld_cifar10",
     sde=CLD(),
-    net=NCSNppConfig(
-        width=128,
-        multipliers=(1, 2, 2, 2),
-        blocks=8,
-        attention=(16,),
-        dropout=0.1,
-        embedding="fourier",
-        fir=True,
-        progressive_input="residual",
-    ),
+    net=NET,
     data=CIFAR10(),
     model=Model(predicts="eps"),
     train=Training(steps=1_000_000, batch=128, learning_rate=2e-4, warmup=5_000, clip=1.0, ema=0.9999),

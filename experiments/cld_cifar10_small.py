@@ -12,21 +12,12 @@ import dataclasses
 
 from experiments import cld_cifar10
 from gddim.experiment import main
-from gddim.nn import NCSNppConfig
 
+NET = dataclasses.replace(cld_cifar10.NET, blocks=4, embedding="positional", fir=False, progressive_input="none")
 EXPERIMENT = dataclasses.replace(
     cld_cifar10.EXPERIMENT,
     name="cld_cifar10_small",
-    net=NCSNppConfig(
-        width=128,
-        multipliers=(1, 2, 2, 2),
-        blocks=4,
-        attention=(16,),
-        dropout=0.1,
-        embedding="positional",
-        fir=False,
-        progressive_input="none",
-    ),
+    net=NET,
 )
 
 if __name__ == "__main__":

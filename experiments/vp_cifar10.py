@@ -10,25 +10,15 @@ Measured: nothing yet.
 
 import dataclasses
 
-from experiments import cld_cifar10
+from experiments import cld_cifar10, cld_cifar10_small
 from gddim.experiment import main
-from gddim.nn import NCSNppConfig
 from gddim.sde import VP
 
 EXPERIMENT = dataclasses.replace(
     cld_cifar10.EXPERIMENT,
     name="vp_cifar10",
     sde=VP(),
-    net=NCSNppConfig(
-        width=128,
-        multipliers=(1, 2, 2, 2),
-        blocks=8,
-        attention=(16,),
-        dropout=0.1,
-        embedding="positional",
-        fir=False,
-        progressive_input="none",
-    ),
+    net=dataclasses.replace(cld_cifar10_small.NET, blocks=8),
 )
 
 if __name__ == "__main__":
