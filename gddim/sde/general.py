@@ -62,7 +62,8 @@ class LinearSDE(AbstractLinearSDE):
             if smallest < -1e-12 * np.abs(value).max() or (strict and smallest <= 0):
                 raise ValueError(f"{name} must be symmetric and positive {'' if strict else 'semi'}definite")
         self.horizon, self.basis = float(horizon), basis
-        self._solution = Solution(drift, diffusion_squared, covariance, self.horizon)
+        whole = np.broadcast_to(covariance, np.broadcast_shapes(F.shape, GG.shape, covariance.shape))
+        self._solution = Solution(drift, diffusion_squared, whole, self.horizon)
 
     def transition(self, t: Time, s: Time) -> Array:
         xp, t, s = as_times(t, s)
@@ -89,18 +90,14 @@ def _checked(name: str, value: np.ndarray) -> np.ndarray:
 
 
 class Solution:
-    """The process as polynomials in y = √t on panels of [0, √T]: `Ψ(τ, lower)`, R, F and GGᵀ.
+    """The process as polynomials in y = √t on panels of [0, √T]: `Ψ(τ, lower)`, R, F and GGᵀ; covariance `(*#dims, k, k)`.
 
     Positions whose coefficients are equal, as those of the frequencies (i, j) and (j, i) of an image, are solved as one.
     """
 
     def __init__(self, drift: Coefficient, diffusion_squared: Coefficient, covariance: np.ndarray, horizon: float):
         self.drift, self.diffusion_squared = drift, diffusion_squared
-        self.horizon = horizon
-        self.shape = np.broadcast_shapes(
-            np.shape(drift(horizon)), np.shape(diffusion_squared(horizon)), covariance.shape
-        )
-        self.covariance = np.broadcast_to(covariance, self.shape)
+        self.covariance, self.shape, self.horizon = covariance, covariance.shape, horizon
 
     def __repr__(self) -> str:
         """What tells one process from another in the description of a run: the sizes of its coefficients."""
