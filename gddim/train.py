@@ -58,7 +58,12 @@ def learning_rate(peak: float, steps: int, warmup: int = 0, cooldown: int = 0) -
 
 def adam(schedule: Schedule, beta1: float = 0.9, clip: float = 1.0) -> optax.GradientTransformation:
     """Adam on gradients whose global norm is cut to `clip`."""
-    chain = optax.chain(optax.clip_by_global_norm(clip), optax.adam(schedule, b1=beta1))
+
+    def cut(updates, _):  # as optax.clip_by_global_norm, by one factor, so that XLA makes no clipped copy of the gradient
+        factor = jnp.minimum(1.0, clip / optax.global_norm(updates))
+        return jax.tree.map(lambda g: factor * g, updates)
+
+    chain = optax.chain(optax.stateless(cut), optax.adam(schedule, b1=beta1))
 
     def update(updates, state, params=None, **_):
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the power of an integer
