@@ -28,7 +28,7 @@ BATCH, RECORDS = 64, 1_000
 class Job:
     """The processes of one run of tests/worker.py, of `devices` fake devices each."""
 
-    def __init__(self, *words: object, processes: int = 2, devices: int = 2, logs: Path, records_until: int = 0):
+    def __init__(self, *words: object, processes: int = 2, devices: int = 4, logs: Path, records_until: int = 0):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -140,7 +140,7 @@ def test_a_run_survives_kills_and_preemption_bit_for_bit(undisturbed, tmp_path):
     signalled = time.monotonic()
     job.processes[1].terminate()
     assert job.wait() == [EXIT_PREEMPTED, EXIT_PREEMPTED], job.said()
-    assert time.monotonic() - signalled < 10 or os.getloadavg()[0] > 2
+    assert time.monotonic() - signalled < 10
     stopped = max(steps(workdir))
     assert known < stopped < 60
     assert f"saved at step {stopped} of 60" in job.said()
