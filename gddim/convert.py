@@ -136,9 +136,11 @@ def _check(wanted: dict[str, tuple[int, ...]], found: dict[str, Any], source: An
             lines.append(f"shape: {name} is {shape}, the network's {wanted[name]}")
         elif not (isinstance(value, np.ndarray) and jnp.issubdtype(kind, jnp.floating)):
             lines.append(f"type: {name} is {kind}, not floating")
+        elif not np.isfinite(value.astype(np.float32)).all():
+            lines.append(f"values: {name} is not finite")
     if lines:
         raise UserError(
-            f"{source} is of another network; {len(lines)} parameter(s) do not match:\n  " + "\n  ".join(lines)
+            f"{source} does not fit this network; {len(lines)} parameter(s) do not match:\n  " + "\n  ".join(lines)
         )
 
 
@@ -198,7 +200,10 @@ def convert(
     shapes = plan.model(plan.shapes.model)
     ema = assign(state, shapes, weights, source)
     raw = assign(state, shapes, "raw", source) if "optimizer" in state else ema
-    step = np.asarray(state.get("step", 0), np.int32)
+    step = np.asarray(state.get("step", 0))
+    if step.shape or not np.issubdtype(step.dtype, np.integer) or not 0 <= step < 2**31:
+        raise UserError(f"{source}: its step is {state['step']!r:.60}, no number of steps")
+    step = step.astype(np.int32)
     fresh = TrainState.create(raw, plan.optimizer)
     made = dataclasses.replace(fresh, step=jnp.asarray(step), ema=eqx.filter(ema, eqx.is_inexact_array))
     with locked(workdir):
@@ -234,7 +239,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         experiment = load_experiment(options.experiment)
-        experiment = cli.parse(experiment, ["sample", "--workdir", options.workdir, *rest]).experiment
+        command = cli.parse(experiment, ["sample", "--workdir", options.workdir, *rest])
+        if command.dry_run or command.step is not None:
+            raise UserError("--dry-run and --step are for the command that samples")
+        experiment = command.experiment
         step = convert(options.source, options.workdir, experiment, options.weights)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -5,7 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray, Scalar
+from jaxtyping import Array, Float, PRNGKeyArray, Scalar, ScalarLike
 
 from gddim.errors import UserError
 from gddim.sde.base import AbstractLinearSDE
@@ -29,8 +29,9 @@ class EpsModel(eqx.Module):
     """The network's label is this times t."""
 
     def __call__(
-        self, u: Float[Array, "*dims k C"], t: Scalar, key: PRNGKeyArray | None = None
+        self, u: Float[Array, "*dims k C"], t: ScalarLike, key: PRNGKeyArray | None = None
     ) -> Float[Array, "*dims k C"]:
+        self.sde.check_state(u)
         pixels = self.sde.to_pixels(u)
         out = self.net(pixels.reshape(*u.shape[:-2], -1), self.time_scale * t, key=key)
         eps = self.sde.from_pixels(out.astype(u.dtype).reshape(u.shape))
@@ -40,7 +41,7 @@ class EpsModel(eqx.Module):
         return eps
 
     def loss(
-        self, x0: Float[Array, "*dims C"], t: Scalar, eps: Float[Array, "*dims k C"], key: PRNGKeyArray | None = None
+        self, x0: Float[Array, "*dims C"], t: ScalarLike, eps: Float[Array, "*dims k C"], key: PRNGKeyArray | None = None
     ) -> Scalar:
         """Mean of `(ε − ε_θ(Ψ(t,0) u_0 + R_t ε, t))²` for one example: 1 for a network that says 0."""
         u = self.sde.perturb(self.sde.lift(x0), t, eps)
@@ -52,6 +53,8 @@ def _as_tuples(data_std: Any) -> Any:
     values = np.asarray(data_std, np.float64)
     if not (np.all(np.isfinite(values)) and np.all(values > 0)):
         raise ValueError(f"data_std must be > 0, given {data_std}")
+    if values.ndim not in (0, 2):
+        raise ValueError(f"data_std must be a number or a spectrum (H, W), given an array {values.shape}")
     return float(values) if values.ndim == 0 else tuple(map(tuple, values.tolist()))
 
 
@@ -81,22 +84,20 @@ class Denoiser(eqx.Module):
     """The network's label is this times t."""
 
     def __check_init__(self) -> None:
-        spectrum = np.shape(self.data_std)
-        if spectrum and np.shape(self.sde.transition(self.sde.horizon, 0.0))[:-2] != spectrum:
-            raise UserError(
-                f"data_std: a spectrum {spectrum} needs a process with as many frequencies; "
-                f"this {type(self.sde).__name__} takes a number"
-            )
+        spectrum, dims = np.shape(self.data_std), np.shape(self.sde.transition(self.sde.horizon, 0.0))[:-2]
+        if spectrum and dims != spectrum:
+            takes = f"a number or a spectrum {dims}" if dims else "a number"
+            raise UserError(f"data_std: given a spectrum {spectrum}; this {type(self.sde).__name__} takes {takes}")
 
     def __call__(
-        self, u: Float[Array, "*dims k C"], t: Scalar, key: PRNGKeyArray | None = None
+        self, u: Float[Array, "*dims k C"], t: ScalarLike, key: PRNGKeyArray | None = None
     ) -> Float[Array, "*dims k C"]:
         psi = self.sde.transition(t, 0.0)[..., :, :1]
         x0 = self.denoise(u, t, key)[..., None, :]
         return product(inverse(self.sde.noise_factor(t)), u - product(psi, x0))
 
     def denoise(
-        self, u: Float[Array, "*dims k C"], t: Scalar, key: PRNGKeyArray | None = None
+        self, u: Float[Array, "*dims k C"], t: ScalarLike, key: PRNGKeyArray | None = None
     ) -> Float[Array, "*dims C"]:
         """`D(u, t)`, the data that the state implies, in the basis of the process."""
         w, c_out = self._scales(t)
@@ -105,7 +106,7 @@ class Denoiser(eqx.Module):
         return (product(c_skip, u) + product(c_out, out))[..., 0, :]
 
     def loss(
-        self, x0: Float[Array, "*dims C"], t: Scalar, eps: Float[Array, "*dims k C"], key: PRNGKeyArray | None = None
+        self, x0: Float[Array, "*dims C"], t: ScalarLike, eps: Float[Array, "*dims k C"], key: PRNGKeyArray | None = None
     ) -> Scalar:
         """Mean of `(F_θ − (x_0 − c_skip u)/c_out)²` for one example; the target is `c_out (x_0/s² − wᵀε)`."""
         u0 = self.sde.lift(x0)
@@ -115,7 +116,7 @@ class Denoiser(eqx.Module):
         target = product(c_out, clean - product(transpose(w), eps))[..., 0, :]
         return jnp.mean((self._network(u, t, key) - self.sde.to_pixels(target)) ** 2)
 
-    def _network(self, u: Array, t: Scalar, key: PRNGKeyArray | None) -> Array:
+    def _network(self, u: Array, t: ScalarLike, key: PRNGKeyArray | None) -> Array:
         """`F_θ(c_in u, t)` in pixels, `(*dims, C)`."""
         psi = self.sde.transition(t, 0.0)[..., :, :1]
         noise, signal, variance = aligned(self.sde.covariance(t), product(psi, transpose(psi)), self._variance(t))
@@ -123,11 +124,11 @@ class Denoiser(eqx.Module):
         pixels = self.sde.to_pixels(whitened)
         return self.net(pixels.reshape(*u.shape[:-2], -1), self.time_scale * t, key=key).astype(u.dtype)
 
-    def _variance(self, t: Scalar) -> Array:
+    def _variance(self, t: ScalarLike) -> Array:
         """`s²` as `(*#dims, 1, 1)`."""
         return jnp.asarray(np.asarray(self.data_std), jnp.asarray(t).dtype)[..., None, None] ** 2
 
-    def _scales(self, t: Scalar) -> tuple[Array, Array]:
+    def _scales(self, t: ScalarLike) -> tuple[Array, Array]:
         """`w = R⁻¹ψ` `(*#dims, k, 1)` and `c_out` `(*#dims, 1, 1)`."""
         w = product(inverse(self.sde.noise_factor(t)), self.sde.transition(t, 0.0)[..., :, :1])
         precision, variance = aligned(product(transpose(w), w), self._variance(t))

@@ -56,14 +56,14 @@ def learning_rate(peak: float, steps: int, warmup: int = 0, cooldown: int = 0) -
     return schedule
 
 
-def adam(schedule: Schedule, beta1: float = 0.9, clip: float = 1.0) -> optax.GradientTransformation:
-    """Adam on gradients whose global norm is cut to `clip`."""
+def adam(beta1: float = 0.9, clip: float = 1.0) -> optax.GradientTransformation:
+    """Adam's directions from gradients whose global norm is cut to `clip`; `make_update` goes against them."""
 
     def cut(updates, _):  # as optax.clip_by_global_norm, by one factor, so that XLA makes no clipped copy of the gradient
         factor = jnp.minimum(1.0, clip / optax.global_norm(updates))
         return jax.tree.map(lambda g: factor * g, updates)
 
-    chain = optax.chain(optax.stateless(cut), optax.adam(schedule, b1=beta1))
+    chain = optax.chain(optax.stateless(cut), optax.scale_by_adam(b1=beta1))
 
     def update(updates, state, params=None, **_):
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the power of an integer
@@ -84,6 +84,8 @@ def make_update(
 ) -> Callable[[TrainState, Array], tuple[TrainState, Metrics]]:
     """One training step `(state, batch) → (state, metrics)`, to be jitted with its state donated.
 
+    `optimizer` turns a gradient into a direction (`adam`, `optax.scale_by_adam`, …), against which the parameters go by
+    `schedule(step)`: the step of the run, so that it does not depend on how old the optimizer's own state is.
     `prepare(batch, key)` makes arrays with an example a row of raw records, all that is random among them, and
     `loss(params, *arrays)` is a mean over rows. A row then follows from (seed, step, row) alone: neither the number of
     devices nor `accumulate`, into how many parts a batch is cut, changes what is computed beyond rounding.
@@ -107,12 +109,13 @@ def make_update(
     def update(state, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         value, grads = gradient(state.model, prepare(batch, key))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
-        params = optax.apply_updates(state.model, updates)
+        directions, opt_state = optimizer.update(grads, state.opt_state, state.model)
+        pace = schedule(state.step)
+        params = jax.tree.map(lambda p, d: p - pace * d, state.model, directions)
         step = state.step.astype(jnp.float32)
         rate = jnp.maximum(1.0 - ema, 9.0 / (10.0 + step))  # a young average forgets its random start faster
         average = jax.tree.map(lambda e, p: e + rate * (p - e), state.ema, params)
-        metrics = {"loss": value, "grad_norm": optax.global_norm(grads), "learning_rate": schedule(state.step)}
+        metrics = {"loss": value, "grad_norm": optax.global_norm(grads), "learning_rate": pace}
         return TrainState(state.step + 1, params, average, opt_state), metrics
 
     return update

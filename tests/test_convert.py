@@ -212,6 +212,15 @@ def test_the_command_writes_a_run(tmp_path, capsys):
     assert before == sorted(path.stat().st_mtime_ns for path in workdir.rglob("*"))
 
 
+@pytest.mark.parametrize("step", [-1, 2**31, [0, 1], 1.5])
+def test_a_step_that_is_none_is_refused(tmp_path, capsys, step):
+    state = state_of(fresh(TINY), fresh(TINY)) | {"step": np.asarray(step)}
+    options = ["--experiment", "cld_cifar10", *TINY_OPTIONS]
+    assert convert.main([str(write(tmp_path / "state", state)), str(tmp_path / "run"), *options]) == 2
+    assert "no number of steps" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -220,7 +229,8 @@ def test_the_command_writes_a_run(tmp_path, capsys):
         (["--experiment", "cld_cifar10", "--net.wdth", "4"], "unknown option --net.wdth; accepted: --net.width"),
         (["--experiment", "cld_cifar10_denoiser"], "predicts"),
         (["--experiment", "cld_cifar10", *TINY_OPTIONS, "--net.dropout", "2"], "dropout"),
-        (["--experiment", "vp_cifar10", *TINY_OPTIONS], "of another network"),
+        (["--experiment", "vp_cifar10", *TINY_OPTIONS], "does not fit this network"),
+        (["--experiment", "cld_cifar10", *TINY_OPTIONS, "--dry-run"], "--dry-run and --step are for"),
     ],
 )
 def test_a_wrong_command_is_one_error_and_writes_nothing(tmp_path, capsys, options, says):

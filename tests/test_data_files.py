@@ -104,7 +104,7 @@ def test_orientation_is_that_of_the_camera(tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"path": "nowhere"}, "nowhere is neither a folder nor a zip"),
+        ({"path": "nowhere"}, "nowhere does not exist"),
         ({"size": 0}, "size must be positive"),
         ({"channels": 5}, "channels 1 to 4"),
         ({"test_every": 1}, "test_every must be 0 or at least 2"),
@@ -128,8 +128,16 @@ def test_celeba_keeps_the_official_partition_and_crop(tmp_path):
     assert (len(train), len(test), train.shape, train.flip) == (2, 2, (64, 64, 3), True)
     expected = 19 + (np.arange(64) + 0.5) * 140 / 64 - 0.5
     assert np.abs(records(train)[0, :, 2:-2] - expected[None, 2:-2, None]).max() < 3
+    np.testing.assert_array_equal(records(CelebA(str(folder)).test()), records(test))
     with pytest.raises(UserError, match=r"put img_align_celeba.zip .* there"):
-        CelebA(str(folder)).train()
+        CelebA(str(folder.rename(folder.with_name("elsewhere")).parent)).train()
+
+
+def test_what_lies_beyond_the_square_leaves_no_trace(tmp_path):
+    wide = np.zeros((20, 60, 3), np.uint8)
+    wide[:, 20:40] = 255
+    Image.fromarray(wide).save(tmp_path / "0.png")
+    assert (records(ImageFolder(str(tmp_path), size=8, test_every=0).train()) == 255).all()
 
 
 # NumPy files.
@@ -154,7 +162,7 @@ def test_numpy_files(tmp_path):
     ("content", "says"),
     [
         (np.array([{"a": 1}], dtype=object), "cannot read .*bad.npy"),
-        (np.zeros((5, 4, 4, 3), np.int64), "must be uint8 or float32"),
+        (np.zeros((5, 4, 4, 3), np.int64), "must hold images .* not int64"),
         (np.full((5, 4, 4, 3), 255.0), r"must lie in \[-1, 1\], found 0 to 255"),
         (np.full((5, 2), np.nan), "not finite"),
         (np.zeros((1, 2)), "nothing to hold out"),
@@ -199,6 +207,8 @@ def test_prepare_and_std_from_the_command_line(photos, tmp_path, monkeypatch, ca
         (["prepare", "{photos}", "dest"], "say --size"),
         (["std", "digits", "--spectrum", "no/such/folder.npz"], "a new file in a folder that exists"),
         (["std", "five-rings", "--spectrum", "s.npz"], "needs images"),
+        (["std", "digits", "--size", "32"], "--size says nothing about digits, which takes no options"),
+        (["prepare", "celeba", "dest", "--channels", "1"], "--channels says nothing about celeba, which takes --root, --size"),
     ],
 )
 def test_wrong_commands_end_in_one_line_and_write_nothing(photos, monkeypatch, capsys, arguments, says):

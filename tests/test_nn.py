@@ -13,7 +13,7 @@ import pytest
 from scipy.signal import correlate2d, upfirdn
 
 from gddim.errors import UserError
-from gddim.nn import MLPConfig, NCSNppConfig
+from gddim.nn import MLPConfig, NCSNpp, NCSNppConfig
 from gddim.nn.convolution import conv_same
 from gddim.nn.layers import (
     Attention,
@@ -23,7 +23,6 @@ from gddim.nn.layers import (
     downsample,
     downsample_conv,
     fourier_embedding,
-    initialise,
     sinusoidal_embedding,
     upsample,
 )
@@ -160,7 +159,7 @@ def test_dropout_acts_with_a_key_only():
 def test_dropout_keeps_the_mean(resample):
     """A block is affine in what it drops: with a share of one half, a mask and its complement average to none."""
     config = dataclasses.replace(SMALL, dropout=0.5)
-    block = initialise(lambda draw: Block(8, 8, config, draw=draw, resample=resample), jax.random.key(0))
+    block = Block(8, 8, config, draw=Draw(jax.random.key(0)), resample=resample)
     block = eqx.tree_at(lambda b: b.conv_out.weight, block, normal(5, 3, 3, 8, 8))
     x, time = normal(1, 8, 8, 8), normal(2, 32)
     plain = block(x, time)
@@ -227,7 +226,7 @@ def test_group_norm_is_its_formula(channels):
 
 def test_attention_is_its_formula():
     x = normal(0, 3, 4, 8)
-    layer = initialise(lambda draw: Attention(8, draw=draw), jax.random.key(1))
+    layer = Attention(8, draw=Draw(jax.random.key(1)))
     layer = eqx.tree_at(lambda a: a.out.weight, layer, normal(2, 8, 8))
     layer = jax.tree.map(lambda leaf: leaf + 0.3 * normal(3, *leaf.shape), layer)
     h = np.asarray(layer.norm(x), np.float64).reshape(12, 8)
@@ -251,7 +250,7 @@ def test_resampling_filters_are_those_of_scipy():
 
 def test_the_strided_convolution_is_that_of_the_filtered_image():
     x, taps = np.asarray(normal(0, 6, 8, 2), np.float64), np.array([1.0, 3.0, 3.0, 1.0]) / 8
-    conv = initialise(lambda draw: Conv(2, 4, draw=draw), jax.random.key(1))
+    conv = Conv(2, 4, draw=Draw(jax.random.key(1)))
     padded = np.pad(x, ((2, 2), (2, 2), (0, 0)))
     smooth = np.stack([correlate2d(padded[..., i], np.outer(taps, taps), "valid") for i in range(2)], axis=-1)
     w = np.asarray(conv.weight, np.float64)
@@ -280,7 +279,7 @@ def test_frequencies_are_fixed_and_of_scale_16():
 
 
 def test_kernels_start_with_the_published_variance():
-    draw = Draw(jax.random.uniform(jax.random.key(0), (200_000,), minval=-1.0))
+    draw = Draw(jax.random.key(0))
     kernel = draw.kernel((3, 3, 40, 200))
     assert abs(rms(kernel) - math.sqrt(1 / (9 * 120))) < 0.01 * rms(kernel)
     fresh = SMALL.build(SHAPE, 6, jax.random.key(0))
@@ -320,3 +319,16 @@ def test_an_mlp_takes_points():
     assert rms(net(x[0], t[0]) - net(x[0], t[1])) > 1e-3
     with pytest.raises(UserError, match="depth"):
         MLPConfig(depth=0)
+
+
+@pytest.mark.parametrize("t", [500.0, np.float64(500), jnp.asarray(500.0)])
+def test_times_may_be_python_floats(t):
+    net = NCSNpp(SMALL, SHAPE, 6, key=jax.random.key(0))
+    x = normal(0, *SHAPE)
+    np.testing.assert_array_equal(net(x, t), net(x, jnp.asarray(500.0)))
+
+
+@pytest.mark.parametrize(("config", "shape"), [(SMALL, (8,)), (MLPConfig(), (8, 8, 3))])
+def test_records_of_another_kind_are_refused(config, shape):
+    with pytest.raises(UserError, match="not records of shape"):
+        config.build(shape, 3, jax.random.key(0))

@@ -1,6 +1,7 @@
 """`python -m gddim.data prepare|std`: shards of a data set, and the standard deviation that the Denoiser wants."""
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -12,22 +13,38 @@ from gddim.data.shards import prepare
 from gddim.errors import UserError
 
 _NAMED = {"digits": Digits, "five-rings": FiveRings, "cifar10": CIFAR10, "svhn": SVHN, "celeba": CelebA}
+_OPTIONS = {
+    "root": dict(metavar="DIR", help="for cifar10, svhn, celeba: folder that holds the data"),
+    "size": dict(type=int, metavar="PIXELS", help="for image files and celeba: height and width to resize to"),
+    "channels": dict(type=int, metavar="N", help="for image files: 1 grey, 3 colour (default); 2, 4 with alpha"),
+    "flip": dict(action="store_true", default=None, help="a mirrored image is as good as the image"),
+    "test_every": dict(type=int, metavar="N", help="hold out every N-th record (default 10); 0: none, and test on all"),
+}
 _SOURCE = f"{', '.join(_NAMED)}, or the path of a folder or zip of images, of a .npy or .npz file, or of shards"
 
 
 def _dataset(options: argparse.Namespace) -> Dataset:
     path = Path(options.source).expanduser()
+    given = {name: value for name in _OPTIONS if (value := getattr(options, name)) is not None}
     if options.source in _NAMED:
-        return _NAMED[options.source]()
-    if not path.exists():
+        kind = _NAMED[options.source]
+    elif not path.exists():
         raise UserError(f"no data set {options.source}: give {_SOURCE}")
-    if path.suffix in (".npy", ".npz"):
-        return ArrayFile(options.source, flip=options.flip)
-    if (path / "manifest.json").is_file():
-        return Shards(options.source)
-    if options.size is None:
+    else:
+        arrays, shards = path.suffix in (".npy", ".npz"), (path / "manifest.json").is_file()
+        kind = ArrayFile if arrays else Shards if shards else ImageFolder
+        given["path"] = options.source
+    accepted = {field.name for field in dataclasses.fields(kind)}
+    if wrong := [_option(name) for name in given if name not in accepted]:
+        takes = ", ".join(_option(name) for name in _OPTIONS if name in accepted)
+        raise UserError(f"{wrong[0]} says nothing about {options.source}, which takes {takes or 'no options'}")
+    if kind is ImageFolder and options.size is None:
         raise UserError(f"{options.source} holds images: say --size PIXELS to resize them to")
-    return ImageFolder(options.source, options.size, options.channels, options.flip)
+    return kind(**given)
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _prepare(options: argparse.Namespace) -> None:
@@ -67,9 +84,8 @@ def main() -> None:
             verb.add_argument("dest", metavar="DEST", help="folder, new or begun by the same command")
         else:
             verb.add_argument("--spectrum", metavar="FILE", help="also write them by DCT frequency to this .npz file")
-        verb.add_argument("--size", type=int, help="for image files: height and width to resize to")
-        verb.add_argument("--channels", type=int, default=3, help="for image files: 1 grey, 3 colour; 2, 4 with alpha")
-        verb.add_argument("--flip", action="store_true", help="a mirrored image is as good as the image")
+        for option, settings in _OPTIONS.items():
+            verb.add_argument(_option(option), **settings)
     options = parser.parse_args()
     try:
         options.action(options)

@@ -35,7 +35,8 @@ class _Files:
             names = (info.filename for info in archive.infolist() if not info.is_dir())
             self.read = archive.read
         else:
-            raise UserError(f"{path} is neither a folder nor a zip archive of images")
+            what = "is neither a folder nor a zip archive of images" if path.exists() else "does not exist"
+            raise UserError(f"{path} {what}" + ("; it may be damaged" if path.suffix == ".zip" and path.exists() else ""))
         self.names = sorted(name for name in names if _is_image(PurePosixPath(name)))
         if not self.names:
             raise UserError(f"{path} holds no images ({', '.join(_SUFFIXES)})")
@@ -69,7 +70,7 @@ class ImageFiles:
         return out
 
     def _decode(self, index: int) -> UInt8[np.ndarray, "h w c"]:
-        from PIL import Image, ImageOps
+        from PIL import Image, ImageOps, UnidentifiedImageError
 
         name = self._names[index]
         size, _, channels = self.shape
@@ -83,9 +84,10 @@ class ImageFiles:
                 raise ValueError(f"it is {image.width}×{image.height}, smaller than {side}×{side}")
             left, top = (image.width - side) // 2, (image.height - side) // 2
             box = (left, top, left + side, top + side)
-            small = image.resize((size, size), Image.Resampling.BILINEAR, box)
+            small = image.crop(box).resize((size, size), Image.Resampling.BILINEAR)  # the filter sees the crop alone
         except Exception as error:  # decoders of damaged bytes raise nearly anything
-            raise UserError(f"{self._files.path}: cannot read {name} ({error}): mend or remove it") from error
+            reason = "no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+            raise UserError(f"{self._files.path}: cannot read {name} ({reason}): mend or remove it") from error
         return np.asarray(small).reshape(self.shape)
 
 
@@ -146,7 +148,7 @@ class CelebA:
     """
 
     root: str | None = None
-    """Folder that holds `img_align_celeba` or `img_align_celeba.zip`; by default $GDDIM_DATA, or ~/.cache/gddim."""
+    """Folder that holds the images, or `img_align_celeba` or its .zip; by default $GDDIM_DATA, or ~/.cache/gddim."""
     size: int = 64
     """Height and width to resize to, in pixels."""
 
@@ -162,9 +164,10 @@ class CelebA:
 
     def _read(self, first: int, last: int) -> Source:
         folder = data_folder(self.root)
-        places = [
-            folder / sub / name for sub in (".", "celeba") for name in ("img_align_celeba", "img_align_celeba.zip")
-        ]
+        names = ("img_align_celeba", "img_align_celeba.zip")
+        places = [folder / sub / name for sub in (".", "celeba") for name in names]
+        if any(folder.glob("[0-9]*.jpg")):
+            places = [folder]
         path = next((place for place in places if place.exists()), None)
         if path is None:
             page = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"

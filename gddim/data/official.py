@@ -56,7 +56,7 @@ class CIFAR10:
         if not unpacked.is_dir() and (folder / "data_batch_1.bin").exists():
             unpacked = folder
         batches = _from_folder(unpacked, names) if unpacked.is_dir() else _from_archive(folder, names)
-        return ArraySource(np.concatenate([_images(name, batches.get(name, b"")) for name in names]), flip=True)
+        return ArraySource(np.concatenate([_images(folder, name, batches[name]) for name in names]), flip=True)
 
 
 def _from_folder(folder: Path, names: list[str]) -> dict[str, bytes]:
@@ -78,18 +78,21 @@ def _from_archive(folder: Path, names: list[str]) -> dict[str, bytes]:
         with tarfile.open(archive) as tar:
             for member in tar:
                 name = PurePosixPath(member.name).name
-                if name in names and (file := tar.extractfile(member)):
+                if name in names and member.isfile() and (file := tar.extractfile(member)):
                     found[name] = file.read(_BATCH_BYTES + 1)
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
-        raise UserError(f"{archive} is damaged ({error}): delete it, and it is downloaded again") from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{archive} is damaged ({reason}): delete it, and it is downloaded again") from error
+    if missing := [name for name in names if name not in found]:
+        raise UserError(f"{archive} lacks {', '.join(missing)}: delete it, and it is downloaded again")
     return found
 
 
-def _images(name: str, raw: bytes) -> UInt8[np.ndarray, "n 32 32 3"]:
+def _images(folder: Path, name: str, raw: bytes) -> UInt8[np.ndarray, "n 32 32 3"]:
     """One batch file: records of a label byte and three planes of 32×32 bytes."""
     found = hashlib.md5(raw, usedforsecurity=False).hexdigest()
     if found != _BATCH_MD5[name]:
-        raise UserError(f"CIFAR-10: {name} is damaged: {len(raw)} bytes with md5 {found}, not {_BATCH_MD5[name]}")
+        raise UserError(f"CIFAR-10 in {folder}: {name} is damaged: {len(raw)} bytes with md5 {found}, not {_BATCH_MD5[name]}")
     planes = np.frombuffer(raw, np.uint8).reshape(-1, 3073)[:, 1:].reshape(-1, 3, 32, 32)
     return np.ascontiguousarray(planes.transpose(0, 2, 3, 1))
 

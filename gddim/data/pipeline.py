@@ -40,7 +40,7 @@ def _permuted(place: Int[np.ndarray, " b"], n: int, seed: int, epoch: Int[np.nda
     """
     rows = isqrt(n - 1) + 1
     columns = -(-n // rows)
-    key = _mix(_mix(np.full(len(place), seed % 2**64, np.uint64)) + epoch.astype(np.uint64))
+    key = _mix(_mix(np.full(len(place), int(seed) % 2**64, np.uint64)) + epoch.astype(np.uint64))
     cell = place.astype(np.uint64)
     beyond = np.arange(len(cell))
     while len(beyond):

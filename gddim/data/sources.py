@@ -1,5 +1,6 @@
 """What a data set is, and those that are one array: the digits that scikit-learn carries, five rings, a NumPy file."""
 
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -189,23 +190,39 @@ class ArrayFile:
         return self._read("test", 1)
 
     def _read(self, name: str, part: int) -> ArraySource:
+        path = Path(self.path).expanduser()
         try:
-            loaded = np.load(Path(self.path).expanduser(), mmap_mode="r", allow_pickle=False)
-            arrays = loaded if isinstance(loaded, Mapping) else {"": loaded}
-            if len(arrays) > 1 and not {"train", "test"} <= set(arrays):
-                raise UserError(f"{self.path} has arrays {', '.join(arrays)}: keep one, or name two train and test")
-            array = arrays[name if len(arrays) > 1 else next(iter(arrays))]
-        except UserError:
-            raise
-        except Exception as error:  # zip, zlib, header and object errors alike
-            raise UserError(f"cannot read {self.path} ({error}): a .npy or .npz file of numbers is needed") from error
-        if np.issubdtype(array.dtype, np.floating):
-            array = _checked(self.path, array.astype(np.float32, copy=False))
+            status = path.stat()
+        except OSError as error:
+            raise UserError(f"cannot read {self.path} ({error.strerror}): a .npy or .npz file is needed") from error
+        arrays = _load(path, (status.st_mtime_ns, status.st_size))
+        array = arrays[name if len(arrays) > 1 else next(iter(arrays))]
+        if self.flip and array.ndim != 4:
+            raise UserError(f"{self.path} holds records {array.shape[1:]}: only images (H, W, C) can be mirrored")
         rows = None if len(arrays) > 1 else every_nth(len(array), self.test_every)[part]
         return ArraySource(array, self.flip, rows)
 
 
-def _checked(path: str, array: Float[np.ndarray, "n *shape"]) -> Float[np.ndarray, "n *shape"]:
+@functools.lru_cache(maxsize=1)  # an experiment asks for the shape of its data again and again
+def _load(path: Path, stamp: tuple[int, int]) -> Mapping[str, np.ndarray]:
+    """The arrays of a file by name, checked and floats as float32; `stamp` tells versions of the file apart."""
+    try:
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+        arrays = dict(loaded) if isinstance(loaded, Mapping) else {"": loaded}
+    except Exception as error:  # zip, zlib, header and object errors alike
+        raise UserError(f"cannot read {path} ({error}): a .npy or .npz file of numbers is needed") from error
+    if len(arrays) != 1 and not {"train", "test"} <= set(arrays):
+        raise UserError(f"{path} has arrays {', '.join(arrays) or 'none'}: keep one, or name two train and test")
+    return {name: _checked(path, array) for name, array in arrays.items()}
+
+
+def _checked(path: Path, array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "n *shape"]:
+    if array.ndim < 2 or not (array.dtype == np.uint8 or np.issubdtype(array.dtype, np.floating)):
+        kinds = "images (N, H, W, C) or points (N, C), uint8 or floating"
+        raise UserError(f"{path} must hold {kinds}, not {array.dtype} {array.shape}")
+    if array.dtype == np.uint8:
+        return array
+    array = array.astype(np.float32, copy=False)
     low, high = array.min(initial=0), array.max(initial=0)
     if not np.isfinite(low + high):
         raise UserError(f"{path} holds values that are not finite")

@@ -64,7 +64,7 @@ class Model:
     predicts: Literal["data", "eps"] = "data"
     """The data, preconditioned; or the noise ε in R coordinates, as published."""
     data_std: DataStd = 0.5
-    """Standard deviation of the data, which preconditions the prediction of data: a number, or, for a process with
+    """Root mean square of the data, which preconditions the prediction of data: a number, or, for a process with
     coefficients by frequency, the file that python -m gddim.data std --spectrum wrote."""
     mixed_score: bool = False
     """Add that of the velocity, R⁻¹(0, v), to a predicted ε."""
@@ -72,6 +72,7 @@ class Model:
     def __post_init__(self):
         if not isinstance(self.data_std, Spectrum):
             require(0 < self.data_std < math.inf, f"data_std must be > 0, not {self.data_std}")
+        require(not self.mixed_score or self.predicts == "eps", "mixed_score is added to ε: it needs predicts eps")
 
 
 @dataclass(frozen=True)

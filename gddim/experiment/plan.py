@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import equinox as eqx
@@ -39,7 +40,7 @@ class Plan:
         self.mesh = make_mesh(experiment.mesh)
         self.batch_per_device = per_device_batch(train.batch // train.accumulate, self.mesh)
         self.schedule = learning_rate(train.learning_rate, train.steps, train.warmup, train.cooldown)
-        self.optimizer = adam(self.schedule, train.beta1, train.clip)
+        self.optimizer = adam(train.beta1, train.clip)
         model = eqx.filter_eval_shape(experiment.build, jax.random.key(experiment.seed))
         self.static = eqx.filter(model, lambda leaf: not isinstance(leaf, jax.ShapeDtypeStruct))
         shapes = eqx.filter_eval_shape(self._init)
@@ -86,12 +87,23 @@ class Plan:
     def image_flops(self) -> float:
         """Floating-point operations of the network for one image, forward, as XLA counts them."""
         state = jax.ShapeDtypeStruct(self.experiment.state_shape, jnp.float32)
-        program = jax.jit(lambda params, u, t: self.model(params)(u, t))
-        return _flops(program.lower(self.shapes.model, state, jax.ShapeDtypeStruct((), jnp.float32)))
+        plan = self._unrolled
+        program = jax.jit(lambda params, u, t: plan.model(params)(u, t))
+        return _flops(program.lower(plan.shapes.model, state, jax.ShapeDtypeStruct((), jnp.float32)))
 
     def step_flops(self) -> float:
         """Those of loss and gradient in a step; Adam's, tens for each parameter, are a thousandth of them."""
-        return _flops(jax.jit(jax.grad(self.loss)).lower(self.shapes.model, *self._rows(self.experiment.train.batch)))
+        plan, rows = self._unrolled, self._rows(self.experiment.train.batch)
+        return _flops(jax.jit(jax.grad(plan.loss)).lower(plan.shapes.model, *rows))
+
+    @cached_property
+    def _unrolled(self) -> Plan:
+        """The same without loops over blocks, of which XLA counts one turn, and with nothing computed twice."""
+        net: Any = self.experiment.net
+        fields = {"scan_blocks", "remat"} & set(getattr(net, "__dataclass_fields__", ()))
+        if not any(getattr(net, name) for name in fields):
+            return self
+        return Plan(dataclasses.replace(self.experiment, net=dataclasses.replace(net, **dict.fromkeys(fields, False))))
 
     def on_paper(self) -> list[str]:
         """What a step would need on some large machines, by its trace."""

@@ -26,16 +26,16 @@ def dry_run(plan: Plan) -> None:
     for name, value in flatten(describe(experiment)):
         print(f"{name.removesuffix('.type')} = {json.dumps(value, ensure_ascii=False)}")
     leaves = jax.tree.leaves(plan.shapes)
-    total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves) / 2**20
+    total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     facts = {
         "parameters": f"{sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(plan.shapes.model)):,}",
         "devices": f"{plan.mesh.size} × {plan.mesh.devices.flat[0].device_kind}, {jax.process_count()} process(es)",
         "mesh": ", ".join(f"{axis} {n}" for axis, n in plan.mesh.shape.items()),
         "batch per device": f"{experiment.train.batch // plan.mesh.size}",
-        "state": f"{total:,.1f} MiB, {bytes_per_device(plan.shapes) / 2**20:,.1f} MiB on each device",
-        "checkpoint": f"about {total:,.1f} MiB",
-        "FLOPs per image, forward": f"{plan.image_flops():.4g}",
-        "FLOPs per training step": f"{plan.step_flops():.4g}",
+        "state": f"{total:,} bytes, {bytes_per_device(plan.shapes):,} on each device",
+        "checkpoint": f"about {total / 2**20:,.1f} MiB",
+        "FLOPs per image, forward": f"{plan.image_flops():,.0f}",
+        "FLOPs per training step": f"{plan.step_flops():,.0f}",
     }
     for name, fact in facts.items():
         print(f"{name}: {fact}")

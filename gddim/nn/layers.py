@@ -5,8 +5,7 @@ one batched NHWC/HWIO convolution, which is the layout that every XLA backend ru
 """
 
 import math
-from collections.abc import Callable
-from typing import TypeVar
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -18,23 +17,25 @@ from jaxtyping import Array, Float, Key
 from gddim.errors import UserError
 from gddim.nn.convolution import conv_same
 
-T = TypeVar("T")
-
 
 class Draw:
-    """Hands out initial values, cut from one long draw: a draw for each parameter compiles for a minute."""
+    """Hands out initial values, cut from draws of 2²² at a time: a draw for each parameter compiles for a minute."""
 
-    def __init__(self, values: Float[Array, " n"] | None = None):
-        # NumPy slices compile nothing; while tracing (a sharded initialiser) they have to be XLA's.
-        self.values = values if values is None or isinstance(values, Tracer) else np.asarray(values)
-        self.used = 0
+    def __init__(self, key: Key[Array, ""]):
+        self._key, self._draws = key, 0
+        self._left: Any = np.zeros(0, np.float32)
 
     def uniform(self, shape: tuple[int, ...], bound: float = 1.0) -> Float[Array, "..."]:
         """Uniform in (-bound, bound)."""
-        start, self.used = self.used, self.used + math.prod(shape)
-        if self.values is None:
-            return jnp.zeros(shape)
-        return jnp.asarray(self.values[start : self.used].reshape(shape) * np.float32(bound))
+        size = math.prod(shape)
+        while self._left.size < size:
+            key, self._draws = jax.random.fold_in(self._key, self._draws), self._draws + 1
+            more = jax.random.uniform(key, (2**22,), minval=np.nextafter(np.float32(-1), np.float32(0)))
+            # NumPy compiles nothing; while tracing (a sharded initialiser) the work has to be XLA's.
+            xp = jnp if isinstance(more, Tracer) else np
+            self._left = xp.concatenate([self._left, more])
+        values, self._left = self._left[:size], self._left[size:]
+        return jnp.asarray(values.reshape(shape) * np.float32(bound))
 
     def kernel(self, shape: tuple[int, ...], scale: float = 1.0) -> Float[Array, "..."]:
         """Uniform, of variance `scale` / mean of fan-in and fan-out, as published; `scale` 0 stands for 1e-10."""
@@ -45,13 +46,6 @@ class Draw:
 def constant(value: float, size: int) -> Float[Array, " n"]:
     """A vector of one value, made without compiling a program for its size."""
     return jnp.asarray(np.full(size, value, np.float32))
-
-
-def initialise(make: Callable[[Draw], T], key: Key[Array, ""]) -> T:
-    """The module that `make` builds, its parameters drawn from `key`."""
-    counter = Draw()
-    eqx.filter_eval_shape(lambda: make(counter))
-    return make(Draw(jax.random.uniform(key, (counter.used,), minval=np.nextafter(np.float32(-1), np.float32(0)))))
 
 
 class Dense(eqx.Module):

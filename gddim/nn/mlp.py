@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 import equinox as eqx
 import jax
-from jaxtyping import Array, Float, Key
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Key
 
 from gddim.errors import UserError
-from gddim.nn.layers import Dense, Draw, initialise, sinusoidal_embedding
+from gddim.nn.layers import Dense, Draw, sinusoidal_embedding
 
 
 @dataclass(frozen=True)
@@ -25,31 +26,38 @@ class MLPConfig:
         if self.depth < 1:
             raise UserError(f"depth: got {self.depth}, needs at least 1 layer")
 
-    def build(self, in_shape: tuple[int], out_channels: int, key: Key[Array, ""]) -> "MLP":
+    def build(self, in_shape: tuple[int, ...], out_channels: int, key: Key[Array, ""]) -> "MLP":
         """A network of this configuration with fresh parameters, from `(D,)` to `(out_channels,)`."""
-        return initialise(lambda draw: MLP(self, in_shape[0], out_channels, draw=draw), key)
+        return MLP(self, in_shape, out_channels, key=key)
 
 
 class MLP(eqx.Module):
-    """`h ← h + V swish(W h + time)` for every layer; `net(x, t)` of one point `(D,)` and its time label, as 999 t."""
+    """`h ← h + V swish(W h + time)` for every layer; `net(x, t)` of one point `(D,)` and its time label, as 999 t.
+
+    >>> net = MLP(MLPConfig(width=16), (4,), out_channels=2, key=jax.random.key(0))
+    >>> net(jnp.zeros(4), 500.0).shape
+    (2,)
+    """
 
     time: tuple[Dense, Dense]
     first: Dense
     layers: list[tuple[Dense, Dense]]
     last: Dense
 
-    def __init__(self, config: MLPConfig, in_features: int, out_features: int, *, draw: Draw):
-        width = config.width
+    def __init__(self, config: MLPConfig, in_shape: tuple[int, ...], out_channels: int, *, key: Key[Array, ""]):
+        if len(in_shape) != 1:
+            raise UserError(f"an MLP takes points (D,), not records of shape {in_shape}")
+        width, draw = config.width, Draw(key)
         self.time = Dense(width, width, draw=draw), Dense(width, width, draw=draw)
-        self.first = Dense(in_features, width, draw=draw)
+        self.first = Dense(in_shape[0], width, draw=draw)
         self.layers = [(Dense(width, width, draw=draw), Dense(width, width, draw=draw)) for _ in range(config.depth)]
-        self.last = Dense(width, out_features, scale=0.0, draw=draw)
+        self.last = Dense(width, out_channels, scale=0.0, draw=draw)
 
     def __call__(
-        self, x: Float[Array, " i"], t: Float[Array, ""], key: Key[Array, ""] | None = None
+        self, x: Float[Array, " i"], t: Float[ArrayLike, ""], key: Key[Array, ""] | None = None
     ) -> Float[Array, " o"]:
         """`(C_out,)`; `key` is accepted as by every network, though nothing here is random."""
-        time = sinusoidal_embedding(t, self.first.bias.size)
+        time = sinusoidal_embedding(jnp.asarray(t, jnp.float32), self.first.bias.size)
         for dense in self.time:
             time = jax.nn.swish(dense(time))
         h = self.first(x)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, ArrayLike, Bool, Float, Key
 
 from gddim.errors import UserError
 from gddim.nn.layers import (
@@ -23,7 +23,6 @@ from gddim.nn.layers import (
     downsample,
     downsample_conv,
     fourier_embedding,
-    initialise,
     sinusoidal_embedding,
     upsample,
 )
@@ -75,9 +74,9 @@ class NCSNppConfig:
             if getattr(self, name) not in accepted:
                 raise UserError(f"{name}: got {getattr(self, name)!r}, accepted are {', '.join(accepted)}")
 
-    def build(self, in_shape: tuple[int, int, int], out_channels: int, key: Key[Array, ""]) -> "NCSNpp":
+    def build(self, in_shape: tuple[int, ...], out_channels: int, key: Key[Array, ""]) -> "NCSNpp":
         """A network of this configuration with fresh parameters, from `(H, W, C_in)` to `(H, W, out_channels)`."""
-        return initialise(lambda draw: NCSNpp(self, in_shape, out_channels, draw=draw), key)
+        return NCSNpp(self, in_shape, out_channels, key=key)
 
 
 class Block(eqx.Module):
@@ -153,7 +152,13 @@ class Level(eqx.Module):
 class NCSNpp(eqx.Module):
     """The U-Net: `net(x, t)` of one image `(H, W, C_in)` and its time label, 999 t in the published networks.
 
-    Returns float32 `(H, W, C_out)`. Dropout acts if a key is given.
+    Returns float32 `(H, W, C_out)`. Dropout acts if a key is given. Raises `UserError` for an image that cannot be halved
+    as often as there are levels.
+
+    >>> config = NCSNppConfig(width=16, multipliers=(1, 2), blocks=1)
+    >>> net = NCSNpp(config, (16, 16, 3), out_channels=3, key=jax.random.key(0))
+    >>> net(jnp.zeros((16, 16, 3)), 500.0).shape
+    (16, 16, 3)
     """
 
     frequencies: Float[Array, " width"] | None
@@ -165,9 +170,11 @@ class NCSNpp(eqx.Module):
     norm_out: GroupNorm
     conv_out: Conv
     config: NCSNppConfig = eqx.field(static=True)
-    in_shape: tuple[int, int, int] = eqx.field(static=True)
+    in_shape: tuple[int, ...] = eqx.field(static=True)
 
-    def __init__(self, config: NCSNppConfig, in_shape: tuple[int, int, int], out_channels: int, *, draw: Draw):
+    def __init__(self, config: NCSNppConfig, in_shape: tuple[int, ...], out_channels: int, *, key: Key[Array, ""]):
+        if len(in_shape) != 3:
+            raise UserError(f"an NCSN++ takes images (H, W, C), not records of shape {in_shape}")
         height, width, channels = in_shape
         factor = 2 ** (len(config.multipliers) - 1)
         if min(height, width) < 1 or height % factor or width % factor:
@@ -175,6 +182,8 @@ class NCSNpp(eqx.Module):
                 f"multipliers: {len(config.multipliers)} levels halve the image {factor.bit_length() - 1} times, "
                 f"so its sides must be multiples of {factor}; got {height}x{width}"
             )
+
+        draw = Draw(key)
 
         def block(inputs: int, outputs: int, **kwargs: Any) -> Block:
             return Block(inputs, outputs, config, draw=draw, **kwargs)
@@ -220,7 +229,7 @@ class NCSNpp(eqx.Module):
         self.config, self.in_shape = config, in_shape
 
     def __call__(
-        self, x: Float[Array, "h w i"], t: Float[Array, ""], key: Key[Array, ""] | None = None
+        self, x: Float[Array, "h w i"], t: Float[ArrayLike, ""], key: Key[Array, ""] | None = None
     ) -> Float[Array, "h w o"]:
         if x.shape != self.in_shape:
             raise ValueError(f"x: got shape {x.shape}, the network was built for {self.in_shape}")
@@ -266,9 +275,9 @@ class NCSNpp(eqx.Module):
                 h = single(level.resample, h)
         return self.conv_out(self.norm_out(h.astype(jnp.float32), swish=True))
 
-    def _embed(self, t: Float[Array, ""]) -> Float[Array, " features"]:
+    def _embed(self, t: Float[ArrayLike, ""]) -> Float[Array, " features"]:
         """The time's features as every block takes them, swish included."""
-        t = t.astype(jnp.float32)
+        t = jnp.asarray(t, jnp.float32)
         if self.frequencies is None:
             features = sinusoidal_embedding(t, self.config.width)
         else:
