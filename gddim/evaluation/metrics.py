@@ -4,6 +4,7 @@ Everything here is NumPy in float64 on the host: no metric depends on a device, 
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 
@@ -19,6 +20,10 @@ class Gaussian:
 
     mean: Float[np.ndarray, " d"]
     covariance: Float[np.ndarray, "d d"]
+
+    @functools.cached_property
+    def factor(self) -> Float[np.ndarray, "d r"]:
+        return _factor(self.covariance)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +71,11 @@ class Moments:
             raise ValueError(f"a covariance needs at least 2 samples, got {self.count}")
         return self.scatter / (self.count - 1)
 
+    @functools.cached_property
+    def factor(self) -> Float[np.ndarray, "d r"]:
+        """As `_factor`; kept, since a reference is compared with many sets."""
+        return _factor(self.covariance)
+
 
 def _factor(covariance: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d r"]:
     """A factor `A` with `A Aᵀ` = covariance and one column for each eigenvalue above rounding."""
@@ -82,9 +92,8 @@ def frechet_distance(a: Moments | Gaussian, b: Moments | Gaussian) -> float:
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features of dimension {a.mean.shape[0]} cannot be compared with those of {b.mean.shape[0]}")
-    factor_a, factor_b = _factor(a.covariance), _factor(b.covariance)
-    overlap = np.linalg.svd(factor_a.T @ factor_b, compute_uv=False).sum()
-    spread = np.square(factor_a).sum() + np.square(factor_b).sum() - 2 * overlap
+    overlap = np.linalg.svd(a.factor.T @ b.factor, compute_uv=False).sum()
+    spread = np.square(a.factor).sum() + np.square(b.factor).sum() - 2 * overlap
     return max(float(np.square(a.mean - b.mean).sum() + spread), 0.0)
 
 
