@@ -52,6 +52,10 @@ class Checkpointer:
             if other:
                 raise UserError(f"checkpoints: {self.directory} holds {other[0]}, no checkpoint: use another folder")
 
+    def any(self) -> bool:
+        """Whether process 0 sees a step that was saved completely."""
+        return bool(_agree(len(self.steps())))
+
     def steps(self) -> list[int]:
         """The steps that were saved completely, ascending."""
         from orbax.checkpoint.utils import checkpoint_steps
@@ -66,6 +70,8 @@ class Checkpointer:
         """
         import orbax.checkpoint as ocp
 
+        if step < 0:
+            raise ValueError(f"a step is at least 0, not {step}")
         flat = {name: _flatten(tree) for name, tree in items.items()}
         for name, arrays in flat.items():
             for path, leaf in arrays.items():
@@ -73,6 +79,9 @@ class Checkpointer:
                     raise TypeError(f"{name}: {path} is {leaf!r:.60}; only arrays with elements can be saved")
         manifest = _seal({"config": config, "items": {name: _summary(arrays) for name, arrays in flat.items()}})
         manager = self._open()
+        if step in self._damaged:  # it stands where its successor has to go; another one may only have been unreadable
+            self._damaged.remove(step)
+            manager.delete(step)
         if step in manager.all_steps():
             self.wait()
             if self._manifest(step)["items"] == manifest["items"]:
@@ -91,6 +100,9 @@ class Checkpointer:
         those of another model.
         """
         wanted = {name: _flatten(tree) for name, tree in items.items()}
+        for name, arrays in wanted.items():
+            if bare := [path for path, leaf in arrays.items() if getattr(leaf, "sharding", None) is None]:
+                raise TypeError(f"{name}: {bare[0]} has no sharding: where it is to be placed must be said")
         while True:
             left = [each for each in self.steps() if each not in self._damaged and step in (None, each)]
             candidate = _agree(max(left, default=-1))
@@ -135,10 +147,7 @@ class Checkpointer:
             raise OSError(f"{self.directory}: cannot write a checkpoint: {reason}; those that are whole remain") from error
 
     def _open(self):
-        """The manager that writes; made late, since it makes the folder.
-
-        What was found damaged is removed: it would count among the newest, and stand where its successor has to go.
-        """
+        """The manager that writes; made late, since it makes the folder."""
         import orbax.checkpoint as ocp
         from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
@@ -149,9 +158,6 @@ class Checkpointer:
                 preservation_policy=AnyPreservationPolicy(keep), cleanup_tmp_directories=True, save_root_metadata=False
             )
             self._manager = ocp.CheckpointManager(self.directory, options=options)
-        for step in sorted(self._damaged & set(self._manager.all_steps())):
-            self._manager.delete(step)
-        self._damaged.clear()
         return self._manager
 
     def _manifest(self, step: int) -> dict[str, Any]:
@@ -183,7 +189,10 @@ class Checkpointer:
 
 def _flatten(tree: PyTree) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    flat = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    if len(flat) < len(leaves):
+        raise ValueError("two leaves of the tree have one name when its keys are joined by dots")
+    return flat
 
 
 def _unflatten(tree: PyTree, arrays: dict[str, Any]) -> PyTree:

@@ -73,6 +73,7 @@ WRONG = {
     "--train.ema=1.5": "train: ema must be in [0, 1), not 1.5",
     "--train.learning-rate=nan": "learning_rate must be > 0, not nan",
     "--sampler=gddim:0": "order=0 must be 1, 2, 3 or 4",
+    "--eval.samplers gddim:2 ddim": "'ddim' is none; accepted are gddim",
     "--sampler=ddim": "'ddim' is none; accepted are gddim",
     "--sampling.t-min=1.5": "t_min must be below the horizon 1.0 of the process, not 1.5",
     "--sampling.nfe=0": "nfe must be at least 1, not 0",
@@ -88,7 +89,7 @@ WRONG = {
 @pytest.mark.parametrize("word", WRONG)
 def test_what_is_wrong_is_one_clear_line_and_nothing_is_written(word, capsys, tmp_path):
     workdir = tmp_path / "w"
-    assert status_of(points.EXPERIMENT, f"--workdir={workdir}", word) == 2
+    assert status_of(points.EXPERIMENT, f"--workdir={workdir}", *word.split()) == 2
     said = capsys.readouterr()
     assert WRONG[word] in said.err
     assert said.err.startswith("error: ")
@@ -218,13 +219,13 @@ def test_sampling_needs_a_run(tmp_path, capsys):
 
 
 class Process:
-    """`python -m experiments.points train` on one device, perhaps with a patch that runs before it."""
+    """`python -m experiments.points VERB` on one device, perhaps with a patch that runs before it."""
 
-    def __init__(self, workdir: Path, *argv: str, patch: str = ""):
+    def __init__(self, workdir: Path, *argv: str, patch: str = "", verb: str = "train"):
         code = f"{patch}\nfrom experiments.points import EXPERIMENT, main\nmain(EXPERIMENT)"
         environment = os.environ | {"XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code, "train", f"--workdir={workdir}", *SMALL, *argv],
+            [sys.executable, "-c", code, verb, f"--workdir={workdir}", *SMALL, *argv],
             cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
@@ -256,6 +257,10 @@ gddim.checkpoint.Checkpointer.save = lambda *arguments: (save(*arguments), die()
 AT_COMMIT = f"""{KILL}
 import orbax.checkpoint._src.path.atomicity as atomicity
 atomicity.AtomicRenameTemporaryPath.finalize = die"""
+SAY_WHEN_SWEEPING = """
+import gddim.experiment.evaluating as evaluating
+sweep = evaluating.sweep
+evaluating.sweep = lambda *arguments, **options: print("sweeping", flush=True) or sweep(*arguments, **options)"""
 
 
 def parameters(workdir: Path) -> list[np.ndarray]:
@@ -296,6 +301,24 @@ def test_a_signal_saves_the_step_and_the_same_command_continues(tmp_path):
     again.line(f"training from step {found[1]} ")
     again.process.send_signal(signal.SIGINT)
     assert again.end()[0] == 75
+
+
+def test_a_signal_while_a_table_is_made_ends_with_the_status_of_preemption(trained):
+    running = Process(trained, "--eval.samples=10000000", patch=SAY_WHEN_SWEEPING, verb="evaluate")
+    running.line("sweeping")
+    running.process.send_signal(signal.SIGTERM)
+    status, said = running.end()
+    assert status == 75
+    assert "what is done is kept" in said
+
+
+def test_a_run_that_saved_nothing_may_be_corrected(tmp_path, capsys):
+    status, _ = Process(tmp_path / "w", "--train.learning-rate=1e30").end()
+    assert status == 1
+    assert status_of(points.EXPERIMENT, "train", f"--workdir={tmp_path / 'w'}", *SMALL) == 0
+    assert status_of(points.EXPERIMENT, "train", f"--workdir={tmp_path / 'w'}", *SMALL, "--seed=1") == 2
+    assert "another configuration" in capsys.readouterr().err
+    assert status_of(points.EXPERIMENT, "sample", f"--workdir={tmp_path / 'w'}", *SMALL, "--seed=1") == 0
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_in_a_line(tmp_path):

@@ -28,7 +28,7 @@ BATCH, RECORDS = 64, 1_000
 class Job:
     """The processes of one run of tests/worker.py, of `devices` fake devices each."""
 
-    def __init__(self, *words: object, processes: int = 2, devices: int = 4, logs: Path, records_until: int = 0):
+    def __init__(self, *words: object, processes: int = 2, devices: int = 4, logs: Path, records_until: int = 0, folders=()):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -40,12 +40,17 @@ class Job:
         }
         if processes > 1:
             env |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes)}
-        logs.mkdir(exist_ok=True)
+        for folder in (logs, *folders):
+            folder.mkdir(exist_ok=True)
         self.logs = [logs / f"log-{i}-of-{processes}-{port}" for i in range(processes)]
         command = [sys.executable, str(WORKER), *map(str, words)]
         self.processes = [
             subprocess.Popen(
-                command, env=env | {"JAX_PROCESS_ID": str(i)}, stdout=log.open("w"), stderr=subprocess.STDOUT, cwd=ROOT
+                command,
+                env=env | {"JAX_PROCESS_ID": str(i)},
+                stdout=log.open("w"),
+                stderr=subprocess.STDOUT,
+                cwd=folders[i] if folders else ROOT,
             )
             for i, log in enumerate(self.logs)
         ]
@@ -212,6 +217,37 @@ def test_twenty_kills_change_nothing(tmp_path):
     calm.parent.mkdir()
     assert Job("train", "--workdir", calm, *options, logs=tmp_path / "calm").wait() == [0, 0]
     assert manifest(workdir, 400)["items"] == manifest(calm, 400)["items"]
+
+
+@pytest.mark.slow
+def test_hosts_that_share_no_folder_are_told_so_before_training(tmp_path):
+    """Relative paths in two working directories."""
+    jobs = Job("train", "--workdir", "run", logs=tmp_path / "logs", folders=[tmp_path / "a", tmp_path / "b"])
+    assert jobs.wait(120) == [2, 2], jobs.said()
+    for process in (0, 1):
+        assert "is not the same folder on all hosts: process(es) [1] see another one" in jobs.said(process)
+
+
+@pytest.mark.slow
+def test_what_is_wrong_on_the_first_host_ends_all_alike(undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed, workdir)
+    job = Job("train", "--workdir", workdir, "--seed", 5, logs=tmp_path / "logs")
+    assert job.wait(120) == [2, 2], job.said()
+    assert all("another configuration" in job.said(process) for process in (0, 1))
+
+
+@pytest.mark.slow
+def test_a_signal_to_all_while_sampling_ends_with_the_status_of_preemption(undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed, workdir)
+    options = ["--eval.features", "pixels", "--eval.samples", 10_000_000, "--eval.batch", 64]
+    job = Job("evaluate", "--workdir", workdir, *options, logs=tmp_path / "logs")
+    time.sleep(25)
+    assert job.running(), job.said()
+    for process in job.processes:
+        process.terminate()
+    assert job.wait(30) == [EXIT_PREEMPTED, EXIT_PREEMPTED], job.said()
 
 
 @pytest.mark.slow

@@ -21,15 +21,16 @@ import tyro
 from etils import epath
 
 from gddim.errors import UserError
-from gddim.experiment.config import MAY_CHANGE, Experiment, require
+from gddim.evaluation.samplers import parse_sampler
+from gddim.experiment.config import MAY_CHANGE, MAY_CHANGE_AFTER, Experiment, require
 from gddim.experiment.encoding import encode, likelihood
 from gddim.experiment.evaluating import evaluate
 from gddim.experiment.measure import cells, feature_space
 from gddim.experiment.plan import Plan
 from gddim.experiment.training import Preempted, run_training
 from gddim.experiment.verbs import dry_run, sample
-from gddim.experiment.workdir import check_config, describe, locked, write_config
-from gddim.parallel import EXIT_PREEMPTED, initialize, leave
+from gddim.experiment.workdir import check_config, check_shared, describe, locked, write_config
+from gddim.parallel import EXIT_PREEMPTED, ending_on_sigterm, initialize, leave, on_main
 from gddim.sde import AbstractLinearSDE
 from gddim.train import Diverged
 
@@ -101,6 +102,7 @@ def parse(experiment: Experiment, argv: Sequence[str]) -> Command:
     except SystemExit:
         with _captured() as known, contextlib.suppress(SystemExit):
             ask("--help")
+        _refuse_samplers(argv)
         _refuse_unknown(argv, re.findall(r"(?<=│ |, )--[\w.-]+", known.getvalue().decode()))
         raise UserError(_one_line(said.getvalue().decode())) from None
     if command.step is not None and command.verb in ("run", "train"):
@@ -112,25 +114,37 @@ def carry_out(command: Command) -> None:
     """Do what a command says. Whatever can be wrong with it raises `UserError` before anything is written."""
     experiment, workdir = command.experiment, epath.Path(command.workdir).expanduser()
     initialize()
-    known = check_config(workdir, describe(experiment), MAY_CHANGE)
-    plan = Plan(experiment)
-    if command.dry_run:
-        dry_run(plan)
-        return
-    if command.verb in ("run", "train"):
-        source = experiment.data.train()
-    elif not known:
-        raise UserError(f"--workdir {workdir} holds no run: train it first")
-    if command.verb in ("run", "evaluate") or experiment.eval.every:
-        feature_space(experiment.eval)
-        cells(experiment)
-    main = jax.process_index() == 0
-    with locked(workdir) if main else contextlib.nullcontext():
-        check_config(workdir, describe(experiment), MAY_CHANGE)
-        if command.verb in ("run", "train"):
-            if main:
-                write_config(workdir, describe(experiment))
+    training = command.verb in ("run", "train")
+    config, free = describe(experiment), MAY_CHANGE if training else MAY_CHANGE + MAY_CHANGE_AFTER
+    with contextlib.ExitStack() as stack:
+        if not jax.distributed.is_initialized():  # JAX has its own handler, which training relies on
+            stack.enter_context(ending_on_sigterm())
+        known = on_main(lambda: check_config(workdir, config, free))
+        plan = Plan(experiment)
+        if command.dry_run:
+            dry_run(plan)
+            return
+        if training:
+            source = experiment.data.train()
+        elif not known:
+            raise UserError(f"--workdir {workdir} holds no run: train it first")
+        if command.verb in ("run", "evaluate") or experiment.eval.every:
+            feature_space(experiment.eval)
+            cells(experiment)
+
+        def claim() -> bool:
+            stack.enter_context(locked(workdir))
+            check_config(workdir, config, free)
+            if training:
+                write_config(workdir, config)
+            return True
+
+        on_main(claim)
+        check_shared(workdir)
+        if training:
             run_training(plan, source, workdir, command.peak_flops)
+        if jax.distributed.is_initialized():
+            stack.enter_context(ending_on_sigterm())
         if command.verb in ("run", "sample"):
             sample(plan, workdir, command.step)
         if command.verb in ("run", "evaluate"):
@@ -187,6 +201,14 @@ def _one_line(box: str) -> str:
     words = re.sub(r"^Error parsing (experiment\.)?", "", " ".join(rows[:end]))
     kind = [after for row, after in itertools.pairwise(rows) if row == "Argument helptext:"]
     return f"{words} (accepted: {kind[0]})" if kind and "accepted" not in words else words
+
+
+def _refuse_samplers(argv: Sequence[str]) -> None:
+    """Raise `UserError` for a sampler that is none; of a list of them tyro says only that it does not parse."""
+    if "--eval.samplers" in argv:
+        first = argv.index("--eval.samplers") + 1
+        for word in itertools.takewhile(lambda word: not word.startswith("--"), argv[first:]):
+            parse_sampler(word)
 
 
 def _refuse_unknown(argv: Sequence[str], options: list[str]) -> None:

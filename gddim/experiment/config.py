@@ -28,6 +28,8 @@ MAY_CHANGE = (
     *(f"train.{name}" for name in ("steps", "accumulate", "fused", "report_every", "show_every", "save_every")),
     *("train.keep", "train.keep_every", "sampling", "eval", "mesh", "rule", "data.root", "net.remat", "net.scan_blocks"),
 )
+# What may differ besides where a run is sampled or measured: it shapes no parameter.
+MAY_CHANGE_AFTER = ("train", "seed", "net.dtype", "net.dropout")
 
 Sampler = Annotated[
     AbstractSampler | AbstractAdaptive,
@@ -153,6 +155,7 @@ class Sampling:
             require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("power", "t_min"):
             require(getattr(self, name) > 0, f"{name} must be > 0, not {getattr(self, name)}")
+        require(0 <= self.seed < 2**31, f"seed must be in [0, 2³¹), not {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,7 @@ class Evaluation:
         GDDIM(2, interpolate="data"),
         GDDIM(3, interpolate="data"),
     )
-    """The rows of the table (order 1 is the same in both interpolations)."""
+    """The rows of the table, each in one of --sampler's forms (order 1 is the same in both interpolations)."""
     nfe: tuple[int, ...] = (6, 10, 20, 50)
     """Its columns: network calls a sample."""
     samples: int = 500
@@ -187,6 +190,9 @@ class Evaluation:
     """In which the Inception network runs; what bfloat16 changes is told with the results."""
     keep_samples: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Write the samples of each cell into the workdir: images as PNG, anything else as npz."""
+    reference: str | None = None
+    """Statistics to compare with, as python -m gddim.evaluation stats writes them; without it those of the data, which are
+    computed once and kept in the workdir."""
     every: int = 0
     """Training steps between two evaluations of at most 5,000 samples, by sampling's sampler, that are logged; 0: none."""
 

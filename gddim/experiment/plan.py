@@ -38,7 +38,7 @@ class Plan:
         train = experiment.train
         self.experiment = experiment
         self.mesh = make_mesh(experiment.mesh)
-        self.batch_per_device = per_device_batch(train.batch // train.accumulate, self.mesh)
+        self.batch_per_device = per_device_batch(train.batch, self.mesh, train.accumulate)
         self.schedule = learning_rate(train.learning_rate, train.steps, train.warmup, train.cooldown)
         self.optimizer = adam(train.beta1, train.clip)
         model = eqx.filter_eval_shape(experiment.build, jax.random.key(experiment.seed))
@@ -57,8 +57,11 @@ class Plan:
         return TrainState.create(self.experiment.build(jax.random.key(self.experiment.seed)), self.optimizer)
 
     def model(self, params: PyTree) -> Any:
-        """The model that has these parameters."""
-        return eqx.combine(params, self.static)
+        """The model that has these parameters, whole on every device.
+
+        Left to itself XLA splits some layers over fsdp, and sends activations around in every call.
+        """
+        return eqx.combine(jax.lax.with_sharding_constraint(params, replicated(self.mesh)), self.static)
 
     def prepare(self, batch: Array, key: PRNGKeyArray, flip: bool) -> tuple[Array, ...]:
         """What the loss takes, an example a row: scaled records, perhaps mirrored, with times, noises and dropout keys."""
@@ -68,8 +71,6 @@ class Plan:
 
     def loss(self, params: PyTree, *arrays: Array) -> Float[Array, ""]:
         """The mean over what `prepare` made."""
-        # Whole for the step: left to itself XLA splits some layers over fsdp, and sends activations around.
-        params = jax.lax.with_sharding_constraint(params, replicated(self.mesh))
         return jnp.mean(jax.vmap(self.model(params).loss)(*arrays))
 
     def step(self, flip: bool) -> Callable:

@@ -93,7 +93,7 @@ def run_training(plan: Plan, source: Source, workdir: epath.Path, peak: float | 
             stop=guard.reached,
         )
     if step < settings.steps:
-        raise Preempted(f"saved at step {step} of {settings.steps}")
+        raise Preempted(f"saved at step {step} of {settings.steps}" if step else "stopped before the first step")
 
 
 def restore_ema(plan: Plan, workdir: epath.Path, step: int | None = None) -> tuple[PyTree, int]:
@@ -112,7 +112,7 @@ def _full_rate(plan: Plan, peak: float | None) -> float | None:
 
 def _start(plan: Plan, saved: Checkpointer) -> tuple[int, TrainState]:
     """The step and the state from which to train: of the newest whole checkpoint, or fresh."""
-    if not saved.steps():
+    if not saved.any():
         return 0, plan.init()
     items, step = saved.restore(items_of(plan.shapes))
     return step, TrainState(**items["train"], ema=items["ema"])

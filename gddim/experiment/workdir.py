@@ -7,10 +7,14 @@ import dataclasses
 import fcntl
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 from gddim.errors import UserError
 from gddim.evaluation.samplers import sampler_name
@@ -88,9 +92,12 @@ def read_config(path: epath.Path) -> dict | None:
 
 
 def check_config(path: epath.Path, given: dict, free: tuple[str, ...]) -> bool:
-    """Whether a workdir holds a run of this configuration. Raises `UserError` if it holds another."""
-    saved = read_config(path)
-    if saved is None:
+    """Whether a workdir holds a run of this configuration. Raises `UserError` if it holds another.
+
+    A run that has saved nothing yet is none: its configuration may be corrected.
+    """
+    saved, checkpoints = read_config(path), path / "checkpoints"
+    if saved is None or not (checkpoints.exists() and any(step.name.isdigit() for step in checkpoints.iterdir())):
         return False
     if lines := differences(saved, given, free):
         raise UserError(
@@ -106,6 +113,19 @@ def write_config(path: epath.Path, config: dict) -> None:
         write_whole(path / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     except OSError as error:
         raise UserError(f"--workdir {path} cannot be written: {error}") from error
+
+
+def check_shared(path: epath.Path) -> None:
+    """Raise `UserError` on every process unless all of them see the configuration that process 0 sees."""
+    if jax.process_count() == 1:
+        return
+    try:
+        seen = zlib.crc32((path / CONFIG).read_bytes()) >> 1
+    except OSError:
+        seen = -1
+    found = multihost_utils.process_allgather(np.int32(seen))
+    if others := np.flatnonzero(found != found[0]).tolist():
+        raise UserError(f"--workdir {path} is not the same folder on all hosts: process(es) {others} see another one")
 
 
 @contextlib.contextmanager

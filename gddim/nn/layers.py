@@ -27,15 +27,17 @@ class Draw:
 
     def uniform(self, shape: tuple[int, ...], bound: float = 1.0) -> Float[Array, "..."]:
         """Uniform in (-bound, bound)."""
-        size = math.prod(shape)
-        while self._left.size < size:
+        size, parts = math.prod(shape), []
+        while size > self._left.size:
+            parts.append(self._left)
+            size -= self._left.size
             key, self._draws = jax.random.fold_in(self._key, self._draws), self._draws + 1
             more = jax.random.uniform(key, (2**22,), minval=np.nextafter(np.float32(-1), np.float32(0)))
-            # NumPy compiles nothing; while tracing (a sharded initialiser) the work has to be XLA's.
-            xp = jnp if isinstance(more, Tracer) else np
-            self._left = xp.concatenate([self._left, more])
-        values, self._left = self._left[:size], self._left[size:]
-        return jnp.asarray(values.reshape(shape) * np.float32(bound))
+            self._left = more if isinstance(more, Tracer) else np.asarray(more)  # NumPy's slices compile nothing
+        parts.append(self._left[:size])
+        self._left = self._left[size:]
+        xp = np if all(isinstance(part, np.ndarray) for part in parts) else jnp
+        return jnp.asarray(xp.concatenate(parts).reshape(shape) * np.float32(bound))
 
     def kernel(self, shape: tuple[int, ...], scale: float = 1.0) -> Float[Array, "..."]:
         """Uniform, of variance `scale` / mean of fan-in and fan-out, as published; `scale` 0 stands for 1e-10."""

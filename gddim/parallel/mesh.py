@@ -1,5 +1,6 @@
 """Meshes with the axes `data` and `fsdp`, and where each array of a training run lives on them."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -78,29 +79,55 @@ def state_shardings(shapes: PyTree, mesh: Mesh | AbstractMesh, rule: Rule = defa
 
     def place(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return NamedSharding(mesh, rule(name, leaf.shape, mesh))
+        spec = rule(name, leaf.shape, mesh)
+        axes = [(axis,) if isinstance(axis, str) else axis or () for axis in spec]
+        parts = [math.prod(mesh.shape[name] for name in names) for names in axes]
+        if len(parts) > leaf.ndim or any(size % n for size, n in zip(leaf.shape, parts, strict=False)):
+            raise UserError(f"rule: {spec} does not divide {name} of shape {leaf.shape} on the mesh {dict(mesh.shape)}")
+        return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(place, shapes)
 
 
 def init_sharded(make: Callable[[], PyTree], mesh: Mesh, rule: Rule = default_rule) -> PyTree:
-    """`make()` placed as `rule` says: with `fsdp` > 1 each device computes its own part, and nobody keeps the whole.
+    """`make()` placed as `rule` says: with `fsdp` > 1 each device computes its own part, and nobody holds the whole.
 
     Leaves of the result that are no arrays (functions, numbers) are passed through.
     """
     if mesh.shape["fsdp"] == 1:  # each device holds everything anyway, and nothing need be compiled
         arrays, static = eqx.partition(make(), eqx.is_array)
-        return eqx.combine(jax.tree.map(_place, arrays, state_shardings(arrays, mesh, rule)), static)
+        leaves, structure = jax.tree.flatten(arrays)
+        shardings = jax.tree.leaves(state_shardings(arrays, mesh, rule))
+        del arrays
+        placed = [_place(leaves.pop(0), sharding) for sharding in shardings]  # one after another: not all of it twice
+        return eqx.combine(jax.tree.unflatten(structure, placed), static)
     shapes = eqx.filter_eval_shape(make)
     shapes, static = eqx.partition(shapes, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
-    specs = jax.tree.map(lambda sharding: sharding.spec, state_shardings(shapes, mesh, rule))
+    leaves = [leaf for program in init_programs(make, shapes, mesh, rule) for leaf in program()]
+    return eqx.combine(jax.tree.unflatten(jax.tree.structure(shapes), leaves), static)
 
-    def part():
-        return jax.tree.map(_cut, eqx.filter(make(), eqx.is_array), specs)
 
-    # By hand: the partitioner would split what the parts are cut from as well, into a program eight times as long.
-    arrays = jax.jit(jax.shard_map(part, mesh=mesh, in_specs=(), out_specs=specs, check_vma=False))()
-    return eqx.combine(arrays, static)
+def init_programs(make: Callable[[], PyTree], shapes: PyTree, mesh: Mesh, rule: Rule = default_rule) -> list[Any]:
+    """Jitted functions that give the leaves of `make()` in order, some at a time: what a device holds meanwhile is a
+    sixteenth of the state, or the largest leaf.
+    """
+    specs = [sharding.spec for sharding in jax.tree.leaves(state_shardings(shapes, mesh, rule))]
+    sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)]
+    ends, filled = [], 0
+    for i, size in enumerate(sizes):
+        if filled and filled + size > sum(sizes) / 16:
+            ends, filled = [*ends, i], 0
+        filled += size
+
+    def program(part: slice) -> Any:
+        def leaves() -> list[jax.Array]:
+            whole = jax.tree.leaves(eqx.filter(make(), eqx.is_array))[part]
+            return [_cut(leaf, spec) for leaf, spec in zip(whole, specs[part], strict=True)]
+
+        # By hand: the partitioner would split what the parts are cut from as well, into a program eight times as long.
+        return jax.jit(jax.shard_map(leaves, mesh=mesh, in_specs=(), out_specs=specs[part], check_vma=False))
+
+    return [program(slice(*ends)) for ends in itertools.pairwise([0, *ends, len(sizes)])]
 
 
 def _place(x: jax.Array, sharding: NamedSharding) -> jax.Array:
@@ -117,11 +144,15 @@ def _cut(x: jax.Array, spec: P) -> jax.Array:
     return x
 
 
-def per_device_batch(batch_size: int, mesh: Mesh | AbstractMesh) -> int:
-    """Examples of a global batch on each device; raises `UserError` when the devices do not divide it."""
-    if batch_size < 1 or batch_size % mesh.size:
-        raise UserError(f"batch {batch_size} cannot be split over {mesh.size} device(s): use a multiple of {mesh.size}")
-    return batch_size // mesh.size
+def per_device_batch(batch_size: int, mesh: Mesh | AbstractMesh, accumulate: int = 1) -> int:
+    """Examples of each of `accumulate` parts of a global batch on each device; `UserError` when they do not divide it."""
+    if batch_size < 1 or batch_size % (mesh.size * accumulate):
+        parts = f" in {accumulate} parts" if accumulate > 1 else ""
+        raise UserError(
+            f"batch {batch_size}{parts} cannot be split over {mesh.size} device(s): "
+            f"use a multiple of {mesh.size * accumulate}"
+        )
+    return batch_size // (mesh.size * accumulate)
 
 
 def global_batch(local: PyTree[np.ndarray], mesh: Mesh) -> PyTree[jax.Array]:

@@ -1,16 +1,19 @@
 """Start-up on several hosts, and stopping all of them at the same step."""
 
+import contextlib
 import glob
 import importlib.util
+import json
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NoReturn
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from gddim.errors import UserError
@@ -92,6 +95,40 @@ def leave(status: int) -> NoReturn:
     if jax.distributed.is_initialized() and status not in (0, EXIT_PREEMPTED):
         os._exit(status)
     sys.exit(status)
+
+
+def on_main(action: Callable[[], bool]) -> bool:
+    """What `action` returns on process 0, on every process; also the `UserError` that it raises there: all end alike."""
+    if jax.process_count() == 1:
+        return action()
+    told = np.zeros(8192, np.uint8)
+    if jax.process_index() == 0:
+        try:
+            said = json.dumps([action(), ""])
+        except UserError as error:
+            said = json.dumps([False, str(error)[:1000]])
+        told[: len(said)] = list(said.encode())
+    value, error = json.loads(bytes(multihost_utils.broadcast_one_to_all(told)).rstrip(b"\0"))
+    if error:
+        raise UserError(error)
+    return value
+
+
+@contextlib.contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends this process at once, with EXIT_PREEMPTED: for work whose progress is kept as it goes."""
+
+    def end(*_) -> None:
+        os.write(2, b"\nSIGTERM: stopped; what is done is kept, and the same command continues\n")
+        if jax.distributed.is_initialized():
+            os._exit(EXIT_PREEMPTED)  # the others may be waiting for this one
+        sys.exit(EXIT_PREEMPTED)
+
+    previous = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
 
 
 class PreemptionGuard:
