@@ -76,6 +76,7 @@ WRONG = {
     "--eval.samplers gddim:2 ddim": "'ddim' is none; accepted are gddim",
     "--sampler=ddim": "'ddim' is none; accepted are gddim",
     "--sampling.t-min=1.5": "t_min must be below the horizon 1.0 of the process, not 1.5",
+    "--eval.every=5 --sampler=heun --sampling.nfe=1": "nfe: 1 given, but heun",
     "--sampling.nfe=0": "nfe must be at least 1, not 0",
     "--model.predicts=score": "Expected one of ('data', 'eps')",
     "--sde.m-inv=-1": "m_inv=-1.0 must be > 0",

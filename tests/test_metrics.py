@@ -182,3 +182,15 @@ def test_classifier_report_finds_the_classes_of_digits_and_doubts_mixtures():
     assert abs(report.confidence - report.held_out_confidence) < 0.03
     ghosts = (held_out + held_out[::-1]) / 2
     assert metrics.classifier_report(ghosts, held_out, train, labels[:500]).confidence < report.confidence - 0.15
+
+
+def test_a_set_is_compared_with_itself_as_with_a_copy():
+    x = np.random.default_rng(7).standard_normal((50, 8))
+    assert metrics.kid(x, x) == metrics.kid(x, x.copy())
+
+
+@pytest.mark.parametrize("entry", [np.nan, np.inf, -1.0])
+def test_a_covariance_that_is_none_is_refused(entry: float):
+    bad = Gaussian(np.zeros(3), np.diag([1.0, 1.0, entry]))
+    with pytest.raises(ValueError, match="the covariance"):
+        metrics.frechet_distance(bad, Gaussian(np.zeros(3), np.eye(3)))

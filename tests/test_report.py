@@ -19,7 +19,8 @@ from gddim.evaluation.statistics import Statistics
 from gddim.samplers import Heun
 
 WORDS = (
-    "gddim:3, gddim:3:data, gddim:1:lam=0.5, gddim:2:lam=0.1:corrector:data, cholesky:2, em, em:lam=1, heun, sscs, "
+    "gddim:3, gddim:3:data, gddim:1:lam=0.5, gddim:1:lam=0.3333333333333333, "
+    "gddim:2:lam=0.1:corrector:data, cholesky:2, em, em:lam=1, heun, sscs, "
     "rk45, rk45:rtol=0.001"
 )
 
@@ -74,16 +75,18 @@ def cifar_row(sampler: str, nfe: int, frechet: float, seed: int = 0, samples: in
 def test_the_table_has_means_and_spreads_of_seeds_the_floor_and_the_published_numbers(tmp_path: Path):
     rows = [cifar_row("gddim:3", 50, fid, seed) for seed, fid in enumerate((2.2, 2.3, 2.4))]
     rows += [cifar_row("gddim:3", 20, 3.5), cifar_row("em:lam=1", 20, 300.0)]
+    lost = cifar_row("em:lam=1", 50, 0.0)
+    rows.append(lost | {"metrics": {}, "measured": {"nfe": 50.0, "not_finite": "2 of samples 0 to 63"}})
     floor = cifar_row("data", 0, 3.15)
     floor["cell"]["source"] = "CIFAR10, held out"
     text = table([floor, *rows])
     lines = text.splitlines()
     assert "| FID | NFE 20 | NFE 50 |" in lines
-    assert "| gddim:3 | 3.5 | 2.3 ± 0.1 |" in lines
-    assert "| em:lam=1 | 300 |  |" in lines
+    assert "| gddim:3 | 3.50 | 2.30 ± 0.1 |" in lines
+    assert "| em:lam=1 | 300.00 | diverged |" in lines
     assert "| *gDDIM, Table 3* | 3.39 | 2.26 |" in lines
     assert "| *Euler–Maruyama, Table 3* | > 100 | 57.72 |" in lines
-    assert "| *R, three nodes, Table 1* | 3.9 | 2.26 |" in lines
+    assert "| *R, three nodes, Table 1* | 3.90 | 2.26 |" in lines
     assert "| CIFAR10, held out (floor) | 3.15 | 3.15 |" in lines
     assert "Mean ± standard deviation over 3 seeds." in lines
     assert "VP" not in text
@@ -92,6 +95,11 @@ def test_the_table_has_means_and_spreads_of_seeds_the_floor_and_the_published_nu
     plot([floor, *rows], tmp_path / "p.png")
     with Image.open(tmp_path / "p.png") as image:
         assert min(image.size) > 300
+
+
+def test_results_without_a_cell_are_no_picture(tmp_path: Path):
+    with pytest.raises(UserError, match="no results yet"):
+        plot([], tmp_path / "p.png")
 
 
 def test_published_numbers_are_those_of_the_paper():

@@ -197,6 +197,22 @@ def test_a_cell_does_not_depend_on_batch_or_devices():
         assert (row["cell"], row["provenance"]) == (one["cell"], one["provenance"])
 
 
+class Diverged(eqx.Module):
+    """ε of a model whose parameters are not finite."""
+
+    sde: Any
+
+    def __call__(self, u: Array, t: Array, key: None = None) -> Array:
+        return jnp.full_like(u, jnp.nan)
+
+
+def test_samples_that_are_not_finite_give_no_metrics_and_the_sweep_goes_on(tmp_path: Path):
+    rows = sweep(evaluator(model=Diverged(VP())), cells()[:2], tmp_path)
+    assert [row["metrics"] for row in rows] == [{}, {}]
+    assert rows[0]["measured"]["not_finite"] == "100 of samples 0 to 99"
+    assert read_rows(tmp_path / "results.jsonl") == rows
+
+
 def test_a_cell_says_where_its_numbers_come_from():
     row = evaluator().run(Cell(GDDIM(1, lam=0.5), 5, 20, seed=3, last="data"))
     assert row["cell"] == {

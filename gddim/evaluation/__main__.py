@@ -51,9 +51,12 @@ def main() -> None:
     options = parser.parse_args()
     try:
         options.action(options)
-    except UserError as error:
+    except (UserError, ValueError, OSError) as error:  # the metrics refuse too few samples and unlike features
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        sys.exit(130)
 
 
 def _stats(options: argparse.Namespace) -> None:
@@ -104,8 +107,8 @@ def _report(options: argparse.Namespace) -> None:
     rows = read_rows(Path(options.results).expanduser())
     out = epath.Path(options.out).expanduser()
     text = table(rows)
-    write_whole(out.with_suffix(".md"), text.encode())
-    plot(rows, out.with_suffix(".png"))
+    plot(rows, out.with_name(f"{out.name}.png"))
+    write_whole(out.with_name(f"{out.name}.md"), text.encode())
     print(text)
 
 

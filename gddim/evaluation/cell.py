@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Float
 
 from gddim.data import to_uint8
@@ -114,7 +115,8 @@ class Evaluator:
     ) -> Row:
         """The row of one cell. `state` is a file for its progress, written at most every `save_every` seconds.
 
-        `keep(first, samples)` receives the samples drawn, `advance(samples)` how many were.
+        `keep(first, samples)` receives the samples drawn, `advance(samples)` how many were. Samples that are not finite
+        end the cell: its row has no metrics, and tells which.
         """
         key = {"cell": cell.describe(), "provenance": self.origin}
         origin = {"features": self.space.name, "cell": digest_of(key)}
@@ -124,8 +126,12 @@ class Evaluator:
         solver = Solver.of(cell.sampler, self.model.sde, cell.grid(self.model.sde), cell.last)
         began = saved = time.perf_counter()
         rate = _Rate(began)
-        for start, x, features, made in self._ahead(cell, solver, first):
+        for start, x, features, made, finite in self._ahead(cell, solver, first):
             n = min(self.batch, cell.samples - start)
+            if lost := n - int(to_host(finite)[:n].sum()):
+                which = f"{lost} of samples {start} to {start + n - 1}"
+                measured = {"nfe": float(to_host(made)[:n].mean()), "devices": hardware(), "not_finite": which}
+                return key | {"metrics": {}, "measured": measured}
             part = Statistics.of(to_host(features)[:n], self.space, start, origin)
             found = found.then(part) if found else part
             calls += int(to_host(made)[:n].sum())
@@ -135,7 +141,8 @@ class Evaluator:
             rate.add(n)
             if state and time.perf_counter() - saved >= save_every and found.count < cell.samples:
                 seconds = before + time.perf_counter() - began
-                dataclasses.replace(found, origin=origin | {"calls": calls, "seconds": seconds}).save(state)
+                if jax.process_index() == 0:
+                    dataclasses.replace(found, origin=origin | {"calls": calls, "seconds": seconds}).save(state)
                 saved = time.perf_counter()
         assert found is not None
         measured = {
@@ -146,14 +153,15 @@ class Evaluator:
         }
         return key | {"metrics": compare(found, self.reference, self.space.metrics), "measured": measured}
 
-    def _ahead(self, cell: Cell, solver: Solver, first: int) -> Iterator[tuple[int, Array, Array, Array]]:
-        """Number, samples, features and network calls of each batch; the devices have the next one by then."""
+    def _ahead(self, cell: Cell, solver: Solver, first: int) -> Iterator[tuple[int, Array, Array, Array, Array]]:
+        """Number, samples, features, network calls and finiteness of each batch; the devices have the next one by then."""
         pending = None
         for start in range(first, cell.samples, self.batch):
             indices = jax.device_put(np.arange(start, start + self.batch, dtype=np.int32), self.sharding)
             x, made = draw(self.model, solver, self.shape, jnp.asarray(cell.seed, jnp.int32), indices)
+            finite = jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))
             x = to_uint8(x) if len(self.shape) == 3 else x
-            pending, ready = (start, x, features_of(self.space, x), made), pending
+            pending, ready = (start, x, features_of(self.space, x), made, finite), pending
             if ready:
                 yield ready
         if pending:
@@ -167,14 +175,21 @@ def digest_of(row: Row) -> str:
 
 
 def _resume(state: os.PathLike | None, origin: Row) -> tuple[Statistics | None, int, float]:
-    """What a cell had reached: its statistics, network calls and seconds. A damaged file is as good as none."""
+    """What a cell had reached: its statistics, network calls and seconds. A damaged file is as good as none, and so is
+    one that not all processes see.
+    """
+    reached = None, 0, 0.0
     if state and epath.Path(state).exists():
         with contextlib.suppress(UserError):
             found = Statistics.load(state)
             calls, seconds = found.origin.pop("calls"), found.origin.pop("seconds")
             if found.origin == origin:
-                return found, calls, seconds
-    return None, 0, 0.0
+                reached = found, calls, seconds
+    if jax.process_count() > 1:
+        counts = multihost_utils.process_allgather(np.int32(reached[0].count if reached[0] else 0))
+        if len(set(counts.tolist())) > 1:
+            return None, 0, 0.0
+    return reached
 
 
 class _Rate:

@@ -8,8 +8,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Shaped, UInt8
 
+from gddim.data.images import to_uint8
 from gddim.data.sources import data_folder
 from gddim.errors import UserError
 from gddim.evaluation.torch_reader import read_torch
@@ -178,7 +179,9 @@ def find_weights() -> Path:
 
 
 class InceptionFeatures(eqx.Module):
-    """The feature space of FID, KID and Inception Score: uint8 images `(B, H, W, 1 or 3)` to `(B, 2048)` float32.
+    """The feature space of FID, KID and Inception Score: images `(B, H, W, 1 or 3)` to `(B, 2048)` float32.
+
+    Images are uint8, or floating in [-1, 1] and then rounded to it first.
 
     `convention` names how images reach 299×299: "pytorch-fid" (pixel centres at half positions, scaled to [-1, 1]; also
     clean-fid's legacy mode) or "tf1" (TensorFlow 1 corners, `(x − 128)/128`; Heusel's original and torch-fidelity).
@@ -213,9 +216,11 @@ class InceptionFeatures(eqx.Module):
     def name(self) -> str:
         return f"inception-2015-12-05 {self.convention} {self.precision}, weights {self.digest[:16]}"
 
-    def __call__(self, images: UInt8[Array, "b h w c"]) -> Float[Array, "b 2048"]:
+    def __call__(self, images: Shaped[Array, "b h w c"]) -> Float[Array, "b 2048"]:
         if images.shape[-1] not in (1, 3):
             raise UserError(f"Inception features need images of 1 or 3 channels, got {images.shape}")
+        if jnp.issubdtype(images.dtype, jnp.floating):
+            images = to_uint8(images)  # in [-1, 1], as a data set may hold them
         rows, columns = (jnp.asarray(_interpolation(n, self.convention)) for n in images.shape[1:3])
         x = jnp.broadcast_to(images, (*images.shape[:3], 3)).astype(jnp.float32)
         x = x / 127.5 - 1 if self.convention == "pytorch-fid" else (x - 128) / 128

@@ -79,7 +79,11 @@ class Moments:
 
 def _factor(covariance: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d r"]:
     """A factor `A` with `A Aᵀ` = covariance and one column for each eigenvalue above rounding."""
+    if not np.isfinite(covariance).all():
+        raise ValueError("the covariance is not finite")
     values, vectors = np.linalg.eigh(covariance)
+    if values[0] < -1e-6 * max(values[-1], 0.0):
+        raise ValueError(f"the covariance has a negative eigenvalue {values[0]:.3g}")
     kept = values > len(values) * np.finfo(np.float64).eps * max(values[-1], 0.0)
     return vectors[:, kept] * np.sqrt(values[kept])
 
@@ -103,12 +107,13 @@ def _row_blocks(x: np.ndarray, rows: int = 1024) -> Iterator[tuple[slice, np.nda
         yield slice(start, start + rows), x[start : start + rows]
 
 
-def _kernel_sums(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Row sums, column sums and sum of squares of KID's kernel `(x·y/d + 1)³` over all pairs of different samples."""
+def _kernel_sums(a: np.ndarray, b: np.ndarray, same: bool = False) -> tuple[np.ndarray, np.ndarray, float]:
+    """Row sums, column sums and sum of squares of KID's kernel `(x·y/d + 1)³` over all pairs, of one set with itself over
+    those of different samples."""
     rows, columns, squares = np.empty(len(a)), np.zeros(len(b)), 0.0
     for block, x in _row_blocks(a):
         kernel = (x @ b.T / a.shape[1] + 1) ** 3
-        if a is b:
+        if same:
             kernel[np.arange(len(x)), np.arange(block.start, block.start + len(x))] = 0.0
         rows[block] = kernel.sum(axis=1)
         columns += kernel.sum(axis=0)
@@ -135,7 +140,7 @@ def kid(a: Features, b: Features) -> tuple[float, float]:
     n, m = len(a), len(b)
     if min(n, m) < 3:
         raise ValueError(f"kid needs at least 3 samples of each set, got {n} and {m}")
-    own_a, own_b, cross = _kernel_sums(a, a), _kernel_sums(b, b), _kernel_sums(a, b)
+    own_a, own_b, cross = _kernel_sums(a, a, same=True), _kernel_sums(b, b, same=True), _kernel_sums(a, b)
     pairs_a, pairs_b, pairs = n * (n - 1), m * (m - 1), n * m
     sum_a, sum_b, total = own_a[0].sum(), own_b[0].sum(), cross[0].sum()
     without_a = (sum_a - 2 * own_a[0]) / ((n - 1) * (n - 2)) - 2 * (total - cross[0]) / ((n - 1) * m)

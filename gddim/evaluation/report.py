@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from gddim.errors import UserError
 from gddim.evaluation.cell import Row
 from gddim.evaluation.published import TABLES, Published
 from gddim.evaluation.statistics import FEW, write_whole
@@ -32,7 +34,14 @@ class Entry(NamedTuple):
     nfe: float
 
     def __str__(self) -> str:
-        return f"{self.mean:.3g}" if self.seeds == 1 else f"{self.mean:.3g} ± {self.spread:.2g}"
+        if not math.isfinite(self.mean):
+            return "diverged"
+        return _digits(self.mean) if self.seeds == 1 else f"{_digits(self.mean)} ± {self.spread:.2g}"
+
+
+def _digits(value: float) -> str:
+    """Two decimals, as papers print distances; three digits of what is small."""
+    return f"{value:.3g}" if abs(value) < 1 else f"{value:.2f}"
 
 
 class Group(NamedTuple):
@@ -69,8 +78,10 @@ class Group(NamedTuple):
     def entries(self, metric: str) -> dict[str, dict[int | None, Entry]]:
         """By sampler, then by budget of calls (None: adaptive)."""
         found: dict[str, dict[int | None, list[Row]]] = {}
+        if not any(metric in row["metrics"] for row in self.rows):
+            return {}
         for row in self.rows:
-            if metric in row["metrics"]:
+            if metric in row["metrics"] or "not_finite" in row["measured"]:
                 found.setdefault(self._label(row), {}).setdefault(row["cell"]["nfe"], []).append(row)
         return {label: {nfe: _entry(rows, metric) for nfe, rows in cells.items()} for label, cells in found.items()}
 
@@ -84,8 +95,8 @@ class Group(NamedTuple):
 
 
 def _entry(rows: list[Row], metric: str) -> Entry:
-    values = [row["metrics"][metric] for row in rows]
-    spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    values = [row["metrics"].get(metric, math.inf) for row in rows]
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 and np.isfinite(values).all() else 0.0
     return Entry(float(np.mean(values)), spread, len(values), float(np.mean([row["measured"]["nfe"] for row in rows])))
 
 
@@ -139,13 +150,17 @@ def _metric_table(group: Group, metric: str) -> list[str]:
         body.append(line)
     for row in group.published() if metric == "frechet" else []:
         if set(row.values) & set(columns):
-            values = [str(row.values.get(nfe, "")) for nfe in columns]
+            values = [_published(row.values.get(nfe, "")) for nfe in columns]
             body.append([f"*{row.label}*", *values, *([""] if adaptive else [])])
     if group.floor and metric in group.floor["metrics"]:
-        value = f"{group.floor['metrics'][metric]:.3g}"
+        value = _digits(group.floor["metrics"][metric])
         body.append([f"{group.floor['cell']['source']} (floor)", *[value] * (len(header) - 1)])
     rule = ["---", *["---:"] * (len(header) - 1)]
     return [*(f"| {' | '.join(cells)} |" for cells in [header, rule, *body]), ""]
+
+
+def _published(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
 
 def plot(rows: Sequence[Row], path: os.PathLike, metric: str = "frechet") -> None:
@@ -154,6 +169,8 @@ def plot(rows: Sequence[Row], path: os.PathLike, metric: str = "frechet") -> Non
     from matplotlib.figure import Figure
 
     found = groups(rows)
+    if not found:
+        raise UserError("there are no results yet to plot")
     figure = Figure(figsize=(6.5 * len(found), 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, group in zip(figure.subplots(1, len(found), squeeze=False).flat, found, strict=True):
@@ -166,7 +183,7 @@ def plot(rows: Sequence[Row], path: os.PathLike, metric: str = "frechet") -> Non
 def _draw(axes: Any, group: Group, metric: str) -> None:
     entries = group.entries(metric)
     for label, cells in entries.items():
-        points = sorted(cells.values(), key=lambda entry: entry.nfe)
+        points = sorted((entry for entry in cells.values() if math.isfinite(entry.mean)), key=lambda entry: entry.nfe)
         nfe, mean = [entry.nfe for entry in points], [entry.mean for entry in points]
         axes.errorbar(nfe, mean, [entry.spread for entry in points], marker="o", markersize=3, label=label)
     for row in group.published():

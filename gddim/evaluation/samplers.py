@@ -36,13 +36,13 @@ def parse_sampler(text: str) -> AbstractSampler | AbstractAdaptive:
 
 def _argument(option: str) -> tuple[str, Any]:
     """The argument that one option sets; its name is empty if the option is malformed."""
-    if option.isdigit():
+    if option.isascii() and option.isdecimal():
         return "order", int(option)
     if option in _WORDS:
         return _WORDS[option]
     name, _, number = option.partition("=")
     try:
-        return name, float(number)
+        return (name if name in ("lam", "rtol", "atol") else ""), float(number)
     except ValueError:
         return "", None
 
@@ -59,7 +59,7 @@ def sampler_name(sampler: AbstractSampler | AbstractAdaptive) -> str:
             words.append(str(value))
         elif value != field.default:
             word = next((word for word, setting in _WORDS.items() if setting == (field.name, value)), None)
-            words.append(word or f"{field.name}={value:g}")
+            words.append(word or f"{field.name}={str(value).removesuffix('.0')}")
     return ":".join(words)
 
 

@@ -65,6 +65,7 @@ def sweep(
             if jax.process_index() == 0:
                 state.unlink(missing_ok=True)
                 found = ", ".join(f"{name} {value:.4g}" for name, value in row["metrics"].items())
+                found = found or f"diverged, {row['measured']['not_finite']} are not finite"
                 tqdm.write(f"{sampler_name(cell.sampler)}, NFE {row['measured']['nfe']:g}: {found}")
     return [known[key] for key in wanted]
 

@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 
 from gddim.checkpoint import checksums
 from gddim.data import Source
+from gddim.errors import UserError
 from gddim.evaluation.cell import Cell, Evaluator, check
 from gddim.evaluation.features import FeatureSpace, PixelFeatures
 from gddim.evaluation.inception import InceptionFeatures
@@ -40,8 +41,17 @@ def cells(experiment: Experiment) -> list[Cell]:
         for sampler in settings.samplers
         for seed in range(sampling.seed, sampling.seed + settings.seeds)
     ]
-    check(found, experiment.sde)
+    check([*found, *([watched(experiment)] if settings.every else [])], experiment.sde)
+    shape = experiment.data.shape
+    if settings.features == "inception" and not (len(shape) == 3 and shape[-1] in (1, 3)):
+        raise UserError(f"Inception features need images of 1 or 3 channels, not {shape}: give --eval.features pixels")
     return found
+
+
+def watched(experiment: Experiment) -> Cell:
+    """The cell that is evaluated while training."""
+    sampling, count = experiment.sampling, min(WATCHED, experiment.eval.samples)
+    return Cell(sampling.sampler, sampling.nfe, count, sampling.seed, sampling.power, sampling.t_min, sampling.last)
 
 
 class Measure:
@@ -59,10 +69,13 @@ class Measure:
             name, place = f"{type(data).__name__}, {part}", batch_sharding(plan.mesh)
             return cached_statistics(source, self.space, name, workdir / "statistics", place)
 
-        train = statistics(data.train(), "training")
         pixels = settings.features == "pixels"
-        self.reference = statistics(data.test(), "held out") if pixels else train
-        self.floor = train if pixels else None
+        self.floor = statistics(data.train(), "training") if pixels else None
+        if settings.reference:
+            self.reference = Statistics.load(epath.Path(settings.reference).expanduser())
+            self.reference.check_space(self.space.name)
+        else:
+            self.reference = statistics(*((data.test(), "held out") if pixels else (data.train(), "training")))
 
     def evaluator(self, params: PyTree, step: int) -> Evaluator:
         """What draws samples of these averaged parameters and measures them."""
@@ -74,16 +87,13 @@ class Measure:
             self.space,
             self.reference,
             provenance={"experiment": experiment.name, "checkpoint": digest, "step": step, "weights": "EMA"},
-            batch=-(-experiment.eval.batch // mesh.size) * mesh.size,
+            batch=-(-min(experiment.eval.batch, experiment.eval.samples) // mesh.size) * mesh.size,
             sharding=batch_sharding(mesh),
         )
 
     def watch(self, report: Callable[[int, str, dict[str, float]], None]) -> Callable[[int, Any], None]:
         """A function of a training step and its state that evaluates a few samples and reports how many, and what."""
-        sampling, count = self.plan.experiment.sampling, min(WATCHED, self.plan.experiment.eval.samples)
-        cell = Cell(
-            sampling.sampler, sampling.nfe, count, sampling.seed, sampling.power, sampling.t_min, sampling.last
-        )  # fmt: skip
+        cell = watched(self.plan.experiment)
         return lambda step, state: report(
-            step, f"{count:,} samples", self.evaluator(state.ema, step).run(cell)["metrics"]
+            step, f"{cell.samples:,} samples", self.evaluator(state.ema, step).run(cell)["metrics"]
         )
