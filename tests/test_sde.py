@@ -76,6 +76,29 @@ def test_cld_agrees_with_its_own_coefficients_solved_numerically():
         )
 
 
+@pytest.mark.parametrize(("gamma", "error"), [(0.0, 1e-7), (1e-4, 1e-9), (1e-3, 1e-11)])
+def test_cld_whose_velocity_starts_nearly_at_rest(gamma, error):
+    cld, ts = gddim.CLD(gamma=gamma), np.array([1e-5, 1e-3, 3e-3, 1e-2, 0.1, 1.0])
+    start = np.diag([cld.epsilon, gamma / 4 + cld.epsilon])
+    F, GG = cld.drift(0.5), cld.diffusion_squared(0.5)
+    R = gddim.LinearSDE(lambda t: F, lambda t: GG, start).noise_factor(ts)
+    assert np.abs(np.linalg.solve(R, cld.noise_factor(ts)) - np.eye(2)).max() < error
+
+
+@pytest.mark.parametrize("count", [3, 4])
+@pytest.mark.parametrize("sde", [gddim.VP(), gddim.CLD(), gddim.Blurring(4)], ids=repr)
+def test_derivatives_map_over_arrays_of_times(sde, count):
+    ts = np.linspace(0.2, 0.8, count)
+    for method in (sde.drift, sde.diffusion_squared):
+        exact = method(ts)
+        np.testing.assert_allclose(method(jnp.asarray(ts)), exact, rtol=1e-4, atol=1e-4 * np.abs(exact).max())
+
+
+def test_derivatives_at_the_ends():
+    np.testing.assert_allclose(gddim.VP().diffusion_squared(0.0), [[0.1]])
+    np.testing.assert_allclose(gddim.CLD().drift(jnp.asarray(1)), gddim.CLD().drift(1.0), rtol=1e-6)
+
+
 def test_angle_of_r_against_its_equation():
     """`R' = F̂ R` integrated by scipy from the closed form at a small t, with tolerances far below the claim."""
     from scipy.integrate import solve_ivp

@@ -10,9 +10,10 @@ import numpy as np
 from jaxtyping import Float, PRNGKeyArray
 
 from gddim.sde.host import in_float64
-from gddim.sde.linalg import Array, aligned, inverse, lq, product, symmetric_root, transpose
+from gddim.sde.linalg import Array, aligned, as_times, inverse, lq, product, symmetric_root, transpose
 
 Time = Any  # a Python float, a NumPy or a JAX scalar; NumPy arrays of times map over their axes
+T_TINY = 1e-18  # stands for 0 where a derivative is taken: R may grow as √t
 
 
 class AbstractLinearSDE(eqx.Module):
@@ -73,6 +74,10 @@ class AbstractLinearSDE(eqx.Module):
         """`F`, `R' − F R` and `R` at t, of one rank."""
         if not isinstance(t, jax.Array):
             return in_float64(self._derivatives, np.asarray(t, np.float64))
+        _, t = as_times(t)
+        if t.ndim:
+            return jax.vmap(self._derivatives)(t)
+        t = jnp.maximum(t, T_TINY)
         one = jnp.ones_like(t)
         _, F = jax.jvp(lambda x: jnp.asarray(self.transition(x, t)), (t,), (one,))
         R, rate = jax.jvp(lambda x: jnp.asarray(self.noise_factor(x)), (t,), (one,))
