@@ -1,7 +1,8 @@
 # docker build -t gddim .                                                    CPU
 # docker build -t gddim --build-arg ACCELERATOR=cuda .                       NVIDIA GPUs: docker run --gpus all …
-# docker build -t gddim --build-arg ACCELERATOR=tpu --build-arg EXTRAS=gcs . TPUs: docker run --privileged --network host …
-#
+# docker build -t gddim --build-arg ACCELERATOR=tpu --build-arg EXTRAS=gcs . TPUs: docker run --privileged --network host --user root …
+#                                        (the TPU's device files are root's, and its driver locks memory)
+# mkdir -p runs      # Docker would make it root's; user 1000 must be able to write there (another: --user "$(id -u)")
 # docker run --init -v "$PWD/runs:/srv/gddim/runs" gddim                          the main job, experiments.cld_digits
 # docker run --init -v "$PWD/runs:/srv/gddim/runs" gddim python -m experiments.points
 FROM python:3.12.12-slim-bookworm

@@ -42,6 +42,7 @@ def manifest(given: argparse.Namespace) -> str:
         selector = {"cloud.google.com/gke-accelerator": given.gpu}
         address = f"{given.name}-workers-0-0.{given.name}:{PORT}"
         env = {"JAX_PLATFORMS": "cuda,cpu", "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(nodes)}
+        env["LD_LIBRARY_PATH"] = "/usr/local/nvidia/lib64"  # where GKE mounts the driver; the image does not look there
         chips = {"nvidia.com/gpu": given.gpus_per_node}
         pod_security, container_security = {"runAsNonRoot": True, "fsGroup": 1000}, {"allowPrivilegeEscalation": False}
         annotations = {}

@@ -31,7 +31,8 @@ def main() -> int:
     chosen = {"CUDA_VISIBLE_DEVICES": given.gpus} if given.gpus else {}
     env = {"GDDIM_EXTRAS": os.environ.get("GDDIM_EXTRAS", "cuda"), "JAX_PLATFORMS": "cuda,cpu", **chosen}
     if given.dry_run:
-        print(*(f"{name}={value}" for name, value in env.items()), shlex.join([str(RUN), *given.command]))
+        quoted = (f"{name}={shlex.quote(value)}" for name, value in env.items())
+        print(*quoted, shlex.join([str(RUN), *given.command]))
         return 0
 
     stopped = False
@@ -45,12 +46,15 @@ def main() -> int:
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-    while True:
+    status = PREEMPTED
+    while status == PREEMPTED and not stopped:
         child = subprocess.Popen([RUN, *given.command], env={**os.environ, **env})
+        if stopped:  # by a signal that found no child to be handed to
+            child.terminate()
         status = child.wait()
-        if status != PREEMPTED or stopped:
-            return status if status >= 0 else 128 - status
-        print("infra/gpu.py: preempted, starting again", file=sys.stderr)
+        if status == PREEMPTED and not stopped:
+            print("infra/gpu.py: preempted, starting again", file=sys.stderr)
+    return status if status >= 0 else 128 - status
 
 
 if __name__ == "__main__":

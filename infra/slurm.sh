@@ -4,7 +4,8 @@
 #     sbatch --nodes=4 --time=24:00:00 infra/slurm.sh python -m experiments.cld_cifar10 --workdir /scratch/me/cld_cifar10
 #
 # What a site needs (--partition, --account, --gpus-per-node, …) is given to sbatch, whose options come before the script and
-# override the lines below. The workdir and the checkout must be on a file system that all nodes share. A run that is preempted
+# override the lines below; on nodes of N GPUs other than 8, give both --gpus-per-node=N and --ntasks-per-node=N, since a
+# task takes one GPU, and --cpus-per-task at most the node's cores divided by N. The workdir and the checkout must be on a file system that all nodes share. A run that is preempted
 # or reaches its time limit saves, ends with status 75 and is requeued, and SLURM itself requeues a job whose node fails; any
 # other failure ends the job.
 # `infra/slurm.sh --dry-run COMMAND` prints the commands of a job and runs none.
@@ -25,7 +26,14 @@ if [ "${1:-}" = --dry-run ]; then
     dry_run=1
     shift
 fi
-do_or_print() { if [ -n "$dry_run" ]; then echo "$*"; else "$@"; fi; }
+do_or_print() {
+    if [ -z "$dry_run" ]; then
+        "$@"
+    else # quoted, so that the line is what would run
+        printf '%q ' "$@"
+        echo
+    fi
+}
 
 run=${SLURM_SUBMIT_DIR:-$PWD}/infra/run
 if [ ! -x "$run" ] || [ $# -eq 0 ]; then

@@ -20,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PREEMPTED = 75  # the run saved its state and wants to be started again
 ABORTED = 134  # JAX ended this worker because another one was lost
+NO_JOB = 66  # of FOLLOW, where nothing was ever started
 RUNTIMES = {"v5litepod": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}
 ARCHIVE = "gddim.tar.gz"
 
@@ -38,13 +39,13 @@ echo {commit} >gddim/job.commit"""
 IS_SET_UP = """cd gddim && {{ kill -0 "$(cat job.pid)" || [ "$(cat job.commit)" = {commit} ]; }} 2>/dev/null"""
 
 # The run outlives the connection; its process and, at the end, its exit status are noted in files.
-START = """cd gddim
+START = """cd gddim || exit
 if kill -0 "$(cat job.pid 2>/dev/null)" 2>/dev/null; then exit 0; fi
 rm -f job.status
 export JAX_PLATFORMS=tpu,cpu
 setsid nohup sh -c {job} >job.log 2>&1 </dev/null &
 echo $! >job.pid"""
-FOLLOW = "cd gddim && tail -n +1 -F --pid=$(cat job.pid) job.log"
+FOLLOW = f"[ -f gddim/job.pid ] || exit {NO_JOB}; cd gddim && tail -n +1 -F --pid=$(cat job.pid) job.log"
 STATUS = "cd gddim && for i in $(seq 120); do [ -f job.status ] && break; sleep 1; done; cat job.status"
 
 
@@ -110,7 +111,8 @@ class Slice:
         try:
             self.must("tpu-vm", "scp", str(ROOT / ARCHIVE), f"{self.name}:{ARCHIVE}", "--worker=all")
         finally:
-            (ROOT / ARCHIVE).unlink(missing_ok=True)
+            if not self.dry_run:
+                (ROOT / ARCHIVE).unlink(missing_ok=True)
         self.must("tpu-vm", "ssh", self.name, "--worker=all", f"--command={SET_UP.format(commit=self.commit)}")
 
     def delete(self) -> None:
@@ -118,10 +120,15 @@ class Slice:
 
     def follow(self) -> list[int] | None:
         """Show worker 0's output until its run ends; the exit status of every worker, or None if they are gone."""
-        while self.ssh("0", FOLLOW).returncode:
-            if self.state() != "ACTIVE":
+        while status := self.ssh("0", FOLLOW).returncode:
+            if status == NO_JOB:
+                sys.exit(f"tpu.py: no run was ever started on worker 0 of {self.name}: start one with `run`")
+            if (state := self.state()) != "ACTIVE":
+                print(f"{self.name}: {state}", file=sys.stderr)
                 return None
-            time.sleep(20)  # the connection was lost, not the slice
+            # ssh's own 255, of which gcloud makes a 1: the connection, not what runs at its other end.
+            print(f"{self.name}: the connection to worker 0 was lost (status {status}), trying again", file=sys.stderr)
+            time.sleep(20)
         answer = self.ssh("all", STATUS, capture=True)
         return [0] if self.dry_run else [int(line) for line in answer.stdout.split()] if not answer.returncode else None
 
@@ -133,7 +140,8 @@ class Slice:
             missing = self.ssh("all", IS_SET_UP.format(commit=self.commit)).returncode
             if missing or self.dry_run:
                 self.copy()
-            self.ssh("all", START.format(job=shlex.quote(job)))
+            if status := self.ssh("all", START.format(job=shlex.quote(job))).returncode:
+                sys.exit(f"tpu.py: the run did not start on every worker of {self.name} (status {status}), see above")
             statuses = self.follow() or [PREEMPTED]
             if failures := set(statuses) - {0, PREEMPTED, ABORTED}:
                 return max(failures)

@@ -194,6 +194,13 @@ def test_the_image_refuses_what_it_does_not_know(words):
     assert "give" in done.stderr
 
 
+@pytest.mark.parametrize("name", ["Dockerfile", "README.md"])
+def test_docker_lines_make_the_folder_first_and_reach_a_tpu(name):
+    text = (ROOT / name).read_text()
+    assert text.index("mkdir -p runs") < text.index('docker run --init -v "$PWD/runs')
+    assert "--privileged --network host --user root" in text
+
+
 def test_the_image_is_pinned_cached_and_not_root():
     lines = (ROOT / "Dockerfile").read_text().splitlines()
     steps = [line.split(maxsplit=1) for line in lines if re.match("[A-Z]", line)]

@@ -56,7 +56,8 @@ def test_all_agree_on_the_status_of_a_preempted_run():
 class Cloud(tpu.Slice):
     """A slice whose gcloud is pretended: each entry of `lives` is what one start of the run ends with on every worker.
 
-    A number is an exit status, "gone" takes the slice away during the run, "cut" loses the connection once.
+    A list has the exit statuses, "gone" takes the slice away during the run, "cut" loses the connection once, "none" is
+    a worker without a job, "stuck" one that does not start.
     """
 
     def __init__(self, lives, there=False):
@@ -78,11 +79,14 @@ class Cloud(tpu.Slice):
         elif "job.commit" in script:
             status = 0 if self.commit_there else 1
         elif "setsid" in script:
+            status = int(self.lives[0] == "stuck")
             self.did.append("start")
         elif "tail" in script:
             if self.lives[0] in ("cut", "gone"):
                 self.there = self.lives.pop(0) == "cut"
                 status = 255
+            elif self.lives[0] == "none":
+                status = tpu.NO_JOB
         elif "job.status" in script:
             out = "".join(f"{s}\n" for s in self.lives.pop(0))
         return subprocess.CompletedProcess(words, status, out)
@@ -106,6 +110,31 @@ def test_tpu_starts_again_only_what_was_preempted(lives, status, did, monkeypatc
     assert cloud.run(COMMAND) == status
     assert cloud.did == did.split()
     assert cloud.lives == []
+
+
+def test_tpu_tells_what_does_not_run(monkeypatch, capsys):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with pytest.raises(SystemExit, match="did not start on every worker of n"):
+        Cloud(["stuck"]).run(COMMAND)
+    with pytest.raises(SystemExit, match="no run was ever started on worker 0 of n"):
+        Cloud(["cut", "none"], there=True).follow()
+    assert "the connection to worker 0 was lost (status 255), trying again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("made", ["", "gddim"])
+def test_tpu_worker_without_a_job(tmp_path, made):
+    (tmp_path / made).mkdir(exist_ok=True)
+    done = [subprocess.run(["bash", "-c", script], cwd=tmp_path).returncode for script in (tpu.FOLLOW, tpu.START)]
+    assert done == [tpu.NO_JOB, 0 if made else 1]
+
+
+def test_tpu_dry_run_leaves_every_file_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tpu, "ROOT", tmp_path)
+    monkeypatch.setattr(tpu.Slice, "commit", "c0ffee")
+    (tmp_path / tpu.ARCHIVE).write_text("mine")
+    tpu.Slice("n", "p", "z", "v4-32", None, True, dry_run=True).copy()
+    assert (tmp_path / tpu.ARCHIVE).read_text() == "mine"
+    assert "scp" in capsys.readouterr().out
 
 
 def test_tpu_dry_run_prints_the_exact_commands():
@@ -201,6 +230,7 @@ def test_jobset_of_gpus_names_its_coordinator():
     env = {entry["name"]: entry["value"] for entry in pod["containers"][0]["env"]}
     assert env["JAX_COORDINATOR_ADDRESS"] == f"run1-{whole['spec']['replicatedJobs'][0]['name']}-0-0.run1:{gke.PORT}"
     assert env["JAX_NUM_PROCESSES"] == "16"
+    assert env["LD_LIBRARY_PATH"] == "/usr/local/nvidia/lib64"
     assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == pod["tolerations"][0]["value"] == "true"
     assert pod["volumes"][-1]["persistentVolumeClaim"]["claimName"] == "cifar"
 
@@ -228,9 +258,17 @@ def test_slurm_requeues_only_what_was_preempted(tmp_path, status, requeued):
     assert log.read_text().splitlines() == ["run cuda true", srun, *["scontrol requeue 17"] * requeued]
 
 
+ODD = ["python", "a  b", "x;y", "$HOME", "it's"]  # words that a shell would take apart
+
+
 def test_slurm_dry_run_and_refusal(tmp_path):
-    done = subprocess.run(["infra/slurm.sh", "--dry-run", "python"], cwd=ROOT, capture_output=True, text=True)
-    assert [line.split()[0] for line in done.stdout.splitlines()] == [f"{ROOT}/infra/run", "srun"]
+    done = subprocess.run(["infra/slurm.sh", "--dry-run", *ODD], cwd=ROOT, capture_output=True, text=True)
+    first, second = done.stdout.splitlines()
+    assert shlex.split(first) == [f"{ROOT}/infra/run", "true"]
+    assert shlex.split(second)[-len(ODD) - 1 :] == [f"{ROOT}/infra/run", *ODD]
+    shell = f"srun() {{ printf '%s\\n' \"$@\"; }}; {second}"
+    again = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True)
+    assert again.stdout.splitlines()[-len(ODD) :] == ODD
     done = subprocess.run([ROOT / "infra" / "slurm.sh", "python"], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
@@ -264,11 +302,43 @@ def test_one_machine_ends_when_it_is_asked_to(tmp_path, how):
     assert (tmp_path / "started").read_text() == "\n"
 
 
-def test_one_machine_dry_run():
-    text = dry_run("infra/gpu.py", "--gpus", "3", "--dry-run", "--", *COMMAND)
-    words = shlex.split(text)
+@pytest.mark.parametrize("when", ["between two lives", "at a start"])
+def test_one_machine_starts_no_life_after_it_was_told_to_stop(when, monkeypatch):
+    lives = []
+
+    def tell(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def start(*_, **__):
+        lives.append(1)
+        if when == "at a start" and len(lives) == 2:
+            tell()
+        return begin(["sh", "-c", "exit 75" if len(lives) == 1 else "sleep 30; exit 75"])
+
+    begin, handlers = subprocess.Popen, {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(gpu, "print", tell if when == "between two lives" else print, raising=False)
+    monkeypatch.setattr(gpu.subprocess, "Popen", start)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--", "x"])
+    began = time.monotonic()
+    try:
+        status = gpu.main()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert (len(lives), status) == ((1, 75) if when == "between two lives" else (2, 128 + signal.SIGTERM))
+    assert time.monotonic() - began < 20
+
+
+def test_one_machine_dry_run(monkeypatch):
+    monkeypatch.delenv("GDDIM_EXTRAS", raising=False)
+    words = shlex.split(dry_run("infra/gpu.py", "--gpus", "3", "--dry-run", "--", *COMMAND))
     assert words[:3] == ["GDDIM_EXTRAS=cuda", "JAX_PLATFORMS=cuda,cpu", "CUDA_VISIBLE_DEVICES=3"]
     assert words[3:] == [str(ROOT / "infra" / "run"), *COMMAND]
+    text = dry_run("infra/gpu.py", "--gpus", "0, 1;$HOME", "--dry-run", "--", *ODD)
+    line = text.replace(str(ROOT / "infra" / "run"), "show").strip()
+    shell = 'show() { printf "%s\\n" "$CUDA_VISIBLE_DEVICES" "$@"; }; ' + line
+    again = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True)
+    assert again.stdout.splitlines() == ["0, 1;$HOME", *ODD]
 
 
 def test_no_launcher_names_a_project_or_carries_a_secret():

@@ -76,13 +76,13 @@ def test_cld_agrees_with_its_own_coefficients_solved_numerically():
         )
 
 
-@pytest.mark.parametrize(("gamma", "error"), [(0.0, 1e-7), (1e-4, 1e-9), (1e-3, 1e-11)])
-def test_cld_whose_velocity_starts_nearly_at_rest(gamma, error):
+@pytest.mark.parametrize("gamma", [0.0, 1e-4, 1e-3])
+def test_cld_whose_velocity_starts_nearly_at_rest(gamma):
     cld, ts = gddim.CLD(gamma=gamma), np.array([1e-5, 1e-3, 3e-3, 1e-2, 0.1, 1.0])
     start = np.diag([cld.epsilon, gamma / 4 + cld.epsilon])
     F, GG = cld.drift(0.5), cld.diffusion_squared(0.5)
     R = gddim.LinearSDE(lambda t: F, lambda t: GG, start).noise_factor(ts)
-    assert np.abs(np.linalg.solve(R, cld.noise_factor(ts)) - np.eye(2)).max() < error
+    assert np.abs(np.linalg.solve(R, cld.noise_factor(ts)) - np.eye(2)).max() < 1e-11
 
 
 @pytest.mark.parametrize("count", [3, 4])

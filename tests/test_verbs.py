@@ -18,11 +18,15 @@ from jax.sharding import PartitionSpec
 from PIL import Image
 
 from experiments import cld_digits, points
+from gddim.data import FiveRings
+from gddim.evaluation.features import PixelFeatures
+from gddim.evaluation.statistics import source_statistics
 from gddim.evaluation.sweep import read_rows
 from gddim.experiment.cli import carry_out, main, parse
 from gddim.experiment.config import Experiment
 from gddim.experiment.pictures import rows
 from gddim.experiment.plan import Plan
+from gddim.experiment.verbs import dry_run
 from gddim.experiment.workdir import describe
 from gddim.parallel import MeshConfig, default_rule
 
@@ -65,6 +69,13 @@ def test_likelihood_is_told_and_written(trained, capsys):
     assert np.isfinite(found["bits_per_dimension"])
     assert found["standard_error"] > 0
     assert f"{found['bits_per_dimension']:.4f} ± {found['standard_error']:.4f} bits" in capsys.readouterr().out
+
+
+def test_a_dry_run_speaks_on_process_0_alone(monkeypatch, capsys):
+    plan = Plan(points.EXPERIMENT)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    dry_run(plan)
+    assert capsys.readouterr().out == ""
 
 
 def test_pictures_in_rows():
@@ -198,3 +209,11 @@ def test_a_rule_given_in_the_experiment_places_its_state():
     state = Plan(experiment).init()
     assert {leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.ema)} == {True}
     assert {leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.model)} == {True, False}
+
+
+def test_saved_statistics_can_be_the_reference(trained, tmp_path):
+    saved = source_statistics(FiveRings(100, 40, seed=7).test(), PixelFeatures(), "other rings", progress=False)
+    saved.save(tmp_path / "rings.npz")
+    do(points.EXPERIMENT, trained, "evaluate", f"--eval.reference={tmp_path / 'rings.npz'}", "--eval.samplers", "gddim:2")
+    row = json.loads((trained / "results.jsonl").read_text().splitlines()[-1])
+    assert row["provenance"]["reference"]["digest"] == saved.digest()

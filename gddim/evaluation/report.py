@@ -78,7 +78,7 @@ class Group(NamedTuple):
     def entries(self, metric: str) -> dict[str, dict[int | None, Entry]]:
         """By sampler, then by budget of calls (None: adaptive)."""
         found: dict[str, dict[int | None, list[Row]]] = {}
-        if not any(metric in row["metrics"] for row in self.rows):
+        if metric != "frechet" and not any(metric in row["metrics"] for row in self.rows):
             return {}
         for row in self.rows:
             if metric in row["metrics"] or "not_finite" in row["measured"]:

@@ -15,7 +15,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Shaped
 
-from gddim.data import Source
+from gddim.data import ArraySource, Source
 from gddim.errors import UserError
 from gddim.evaluation import metrics
 from gddim.evaluation.features import FeatureSpace
@@ -140,8 +140,11 @@ def source_statistics(
 def cached_statistics(
     source: Source, space: FeatureSpace, name: str, folder: os.PathLike, sharding: jax.sharding.Sharding | None = None
 ) -> Statistics:
-    """`source_statistics`, kept in `folder` under a name that follows from the space and some of the records."""
-    probe = source[np.linspace(0, len(source) - 1, 64).astype(int)]
+    """`source_statistics`, kept in `folder` under a name that follows from the space and the records: all of those that
+    are in memory, 1,024 of those that have to be read.
+    """
+    count = len(source) if isinstance(source, ArraySource) else min(len(source), 1024)
+    probe = np.ascontiguousarray(source[np.linspace(0, len(source) - 1, count).astype(int)])
     told = json.dumps([name, space.name, len(source), source.shape, hashlib.sha256(probe.tobytes()).hexdigest()])
     path = epath.Path(folder) / f"statistics-{hashlib.sha256(told.encode()).hexdigest()[:16]}.npz"
     if path.exists():

@@ -110,7 +110,10 @@ class Plan:
         """What a step would need on some large machines, by its trace."""
         row = tuple(jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in self._rows(1))
         activations = activation_bytes(self.loss, self.shapes.model, row)
-        return on_paper(self.shapes.model, self.shapes, activations, self.experiment.train.batch)
+        train = self.experiment.train
+        return on_paper(
+            self.shapes.model, self.shapes, activations, train.batch, self.experiment.rule, train.accumulate
+        )
 
     def _rows(self, count: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         """The shapes of what `prepare` makes."""

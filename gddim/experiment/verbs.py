@@ -21,7 +21,9 @@ from gddim.parallel import bytes_per_device
 
 
 def dry_run(plan: Plan) -> None:
-    """Print what a run would be and what it needs. Nothing is compiled and no array is made."""
+    """Print, on process 0, what a run would be and what it needs. Nothing is compiled and no array is made."""
+    if jax.process_index() != 0:
+        return
     experiment = plan.experiment
     for name, value in flatten(describe(experiment)):
         print(f"{name.removesuffix('.type')} = {json.dumps(value, ensure_ascii=False)}")

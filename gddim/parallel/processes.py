@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -31,22 +31,42 @@ _RANKS = (
     ("JOB_COMPLETION_INDEX", "JAX_NUM_PROCESSES"),
 )
 
+_BACKENDS = {"cpu": "cpu", "tpu": "tpu", "gpu": "gpu", "cuda": "gpu", "rocm": "gpu"}  # by the names in JAX_PLATFORMS
 
-def cluster(env: Mapping[str, str], on_tpu: bool) -> dict[str, str | int] | None:
+
+def _number(env: Mapping[str, str], name: str) -> int:
+    if not env[name].isdecimal():
+        raise UserError(f"{name}={env[name]}: give a whole number")
+    return int(env[name])
+
+
+def cluster(env: Mapping[str, str], on_tpu: bool) -> dict[str, Any] | None:
     """What `jax.distributed.initialize` must be told in this environment; None on a plain machine.
 
     An address in JAX_COORDINATOR_ADDRESS comes first (with JAX_NUM_PROCESSES and JAX_PROCESS_ID, or the rank that
     Open MPI, SLURM or an indexed Kubernetes job sets); then SLURM and Open MPI jobs of more than one task; then TPU
-    machines, on GCE or GKE. An interactive shell inside a SLURM allocation is a plain machine.
+    machines, on GCE or GKE. An interactive shell inside a SLURM allocation is a plain machine. Open MPI's ranks on one
+    node take a GPU each; JAX sees to that only where it finds the variables of Open MPI 4.
+    Raises `UserError` for a job of which only a part is told.
     """
     pair = next((pair for pair in _RANKS if all(name in env for name in pair)), None)
-    rank = {"process_id": int(env[pair[0]]), "num_processes": int(env[pair[1]])} if pair else {}
+    rank: dict[str, Any] = {}
+    if pair:
+        rank = {"process_id": _number(env, pair[0]), "num_processes": _number(env, pair[1])}
+        # A rank that sees one GPU, or was told its own, needs no choice.
+        chosen = "JAX_LOCAL_DEVICE_IDS" in env or "," not in env.get("CUDA_VISIBLE_DEVICES", ",")
+        if pair[0].startswith("OMPI") and int(env.get("OMPI_COMM_WORLD_LOCAL_SIZE", 1)) > 1 and not chosen:
+            rank["local_device_ids"] = [int(env["OMPI_COMM_WORLD_LOCAL_RANK"])]
     if address := env.get("JAX_COORDINATOR_ADDRESS"):
-        if not rank:
+        if not pair:
             raise UserError("JAX_COORDINATOR_ADDRESS is set: set JAX_NUM_PROCESSES and JAX_PROCESS_ID as well")
+        if rank["process_id"] >= rank["num_processes"]:
+            raise UserError(f"{pair[0]}={env[pair[0]]} must be below {pair[1]}={env[pair[1]]}")
         return {"coordinator_address": address, **rank}
     if on_tpu:
         return {}
+    if not pair and "JAX_NUM_PROCESSES" in env and _number(env, "JAX_NUM_PROCESSES") > 1:
+        raise UserError("JAX_NUM_PROCESSES is set: set JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID as well")
     if rank.get("num_processes", 1) == 1:
         return None
     if "SLURM_STEP_NODELIST" in env or "OMPI_MCA_orte_hnp_uri" in env:
@@ -55,10 +75,9 @@ def cluster(env: Mapping[str, str], on_tpu: bool) -> dict[str, str | int] | None
 
 
 def initialize() -> None:
-    """Joins this process to its job; does nothing on a machine that is in none. Call it before JAX is used.
+    """Joins this process to its job, if it is in one. Call it before JAX is used.
 
-    An exception that nobody catches then ends this process at once, so that the others learn of it; but a failed
-    computation waits, being perhaps the first sign of a lost host, of which JAX learns later and with more to tell.
+    Raises `UserError` when JAX does not run on what JAX_PLATFORMS names first: JAX itself falls back without a word.
     """
     # libtpu and its device files: what JAX itself takes for a TPU machine, without asking a metadata server.
     on_tpu = bool(
@@ -67,9 +86,25 @@ def initialize() -> None:
         and os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu")
     )
     job = cluster(os.environ, on_tpu)
-    if job is None or jax.distributed.is_initialized():
-        return
-    jax.distributed.initialize(**job, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)  # pyright: ignore[reportArgumentType]
+    if job is not None and not jax.distributed.is_initialized():
+        _join(job)
+    if asked := os.environ.get("JAX_PLATFORMS"):
+        try:
+            there = jax.default_backend()
+        except RuntimeError as error:
+            raise UserError(f"JAX_PLATFORMS={asked}: {' '.join(str(error).split())}") from error
+        first = asked.split(",")[0]
+        if _BACKENDS.get(first, there) != there:
+            raise UserError(f"JAX_PLATFORMS={asked} asks for {first} first, but JAX finds no working one, only {there}")
+
+
+def _join(job: dict[str, Any]) -> None:
+    """Joins the job that `cluster` found.
+
+    An exception that nobody catches then ends this process at once, so that the others learn of it; but a failed
+    computation waits, being perhaps the first sign of a lost host, of which JAX learns later and with more to tell.
+    """
+    jax.distributed.initialize(**job, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     report = sys.excepthook
 
     def end(kind, error, trace) -> None:

@@ -78,10 +78,9 @@ class CLD(AbstractLinearSDE):
         """`R_t = L_t Rot(θ_t)`, `θ' = −β m⁻¹ √det Σ / Σ_xx`, `θ_0 = 0`: a scalar quadrature instead of a stiff matrix ODE.
 
         θ depends on t through `B = ∫β` alone and has a boundary layer in it, of the width b at which `Σ_xx` leaves ε, be it
-        for the initial velocity, `√(ε/Σ_vv(0)) / m_inv`, or, where γ is small, for the noise, `(6ε)^{1/3} / 2√m_inv`, which
-        wants nodes ten times as dense (and leaves an error of 3e-8 at γ = 0; rounding from γ = 1e-4 on):
-        the nodes are Gauss–Legendre in y, `B = b sinh y`. The rate `−√m_inv` per B that θ settles to is kept apart, since
-        float32 holds it exactly.
+        for the initial velocity, `√(ε/Σ_vv(0)) / m_inv`, or, where γ is small, for the noise, `(6ε)^{1/3} / 2√m_inv`. The
+        nodes are Gauss–Legendre in z, `B = b sinh(y z²)`: where γ is small, `√det Σ` begins as `√(B + δ)` with a δ far below
+        b. The rate `−√m_inv` per B that θ settles to is kept apart, since float32 holds it exactly.
         """
         xp, t = as_times(t)
         B = t * (self.beta0 + self.beta1 * t / 2)
@@ -89,12 +88,12 @@ class CLD(AbstractLinearSDE):
         nodes, weights = (xp.asarray(x, t.dtype).reshape((1,) * t.ndim + (-1,)) for x in rule)
         velocity = math.sqrt(self.epsilon / (self.gamma / self.m_inv + self.epsilon)) / self.m_inv
         noise = (6 * self.epsilon) ** (1 / 3) / (2 * math.sqrt(self.m_inv))
-        layer = velocity if velocity < noise else noise / 10
-        y = xp.arcsinh(B / layer)[..., None]
+        y = xp.arcsinh(B / min(velocity, noise))[..., None]
         scale = B[..., None] / xp.where(y > 0, xp.sinh(y), 1)  # the layer's width, such that the last node is B exactly
-        xx, _, det = self._moments(xp, scale * xp.sinh(y * nodes))
+        xx, _, det = self._moments(xp, scale * xp.sinh(y * nodes**2))
         excess = self.m_inv * xp.sqrt(det) / xx - math.sqrt(self.m_inv)
-        theta = -math.sqrt(self.m_inv) * B - (excess * scale * y * xp.cosh(y * nodes) * weights).sum(-1)
+        slope = scale * y * 2 * nodes * xp.cosh(y * nodes**2)
+        theta = -math.sqrt(self.m_inv) * B - (excess * slope * weights).sum(-1)
 
         xx, xv, det = self._moments(xp, B)
         L_xx, L_vx, L_vv = xp.sqrt(xx), xv / xp.sqrt(xx), xp.sqrt(det / xx)

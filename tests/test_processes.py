@@ -1,0 +1,111 @@
+"""Start-up and stopping of a job's processes: which job this is, on which devices, and what a signal does."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from gddim import UserError
+from gddim.parallel import PreemptionGuard
+from gddim.parallel.processes import cluster
+
+SLURM = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NODELIST": "node[1-2]"}
+MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}
+SHARED = {**MPI, "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}  # a node of two ranks
+ADDRESS = {"JAX_COORDINATOR_ADDRESS": "host:1234"}
+
+
+@pytest.mark.parametrize(
+    ("env", "tpu", "told"),
+    [
+        ({}, False, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, False, None),  # a shell in an allocation
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}, False, None),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False, None),
+        (SLURM, False, {"process_id": 3, "num_processes": 8}),
+        ({**MPI, "OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1"}, False, {"process_id": 1, "num_processes": 4}),
+        ({}, True, {}),
+        (
+            {**ADDRESS, "JAX_NUM_PROCESSES": "2", "JOB_COMPLETION_INDEX": "1", "KUBERNETES_SERVICE_HOST": "10.0.0.1"},
+            False,
+            {"coordinator_address": "host:1234", "process_id": 1, "num_processes": 2},
+        ),
+        (
+            {**ADDRESS, "JAX_PROCESS_ID": "0", "JAX_NUM_PROCESSES": "2", **MPI},
+            False,
+            {"coordinator_address": "host:1234", "process_id": 0, "num_processes": 2},
+        ),
+        *(
+            (ADDRESS | env, False, {"coordinator_address": "host:1234", "process_id": 1, "num_processes": 4, **gpus})
+            for env, gpus in (
+                (MPI, {}),
+                (SHARED, {"local_device_ids": [1]}),
+                ({**SHARED, "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, {}),
+                ({**SHARED, "CUDA_VISIBLE_DEVICES": "0,1"}, {"local_device_ids": [1]}),
+                ({**SHARED, "CUDA_VISIBLE_DEVICES": "1"}, {}),  # the rank's own
+                ({**SHARED, "JAX_LOCAL_DEVICE_IDS": "0"}, {}),
+            )
+        ),
+        # Open MPI 5 inside a SLURM step, whose SLURM_LOCALID is 0 for all of a node's ranks
+        ({**SLURM, **SHARED}, False, {"process_id": 1, "num_processes": 4, "local_device_ids": [1]}),
+        ({"JAX_NUM_PROCESSES": "1"}, False, None),
+        ({"JAX_NUM_PROCESSES": "2"}, True, {}),  # a TPU slice knows its own
+    ],
+)
+def test_which_job_this_process_is_in(env, tpu, told):
+    assert cluster(env, tpu) == told
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        (ADDRESS, "JAX_COORDINATOR_ADDRESS is set: set JAX_NUM_PROCESSES and"),
+        (MPI, "4 processes, but no JAX_COORDINATOR_ADDRESS"),
+        ({"JAX_NUM_PROCESSES": "2"}, "JAX_NUM_PROCESSES is set: set JAX_COORDINATOR_ADDRESS"),
+        ({"JAX_NUM_PROCESSES": "2", "JOB_COMPLETION_INDEX": "0"}, "2 processes, but no JAX_COORDINATOR_ADDRESS"),
+        ({**ADDRESS, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "x"}, "JAX_PROCESS_ID=x: give a whole number"),
+        ({**ADDRESS, "JAX_NUM_PROCESSES": "", "JAX_PROCESS_ID": "0"}, "JAX_NUM_PROCESSES=: give a whole number"),
+        ({**ADDRESS, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID=2 must be below JAX_NUM_"),
+    ],
+)
+def test_half_a_job_is_an_error(env, message):
+    with pytest.raises(UserError, match=message):
+        cluster(env, False)
+
+
+@pytest.mark.parametrize(
+    ("platforms", "said"),
+    [("cpu", ""), ("cuda,cpu", "asks for cuda first, but JAX finds no working one, only cpu"), ("tpu", "tpu: Unable")],
+)
+def test_a_missing_accelerator_is_an_error(platforms, said):
+    if said and any(device.platform != "cpu" for device in jax.devices()):
+        pytest.skip("there is one")
+    program = "from gddim.parallel import initialize\ntry: initialize()\nexcept Exception as e: print(repr(e))"
+    env = {**os.environ, "JAX_PLATFORMS": platforms}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+    assert said in done.stdout
+    assert bool(said) == ("UserError" in done.stdout)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_at_the_next_step(number, capfd):
+    before = signal.getsignal(number)
+    with PreemptionGuard() as guard:
+        assert not guard.reached(1)
+        os.kill(os.getpid(), number)
+        assert guard.reached(2)
+    assert signal.getsignal(number) == before
+    assert "saving" in capfd.readouterr().err
+
+
+def test_a_second_interrupt_stops_at_once(capfd):
+    def twice():
+        with PreemptionGuard():
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        twice()
