@@ -197,7 +197,7 @@ def convert(
         raise UserError(f"{workdir} holds a run already and is not overwritten: give a new or an empty folder")
     plan = Plan(experiment)
     state = read_state(source)
-    shapes = plan.model(plan.shapes.model)
+    shapes = eqx.combine(plan.shapes.model, plan.static)
     ema = assign(state, shapes, weights, source)
     raw = assign(state, shapes, "raw", source) if "optimizer" in state else ema
     step = np.asarray(state.get("step", 0))
