@@ -216,10 +216,21 @@ def test_training_on_after_a_fall_back_replaces_what_was_damaged(folder, caplog)
     assert step == 10
     saved.save(15, state, CONFIG)
     saved.wait()
-    assert saved.steps() == [10, 15, 20]  # perhaps it was only unreadable for a moment: it stays until it is replaced
+    assert saved.steps() == [10, 15, 20]  # perhaps 20 was only unreadable for a moment: it ages like any other
     saved.save(20, state, CONFIG)
     saved.close()
     assert_same(Checkpointer(folder).restore(asked_of(make(), mesh_of(1, 1)), step=20)[0], make())
+
+
+def test_a_damaged_step_does_not_crowd_out_a_whole_one(folder):
+    damage(folder / "20", "truncated")
+    saved = Checkpointer(folder, keep_last=1)
+    state, step = saved.restore(asked_of(make(), mesh_of(1, 1)))
+    assert step == 10
+    for step in (12, 15):
+        saved.save(step, state, CONFIG)
+    saved.close()
+    assert Checkpointer(folder).restore(asked_of(make(), mesh_of(1, 1)))[1] == 15
 
 
 def test_the_newest_and_every_kth_are_kept(tmp_path):

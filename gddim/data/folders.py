@@ -34,9 +34,11 @@ class _Files:
             archive = zipfile.ZipFile(path)
             names = (info.filename for info in archive.infolist() if not info.is_dir())
             self.read = archive.read
+        elif not path.exists():
+            raise UserError(f"{path} does not exist")
         else:
-            what = "is neither a folder nor a zip archive of images" if path.exists() else "does not exist"
-            raise UserError(f"{path} {what}" + ("; it may be damaged" if path.suffix == ".zip" and path.exists() else ""))
+            damaged = "; it may be damaged" if path.suffix == ".zip" else ""
+            raise UserError(f"{path} is neither a folder nor a zip archive of images{damaged}")
         self.names = sorted(name for name in names if _is_image(PurePosixPath(name)))
         if not self.names:
             raise UserError(f"{path} holds no images ({', '.join(_SUFFIXES)})")
