@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gddim.errors import UserError
 from gddim.samplers import GDDIM, power_grid, sample
 from gddim.sde import CLD, VP, AbstractLinearSDE, Blurring, LinearSDE
 from gddim.sde.host import on_host
@@ -37,8 +39,13 @@ def shipped() -> dict[str, AbstractLinearSDE]:
 
 
 def laws(sde: AbstractLinearSDE, t_min: float = 1e-3) -> Iterator[Law]:
-    """Measure every law on the process, in float64, at times from `t_min` to the horizon."""
+    """Measure every law on the process, in float64, at times from `t_min` to the horizon.
+
+    Raises `UserError` for a `t_min` outside (0, horizon).
+    """
     T = sde.horizon
+    if not 0 < t_min < T:
+        raise UserError(f"t_min={t_min} must lie in (0, {T}), within the horizon of this {type(sde).__name__}")
     ts = np.geomspace(t_min, T, 12)
     psi = lambda t, s: _at(sde.transition, t, s)
     R = _ranked(_at(sde.noise_factor, ts), psi(ts, ts))
@@ -168,17 +175,22 @@ def slope(sde: AbstractLinearSDE, sampler: GDDIM, steps: int = 96, std: float = 
 
 
 def load(name: str) -> AbstractLinearSDE:
-    """The process called `module:object`; a function without arguments is called. Raises `ValueError` for another thing."""
+    """The process called `module:object`; a function without arguments is called. Raises `UserError` for another thing."""
     module, _, attribute = name.partition(":")
     if not attribute:
-        raise ValueError(f"{name!r} must be module:object, e.g. gddim:CLD or my_package.my_module:my_sde")
+        raise UserError(f"{name!r} must be module:object, e.g. gddim:CLD or my_package.my_module:my_sde")
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"{name}: {error}") from error
-    found = found() if callable(found) and not isinstance(found, AbstractLinearSDE) else found
+        raise UserError(f"{name}: {error}") from error
+    if callable(found):
+        try:
+            inspect.signature(found).bind()
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{name} cannot be called without arguments: {error}; name a process itself") from error
+        found = found()
     if not isinstance(found, AbstractLinearSDE):
-        raise ValueError(f"{name} is a {type(found).__name__}, not a gddim.AbstractLinearSDE")
+        raise UserError(f"{name} is a {type(found).__name__}, not a gddim.AbstractLinearSDE")
     return found
 
 
@@ -189,18 +201,18 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--t-min", type=float, default=1e-3, help="smallest time at which laws are measured (1e-3)")
     options = parser.parse_args(arguments)
+    failed = 0
     try:
         processes = {name: load(name) for name in options.process} or shipped()
+        for name, sde in processes.items():
+            print(name)
+            for law in (*laws(sde, options.t_min), *convergence(sde)):
+                failed += not law.holds
+                verdict, relation = "ok  " if law.holds else "FAIL", "≥" if law.at_least else "≤"
+                print(f"  {verdict} {law.error:10.2e} {relation} {law.limit:.1e}  {law.name}")
     except ValueError as error:
         print(f"gddim.check: {error}", file=sys.stderr)
         return 2
-    failed = 0
-    for name, sde in processes.items():
-        print(name)
-        for law in (*laws(sde, options.t_min), *convergence(sde)):
-            failed += not law.holds
-            verdict, relation = "ok  " if law.holds else "FAIL", "≥" if law.at_least else "≤"
-            print(f"  {verdict} {law.error:10.2e} {relation} {law.limit:.1e}  {law.name}")
     print(f"{failed} laws fail" if failed else "every law holds")
     return int(failed > 0)
 

@@ -4,16 +4,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, PRNGKeyArray, Scalar
+from jaxtyping import Float, PRNGKeyArray, Scalar
 
 from gddim.sde import AbstractLinearSDE
+from gddim.sde.linalg import Array
 
 T_MIN = 1e-5  # the smallest time that is trained on, as published
 
 
 def draw_noise(
     sde: AbstractLinearSDE, x0: Float[Array, "batch *dims C"], key: PRNGKeyArray, power: float = 1.0
-) -> tuple[Float[Array, " batch"], Float[Array, "batch *dims k C"], Key[Array, " batch"]]:
+) -> tuple[Float[Array, " batch"], Float[Array, "batch *dims k C"], Array]:
     """For each example of a batch a time in [1e-5, T], uniform in `t^{1/power}`, `ε ~ N(0, I)`, and a key for dropout."""
     t_key, eps_key, net_key = jax.random.split(key, 3)
     batch = x0.shape[0]
@@ -28,4 +29,5 @@ def denoising_loss(model: Any, x0: Float[Array, "batch *dims C"], key: PRNGKeyAr
 
     `x0` is data in pixels, scaled; `model` an `EpsModel` or a `Denoiser`. Power 1 is the published `t ~ U[1e-5, T]`.
     """
+    x0 = jnp.asarray(x0)
     return jnp.mean(jax.vmap(model.loss)(x0, *draw_noise(model.sde, x0, key, power)))

@@ -5,11 +5,11 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray, Scalar, ScalarLike
+from jaxtyping import Float, PRNGKeyArray, Scalar, ScalarLike
 
 from gddim.errors import UserError
 from gddim.sde.base import AbstractLinearSDE
-from gddim.sde.linalg import aligned, inverse, product, symmetric_root, transpose
+from gddim.sde.linalg import Array, aligned, inverse, product, symmetric_root, transpose
 
 Net = Any  # net(x, label, key=None): (*dims, channels in) → (*dims, channels out)
 
@@ -33,7 +33,8 @@ class EpsModel(eqx.Module):
     ) -> Float[Array, "*dims k C"]:
         self.sde.check_state(u)
         pixels = self.sde.to_pixels(u)
-        out = self.net(pixels.reshape(*u.shape[:-2], -1), self.time_scale * t, key=key)
+        fields = pixels.reshape(*u.shape[:-2], -1)
+        out = _shaped(self.net(fields, self.time_scale * t, key=key), fields.shape)
         eps = self.sde.from_pixels(out.astype(u.dtype).reshape(u.shape))
         if self.mixed_score:
             rest = u * (jnp.arange(self.sde.k) > 0).astype(u.dtype).reshape((1,) * (u.ndim - 2) + (-1, 1))
@@ -46,6 +47,13 @@ class EpsModel(eqx.Module):
         """Mean of `(ε − ε_θ(Ψ(t,0) u_0 + R_t ε, t))²` for one example: 1 for a network that says 0."""
         u = self.sde.perturb(self.sde.lift(x0), t, eps)
         return jnp.mean((eps - self(u, t, key)) ** 2)
+
+
+def _shaped(out: Array, shape: tuple[int, ...]) -> Array:
+    """What the network returned. Raises `ValueError` unless it has that shape."""
+    if out.shape != shape:
+        raise ValueError(f"the network returned shape {out.shape}; this process and parameterisation take {shape}")
+    return out
 
 
 def _as_tuples(data_std: Any) -> Any:
@@ -122,7 +130,8 @@ class Denoiser(eqx.Module):
         noise, signal, variance = aligned(self.sde.covariance(t), product(psi, transpose(psi)), self._variance(t))
         whitened = product(inverse(symmetric_root(noise + variance * signal)), u)
         pixels = self.sde.to_pixels(whitened)
-        return self.net(pixels.reshape(*u.shape[:-2], -1), self.time_scale * t, key=key).astype(u.dtype)
+        out = self.net(pixels.reshape(*u.shape[:-2], -1), self.time_scale * t, key=key)
+        return _shaped(out, (*u.shape[:-2], u.shape[-1])).astype(u.dtype)
 
     def _variance(self, t: ScalarLike) -> Array:
         """`s²` as `(*#dims, 1, 1)`."""

@@ -8,6 +8,7 @@ import pytest
 import gddim
 from gddim import GDDIM
 from gddim.check import slope
+from gddim.samplers.base import denoising_call
 from gddim.samplers.gddim import triangular
 from gddim.sde.linalg import inverse, product
 
@@ -230,16 +231,120 @@ def test_grids():
     [
         (lambda: GDDIM(0), "order=0"),
         (lambda: GDDIM(lam=-1.0), "lam"),
+        (lambda: gddim.count_calls(gddim.RK45(), 5), "chooses its own steps"),
+        (lambda: gddim.log_snr_grid(gddim.VP(), 1.0, 0.0, 4), "t_min"),
         (lambda: gddim.power_grid(1.0, 2.0, 3), "t_min"),
         (lambda: gddim.power_grid(1.0, 1e-3, 0), "steps"),
         (lambda: GDDIM().coefficients(gddim.CLD(), [0.1, 0.5]), "decrease"),
         (lambda: GDDIM().coefficients(gddim.CLD(), [0.5, 0.5]), "decrease"),
         (lambda: GDDIM().coefficients(gddim.CLD(), [2.0, 0.5]), "defined on"),
+        (lambda: GDDIM().coefficients(gddim.CLD(), "abc"), "given 'abc'"),
+        (lambda: jax.jit(lambda ts: GDDIM().coefficients(gddim.CLD(), ts).ts)(jnp.array([1.0, 0.5])), "traced"),
         (lambda: gddim.SSCS().coefficients(gddim.Blurring(4), [1.0, 0.5]), "SSCS"),
         (lambda: gddim.sample(GDDIM(lam=1.0), gddim.VP(), lambda u, t: u, jnp.ones((1, 2)), [1.0, 0.5]), "key"),
         (lambda: gddim.sample(GDDIM(), gddim.CLD(), lambda u, t: u, jnp.ones((1, 2)), [1.0, 0.5]), "u has shape"),
+        (lambda: gddim.sample(GDDIM(), gddim.VP(), lambda u, t: u, jnp.ones((1, 2), int), [1.0, 0.5]), "dtype int32"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_by_name(call, says):
     with pytest.raises(ValueError, match=says):
         call()
+
+
+@pytest.mark.parametrize(("sampler", "last"), [
+    (gddim.Heun(), "none"), (gddim.RK45(), "none"), (GDDIM(), "data"), (GDDIM(), "euler"),
+])  # fmt: skip
+def test_a_call_at_time_0_where_r_is_singular_is_refused(sampler, last):
+    with pytest.raises(ValueError, match="t_min > 0"):
+        gddim.sample(sampler, gddim.VP(), lambda u, t: u, jnp.ones((1, 2)), [1.0, 0.0], last=last)
+
+
+@pytest.mark.parametrize("sampler", [GDDIM(2), gddim.Heun(), gddim.RK45()], ids=repr)
+@pytest.mark.parametrize(
+    "wrong", [lambda u: u[..., :1], lambda u: u[:1], lambda u: u[0]], ids=["channels", "axis", "rank"]
+)
+def test_an_eps_of_another_shape_is_refused(sampler, wrong):
+    with pytest.raises(ValueError, match=r"eps_fn returned shape .* \(4, 4, 2, 3\)"):
+        gddim.sample(sampler, gddim.CLD(), lambda u, t: wrong(u), jnp.zeros((4, 4, 2, 3)), [1.0, 0.5, 0.1])
+
+
+@pytest.mark.parametrize("number", [np.float32, jnp.float32])
+def test_grids_are_float64_whatever_the_numbers(number):
+    one, low, steps = number(1), number(0.25), number(3)
+    for make in (gddim.power_grid, gddim.uniform_grid, gddim.two_phase_grid):
+        grid = make(one, low, steps)
+        assert type(grid) is np.ndarray
+        assert grid.dtype == np.float64
+        np.testing.assert_array_equal(grid, make(1.0, 0.25, 3))
+    np.testing.assert_array_equal(gddim.log_snr_grid(gddim.VP(), one, low, number(1)), [1.0, 0.25])
+
+
+@pytest.mark.parametrize("steps", [2.5, 0, -1, np.nan, np.inf])
+def test_a_number_of_steps_is_a_positive_integer(steps):
+    with pytest.raises(ValueError, match="steps"):
+        gddim.power_grid(1.0, 1e-3, steps)
+
+
+@pytest.mark.parametrize("number", [np.int64, jnp.int32])
+def test_parameters_are_numbers_of_any_library(number):
+    for sampler, same in (
+        (GDDIM(number(2), lam=jnp.float32(0.5)), GDDIM(2, lam=0.5)),
+        (gddim.CholeskyMultistep(number(2)), gddim.CholeskyMultistep(2)),
+        (gddim.EulerMaruyama(jnp.float32(0.5)), gddim.EulerMaruyama(0.5)),
+        (gddim.RK45(np.float32(0.5)), gddim.RK45(0.5)),
+    ):
+        assert sampler == same
+        assert hash(sampler) == hash(same)
+
+
+class Relaxing(gddim.AbstractLinearSDE):
+    """`du = −u dt + √2 dw`, in jax.numpy alone."""
+
+    k: int = 1
+    horizon: float = 2.0
+
+    def transition(self, t, s):
+        return jnp.exp(-(t - s) * jnp.ones((1, 1)))
+
+    def noise_factor(self, t):
+        return jnp.sqrt(-jnp.expm1(-2 * t * jnp.ones((1, 1))))
+
+    def to_pixels(self, u):
+        return u
+
+    def from_pixels(self, x):
+        return x
+
+
+@pytest.mark.parametrize("last", ["none", "euler", "data"])
+@pytest.mark.parametrize("sampler", [GDDIM(2), gddim.SSCS(), gddim.RK45(1e-3, 1e-3)], ids=repr)
+def test_a_process_in_jax_numpy_alone_samples_as_its_coefficients_do(sampler, last):
+    solved, key = gddim.LinearSDE(lambda t: [[-1.0]], lambda t: [[2.0]], [[0.0]], horizon=2.0), jax.random.key(0)
+    draw = lambda sde, u: gddim.sample(sampler, sde, lambda u, t: jnp.tanh(u), u, [2.0, 0.5, 0.1], key, last)
+    u = jnp.linspace(-1, 1, 6).reshape(1, 6)
+    np.testing.assert_allclose(jax.jit(lambda u: draw(Relaxing(), u))(u), draw(solved, u), rtol=1e-4, atol=1e-5)
+
+
+def test_the_last_call_of_a_process_in_jax_numpy_alone_is_in_float64():
+    psi, weight = denoising_call(Relaxing(), 0.1, "data")
+    np.testing.assert_allclose([psi[0, 0], weight[0, 0]], [np.exp(0.1), -np.sqrt(np.expm1(0.2))], rtol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_samples_in_half_precision(dtype):
+    u = jnp.ones((1, 3), dtype)
+    found = gddim.sample(GDDIM(2, 0.5), gddim.VP(), lambda u, t: u, u, [1.0, 0.5, 0.1], key=jax.random.key(0))
+    assert found.dtype == dtype
+
+
+@pytest.mark.parametrize("sampler", [GDDIM(2), gddim.RK45(1e-3, 1e-3)], ids=repr)
+def test_a_float32_state_stays_so_under_x64(sampler):
+    with jax.enable_x64(True):
+        u = jnp.ones((2, 3), jnp.float32)
+        assert gddim.sample(sampler, gddim.CLD(), lambda u, t: jnp.tanh(u), u, [1.0, 0.5, 0.1]).dtype == jnp.float32
+
+
+def test_noise_drives_the_field_that_the_process_drives():
+    """GGᵀ is singular: its factor is one of many, and rounding must not choose it."""
+    noise = gddim.EulerMaruyama(1.0).coefficients(gddim.CLD(), [1.0, 0.5, 0.1]).noise
+    np.testing.assert_allclose(noise, np.sqrt([0.5, 0.4])[:, None, None] * np.diag([0, np.sqrt(8)]), atol=1e-12)

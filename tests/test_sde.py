@@ -66,6 +66,26 @@ def test_check_command_fails_for_a_broken_process_and_names_a_wrong_one(capsys):
     assert "module:object" in capsys.readouterr().err
 
 
+def too_late():
+    return gddim.Blurring(4, horizon=2.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["gddim:LinearSDE"], "gddim:LinearSDE cannot be called without arguments"),
+        (["gddim:VP", "--t-min", "0"], "t_min=0.0 must lie in"),
+        (["gddim:VP", "--t-min", "1"], "t_min=1.0 must lie in"),
+        (["test_sde:too_late"], "horizon=2.0"),
+    ],
+)
+def test_check_command_says_in_one_line_what_it_cannot_measure(arguments, says, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+
+
 def test_cld_agrees_with_its_own_coefficients_solved_numerically():
     A = np.array([[0.0, 4.0], [-1.0, -4.0]])
     general = gddim.LinearSDE(lambda t: 4 * A, lambda t: np.diag([0.0, 8.0]), np.diag([1e-6, 0.01 + 1e-6]))
@@ -179,6 +199,7 @@ def test_small_matrix_algebra(k):
     ("make", "says"),
     [
         (lambda: gddim.CLD(m_inv=0.0), "m_inv"),
+        (lambda: gddim.CLD(m_inv=np.inf), "m_inv"),
         (lambda: gddim.CLD(beta0=-1.0), "beta0"),
         (lambda: gddim.CLD(epsilon=0.0), "epsilon"),
         (lambda: gddim.VP(beta_max=-1.0), "beta_max"),
@@ -195,6 +216,42 @@ def test_small_matrix_algebra(k):
 def test_bad_processes_are_refused_by_name(make, says):
     with pytest.raises(ValueError, match=says):
         make()
+
+
+@pytest.mark.parametrize("number", [np.float32, jnp.float32])
+def test_parameters_are_numbers_of_any_library(number):
+    for sde, same in (
+        (gddim.CLD(m_inv=number(4), gamma=number(0.25)), gddim.CLD(gamma=0.25)),
+        (gddim.VP(beta_max=number(20)), gddim.VP()),
+        (gddim.Blurring(np.int64(8), sigma_max=number(10)), gddim.Blurring(8)),
+    ):
+        assert sde == same
+        assert hash(sde) == hash(same)
+
+
+@pytest.mark.parametrize("sde", [gddim.VP(), gddim.CLD(), gddim.Blurring(4)], ids=repr)
+def test_coefficients_at_float32_times_are_float32_under_x64(sde):
+    with jax.enable_x64(True):
+        t = jnp.float32(0.5)
+        assert sde.noise_factor(t).dtype == sde.transition(t, 0.0).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(("model", "width"), [(gddim.Denoiser, 3), (gddim.EpsModel, 6)])
+def test_a_network_of_another_width_is_refused(model, width):
+    sde, u = gddim.CLD(), jnp.ones((4, 4, 2, 3))
+    of_width = lambda n: model(sde, lambda x, label, key=None: x[..., :1].repeat(n, -1))
+    assert of_width(width)(u, 0.5).shape == u.shape
+    for other in (1, 2):
+        with pytest.raises(ValueError, match=rf"\(4, 4, {other}\).*\(4, 4, {width}\)"):
+            of_width(other)(u, 0.5)
+
+
+@pytest.mark.parametrize("key", [jax.random.key, jax.random.PRNGKey])
+@pytest.mark.parametrize("array", [np.ones, jnp.ones], ids=["numpy", "jax"])
+def test_loss_takes_numpy_data_and_keys_of_both_kinds(key, array):
+    model = gddim.Denoiser(gddim.CLD(), lambda x, label, key=None: 0 * x[..., :3])
+    expected = gddim.denoising_loss(model, jnp.ones((5, 4, 4, 3)), jax.random.key(0))
+    np.testing.assert_allclose(gddim.denoising_loss(model, array((5, 4, 4, 3), np.float32), key(0)), expected)
 
 
 def test_wrong_state_shape():

@@ -11,10 +11,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, PRNGKeyArray
+from jaxtyping import Float, Num, PRNGKeyArray
 
 from gddim.samplers.grids import check_grid
 from gddim.sde.base import AbstractLinearSDE
+from gddim.sde.host import on_host
 from gddim.sde.linalg import Array, product
 
 EpsFn = Callable[[Array, Array], Array]
@@ -94,7 +95,12 @@ class AbstractSampler(eqx.Module):
 
 
 def count_calls(sampler: Any, steps: int, last: Last = "none") -> int:
-    """NFE of `sample` with that many steps: network calls, the final denoising call included."""
+    """NFE of `sample` with that many steps: network calls, the final denoising call included.
+
+    Raises `ValueError` for a sampler that chooses its own steps.
+    """
+    if isinstance(sampler, AbstractAdaptive):
+        raise ValueError(f"{sampler} chooses its own steps: `solve` returns the number of its calls")
     return sampler.nfe(steps) + (last != "none")
 
 
@@ -157,11 +163,13 @@ def _pad(value: np.ndarray, name: str) -> np.ndarray:
 
 def denoising_call(sde: AbstractLinearSDE, t: float, last: Last) -> tuple[np.ndarray, np.ndarray]:
     """The matrices of u and ε in the final call from t to 0: an Euler step of the reverse SDE without noise, or `D`."""
-    if last == "data":
-        psi = sde.transition(0.0, t)
-        return psi, -psi @ sde.noise_factor(t)
-    if last != "euler":
+    if last not in ("euler", "data"):
         raise ValueError(f"last={last!r} must be 'none', 'euler' or 'data'")
+    if t == 0:
+        raise ValueError(f"last={last!r} steps from ts[-1] to 0, and ts[-1] is 0; end the grid at a t_min > 0")
+    if last == "data":
+        psi = on_host(sde.transition, np.zeros(()), np.asarray(t))
+        return psi, -psi @ on_host(sde.noise_factor, np.asarray(t))
     F, half = sde.velocity_factors(t)
     return np.eye(sde.k) - t * F, -2 * t * half
 
@@ -169,17 +177,25 @@ def denoising_call(sde: AbstractLinearSDE, t: float, last: Last) -> tuple[np.nda
 def denoise(sde: AbstractLinearSDE, eps_fn: EpsFn, u: Array, t: float, last: Last) -> Array:
     """The state at 0 by one more call at the host time `t`: `last` is "euler" or "data"."""
     psi, weight = denoising_call(sde, t, last)
-    return product(psi, u) + product(weight, eps_fn(u, jnp.asarray(t, u.dtype)).astype(u.dtype))
+    return product(psi, u) + product(weight, predict(eps_fn, u, jnp.asarray(t, u.dtype)))
+
+
+def predict(eps_fn: EpsFn, u: Array, t: Array) -> Array:
+    """`ε(u, t)` in the precision of `u`. Raises `ValueError` unless it has the shape of `u`."""
+    eps = jnp.asarray(eps_fn(u, t))
+    if eps.shape != u.shape:
+        raise ValueError(f"eps_fn returned shape {eps.shape} for a state of shape {u.shape}; the two must agree")
+    return eps.astype(u.dtype)
 
 
 @eqx.filter_jit
 def run(rows: Calls, eps_fn: EpsFn, u: Float[Array, "..."], key: PRNGKeyArray) -> Float[Array, "..."]:
     """The one loop: u after all calls. `rows` are arguments of the compiled program, so no table recompiles it."""
-    rows = jax.tree.map(lambda x: jnp.asarray(x, u.dtype) if x.dtype == np.float64 else jnp.asarray(x), rows)
+    rows = jax.tree.map(lambda x: x.astype(u.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, rows)
 
     def step(state: tuple[Fields, Fields, list[Fields]], row: Calls) -> tuple[tuple[Fields, Fields, list[Fields]], None]:
         base, u, history = state
-        eps = _apart(eps_fn(_together(u), row.time).astype(u[0].dtype))
+        eps = _apart(predict(eps_fn, _together(u), row.time))
         record = _combine((row.record_u, u), (row.record_eps, eps))
         history = [_choose(row.slot == j, record, old) for j, old in enumerate(history)]
         u = _combine((row.psi, base), *zip(row.weights, history, strict=True))
@@ -227,7 +243,7 @@ def sample(
     sampler: Any,
     sde: AbstractLinearSDE,
     eps_fn: EpsFn,
-    u: Float[Array, "..."],
+    u: Num[Array, "..."],
     ts: Any,
     key: PRNGKeyArray | None = None,
     last: Last = "none",
@@ -236,8 +252,11 @@ def sample(
 
     `eps_fn(u, t)` takes and returns one state; its result is cast to the precision of `u`. The call runs under `jit`,
     `vmap` and `shard_map`; coefficients are computed on the host and are arguments of the compiled loop, which is one
-    program for every sampler of this package on grids that make the same number of calls. `key` draws the noise of λ > 0.
-    Raises `ValueError` for a wrong state shape, a grid that does not decrease within [0, horizon], a missing key.
+    program for every sampler of this package on grids that make the same number of calls. An Equinox module as `eps_fn`
+    (`EpsModel`, `Denoiser`, your own) or one function compiles once, whatever arrays the module holds; a fresh lambda at
+    each call compiles anew, and it and the arrays that it closes over are kept alive. `key` draws the noise of λ > 0.
+    Raises `ValueError` for a state or an ε of a wrong shape, a state of integers, a grid that does not decrease within
+    [0, horizon], a missing key, a `last` call after a grid that ends at 0.
 
     >>> sde, x0 = gddim.VP(), jnp.array([0.3, -0.8])
     >>> def eps_fn(u, t):  # the exact ε of data that are the one point x0
@@ -247,7 +266,10 @@ def sample(
     >>> bool(jnp.allclose(sde.project(one_step), x0, atol=1e-4))
     True
     """
+    u = jnp.asarray(u)
     sde.check_state(u)
+    if not jnp.issubdtype(u.dtype, jnp.floating):
+        raise ValueError(f"u has dtype {u.dtype}; a state is of floating-point numbers")
     ts = check_grid(sde, ts)
     if isinstance(sampler, AbstractAdaptive):
         return sampler.solve(sde, eps_fn, u, ts, last)[0]

@@ -8,13 +8,14 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
-from gddim.samplers.base import AbstractAdaptive, AbstractSampler, Coefficients, EpsFn, Last, denoise
+from gddim.samplers.base import AbstractAdaptive, AbstractSampler, Coefficients, EpsFn, Last, denoise, predict
 from gddim.samplers.gddim import history_nodes, triangular
 from gddim.samplers.grids import check_grid
 from gddim.samplers.quadrature import Panels, lagrange
 from gddim.sde.base import AbstractLinearSDE
 from gddim.sde.collocation import DIFFERENTIATE
-from gddim.sde.linalg import Array, lq, product
+from gddim.sde.host import as_index, on_host
+from gddim.sde.linalg import Array, inverse, lq, product
 
 
 class CholeskyMultistep(AbstractSampler):
@@ -24,11 +25,11 @@ class CholeskyMultistep(AbstractSampler):
     an order outside 1 … 4.
     """
 
-    order: int = eqx.field(default=3, static=True)
+    order: int = eqx.field(default=3, static=True, converter=as_index)
     """Number of nodes, 1 to 4."""
 
     def __check_init__(self) -> None:
-        if self.order not in (1, 2, 3, 4):
+        if type(self.order) is not int or not 1 <= self.order <= 4:
             raise ValueError(f"CholeskyMultistep: order={self.order} must be 1, 2, 3 or 4")
 
     def nfe(self, steps: int) -> int:
@@ -55,7 +56,7 @@ class EulerMaruyama(AbstractSampler):
     λ = 0 is Euler on the probability flow. Raises `ValueError` for λ < 0.
     """
 
-    lam: float = eqx.field(default=0.0, static=True)
+    lam: float = eqx.field(default=0.0, static=True, converter=float)
     """λ ≥ 0: 0 is the probability flow, 1 the reverse SDE."""
 
     def __check_init__(self) -> None:
@@ -78,14 +79,15 @@ class EulerMaruyama(AbstractSampler):
 class Heun(AbstractSampler):
     """Heun's second-order method on the probability flow: the trapezoidal rule with Euler's prediction, two calls a step.
 
-    With `f = F u + ½ GGᵀR⁻ᵀ ε` as history: `û = u − h f(u, t)`, then `u_s = u − h/2 (f(u, t) + f(û, s))`.
+    With `f = F u + ½ GGᵀR⁻ᵀ ε` as history: `û = u − h f(u, t)`, then `u_s = u − h/2 (f(u, t) + f(û, s))`. Raises
+    `ValueError` for a grid that ends where R is singular (VP at t = 0).
     """
 
     def nfe(self, steps: int) -> int:
         return 2 * steps
 
     def coefficients(self, sde: AbstractLinearSDE, ts: Any) -> Coefficients:
-        ts = check_grid(sde, ts)
+        ts = _check_end(sde, check_grid(sde, ts))
         F, half = sde.velocity_factors(ts)
         one = np.broadcast_to(np.eye(sde.k), F[1:].shape)
         h = -np.diff(ts).reshape(-1, *(1,) * (F.ndim - 1)) * one
@@ -133,19 +135,22 @@ class SSCS(AbstractSampler):
         x, w = np.polynomial.legendre.leggauss(32)
         tau = s[:, None] + (t - s)[:, None] * (1 + x) / 2
         S_inv, at_s = np.linalg.inv(S), s[:, None] + 0 * tau
-        within = S @ sde.transition(tau, at_s).swapaxes(-1, -2) @ S_inv
+        within = S @ on_host(sde.transition, tau, at_s).swapaxes(-1, -2) @ S_inv
         root = triangular_root(sde.diffusion_squared(tau)) * np.sqrt((t - s)[:, None] / 2 * w)[..., None, None]
         increments = np.moveaxis(within @ root, 1, -2)
         noise = triangular(increments.reshape(len(t), sde.k, -1))
-        return S @ sde.transition(t, s).swapaxes(-1, -2) @ S_inv, noise
+        return S @ on_host(sde.transition, t, s).swapaxes(-1, -2) @ S_inv, noise
 
 
 class RK45(AbstractAdaptive):
-    """The probability flow by Dormand–Prince 5(4) with adaptive steps (diffrax), as in Song et al. 2021."""
+    """The probability flow by Dormand–Prince 5(4) with adaptive steps (diffrax), as in Song et al. 2021.
 
-    rtol: float = eqx.field(default=1e-5, static=True)
+    Raises `ValueError` for a tolerance ≤ 0, or a grid that ends where R is singular (VP at t = 0).
+    """
+
+    rtol: float = eqx.field(default=1e-5, static=True, converter=float)
     """Relative tolerance of a step."""
-    atol: float = eqx.field(default=1e-5, static=True)
+    atol: float = eqx.field(default=1e-5, static=True, converter=float)
     """Absolute tolerance of a step."""
 
     def __check_init__(self) -> None:
@@ -158,10 +163,10 @@ class RK45(AbstractAdaptive):
         import diffrax
 
         def velocity(t: Array, u: Array, _: None) -> Array:
-            F, half = sde.velocity_factors(t)
-            return product(F, u) + product(half, eps_fn(u, t).astype(u.dtype))
+            F, half = (x.astype(u.dtype) for x in sde.velocity_factors(t))
+            return product(F, u) + product(half, predict(eps_fn, u, t))
 
-        ts = check_grid(sde, ts)
+        ts = _check_end(sde, check_grid(sde, ts))
         start, end = jnp.asarray(ts[0], u.dtype), jnp.asarray(ts[-1], u.dtype)
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(velocity), diffrax.Dopri5(), start, end, None, u, max_steps=100_000,
@@ -177,7 +182,18 @@ class RK45(AbstractAdaptive):
 def triangular_root(GG: np.ndarray) -> np.ndarray:
     """A lower triangular G of a positive semidefinite GGᵀ."""
     values, vectors = np.linalg.eigh(GG)
-    return triangular(vectors * np.sqrt(np.maximum(values, 0))[..., None, :])
+    root = vectors * np.sqrt(np.maximum(values, 0))[..., None, :]
+    # of many factors of a singular GGᵀ one, not the one that rounding picks
+    size = np.abs(root)
+    return triangular(np.where(size < 1e-7 * size.max((-2, -1), keepdims=True), 0, root))
+
+
+def _check_end(sde: AbstractLinearSDE, ts: np.ndarray) -> np.ndarray:
+    """The grid, for a sampler that calls ε at its end. Raises `ValueError` where R is singular there."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if ts[-1] == 0 and not np.all(np.isfinite(inverse(on_host(sde.noise_factor, ts[-1:])))):
+            raise ValueError("this sampler calls ε at ts[-1]=0, where R is singular; end the grid at a t_min > 0")
+    return ts
 
 
 def _stationary(sde: AbstractLinearSDE, ts: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from gddim.samplers.grids import check_grid
 from gddim.samplers.quadrature import Panels
 from gddim.sde.base import AbstractLinearSDE
 from gddim.sde.collocation import W, collocate
+from gddim.sde.host import as_index
 from gddim.sde.linalg import inverse
 
 
@@ -31,7 +32,12 @@ class GDDIM(AbstractSampler):
     PECE: two calls a step). The first `order − 1` steps use the orders that their history allows. Correcting ε at λ > 0
     carries it back by `Z⁻¹`: over a few huge steps that amplifies rounding, and "data" is the form to correct.
 
-    Raises `ValueError` for an order outside 1 … 4, λ < 0, or another `interpolate`.
+    `order`: the number of nodes of the polynomials, 1 to 4; 1 is DDIM. The published code counts the degree, one less.
+    `lam`: λ ≥ 0; 0 is the probability flow, without noise; 1 the reverse SDE; between and above, less or more noise.
+    `corrector`: correct every step: one order more, for 2 network calls a step.
+    `interpolate`: "eps", the network's ε, or "data", its data prediction: better for a `Denoiser`, and for λ > 0.
+
+    Raises `ValueError` for an order outside 1 … 4, λ < 0, a corrector that is no bool, or another `interpolate`.
 
     >>> sampler = GDDIM(order=3, interpolate="data")  # what samples a Denoiser in 10 calls
     >>> sampler.nfe(steps=10), GDDIM(order=2, corrector=True).nfe(steps=10)
@@ -41,9 +47,9 @@ class GDDIM(AbstractSampler):
     ((10, 2, 2), (10, 3, 2, 2))
     """
 
-    order: int = eqx.field(default=3, static=True)
+    order: int = eqx.field(default=3, static=True, converter=as_index)
     """Number of nodes, 1 (DDIM) to 4; the published code counts the polynomial's degree, one less."""
-    lam: float = eqx.field(default=0.0, static=True)
+    lam: float = eqx.field(default=0.0, static=True, converter=float)
     """λ ≥ 0: 0 is the probability flow, 1 the reverse SDE."""
     corrector: bool = eqx.field(default=False, static=True)
     """Correct every step by the Adams–Moulton rule with the node s: one order more for twice the calls."""
@@ -51,10 +57,12 @@ class GDDIM(AbstractSampler):
     """What the polynomials interpolate: the network's ε, or its data prediction (better for a Denoiser, and for λ > 0)."""
 
     def __check_init__(self) -> None:
-        if self.order not in (1, 2, 3, 4):
+        if type(self.order) is not int or not 1 <= self.order <= 4:
             raise ValueError(f"GDDIM: order={self.order} must be 1, 2, 3 or 4")
         if not 0 <= self.lam < np.inf:
             raise ValueError(f"GDDIM: lam={self.lam} must be ≥ 0")
+        if not isinstance(self.corrector, bool | np.bool_):
+            raise ValueError(f"GDDIM: corrector={self.corrector!r} must be True or False")
         if self.interpolate not in ("eps", "data"):
             raise ValueError(f"GDDIM: interpolate={self.interpolate!r} must be 'eps' or 'data'")
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import numpy as np
 
 from gddim.sde.base import AbstractLinearSDE
 from gddim.sde.host import on_host
+from gddim.sde.linalg import inverse
 
+Number = Any  # a Python, NumPy or JAX scalar
 
-def power_grid(t_max: float, t_min: float, steps: int, power: float = 2.0) -> np.ndarray:
+def power_grid(t_max: Number, t_min: Number, steps: Number, power: Number = 2.0) -> np.ndarray:
     """Times uniform in `t^{1/power}` from `t_max` down to `t_min`. Returns `(steps + 1,)`.
 
     Raises `ValueError` unless `0 ≤ t_min < t_max`, `steps ≥ 1` and `power > 0`. gDDIM, appendix C.
@@ -18,28 +21,30 @@ def power_grid(t_max: float, t_min: float, steps: int, power: float = 2.0) -> np
     >>> power_grid(1.0, 0.0, steps=4)
     array([1.    , 0.5625, 0.25  , 0.0625, 0.    ])
     """
-    _check_range(t_max, t_min, steps)
+    t_max, t_min, steps = _range(t_max, t_min, steps)
     if not power > 0:
         raise ValueError(f"power={power} must be > 0")
+    power = float(power)
     grid = np.linspace(t_max ** (1 / power), t_min ** (1 / power), steps + 1) ** power
     grid[0], grid[-1] = t_max, t_min
     return grid
 
 
-def uniform_grid(t_max: float, t_min: float, steps: int) -> np.ndarray:
+def uniform_grid(t_max: Number, t_min: Number, steps: Number) -> np.ndarray:
     """Times uniform in t. Returns `(steps + 1,)`."""
     return power_grid(t_max, t_min, steps, power=1.0)
 
 
 def two_phase_grid(
-    t_max: float, t_min: float, steps: int, share: float = 0.5, fraction: float = 0.5, power: float = 2.0
+    t_max: Number, t_min: Number, steps: Number, share: Number = 0.5, fraction: Number = 0.5, power: Number = 2.0
 ) -> np.ndarray:
     """A `share` of the steps uniform from `t_max` to `fraction · t_max`, the rest a power grid down to `t_min`.
 
     Returns `(steps + 1,)`. Raises `ValueError` unless share and fraction lie in (0, 1), `fraction · t_max > t_min`, and
     both phases have a step.
     """
-    _check_range(t_max, t_min, steps)
+    t_max, t_min, steps = _range(t_max, t_min, steps)
+    share, fraction = float(share), float(fraction)
     if not 0 < share < 1 or not 0 < fraction < 1:
         raise ValueError(f"share={share} and fraction={fraction} must lie in (0, 1)")
     middle, first = fraction * t_max, round(share * steps)
@@ -50,42 +55,43 @@ def two_phase_grid(
     return np.concatenate([uniform_grid(t_max, middle, first)[:-1], power_grid(middle, t_min, steps - first, power)])
 
 
-def log_snr_grid(sde: AbstractLinearSDE, t_max: float, t_min: float, steps: int) -> np.ndarray:
+def log_snr_grid(sde: AbstractLinearSDE, t_max: Number, t_min: Number, steps: Number) -> np.ndarray:
     """Times uniform in the log signal-to-noise ratio `log ψᵀΣ_t⁻¹ψ`, `ψ = Ψ(t, 0) e_0`. Returns `(steps + 1,)`.
 
     For k = 1 this is the usual `log α_t/σ_t²`; for CLD it is the precision that the whole state gives of the data. Raises
     `ValueError` for a process with one ratio per frequency, and for `t_min = 0` where the ratio is infinite.
     """
-    _check_range(t_max, t_min, steps)
+    t_max, t_min, steps = _range(t_max, t_min, steps)
     if np.ndim(sde.transition(t_max, 0.0)) > 2:
         raise ValueError(f"{type(sde).__name__} has a signal-to-noise ratio per frequency; use power_grid")
 
     def log_snr(t: np.ndarray) -> np.ndarray:
-        whitened = np.linalg.solve(
-            on_host(sde.noise_factor, t), on_host(lambda x: sde.transition(x, 0 * x), t)[..., :, :1]
-        )
+        with np.errstate(divide="ignore", invalid="ignore"):
+            whitened = inverse(on_host(sde.noise_factor, t)) @ on_host(sde.transition, t, 0 * t)[..., :, :1]
         return np.log((whitened**2).sum((-1, -2)))
 
-    low, high = np.full(steps - 1, t_min), np.full(steps - 1, t_max)
     ends = log_snr(np.array([t_max, t_min]))
     if not np.all(np.isfinite(ends)):
         raise ValueError(f"the log signal-to-noise ratio is not finite on [{t_min}, {t_max}]; raise t_min")
-    target = np.linspace(ends[0], ends[1], steps + 1)[1:-1]
+    target = np.linspace(ends[0], ends[1], steps + 1)
+    low, high = np.full(steps + 1, t_min), np.full(steps + 1, t_max)
     for _ in range(80):  # bisection: the ratio falls with t
         middle = (low + high) / 2
         above = log_snr(middle) > target
         low, high = np.where(above, middle, low), np.where(above, high, middle)
-    return np.concatenate([[t_max], (low + high) / 2, [t_min]])
+    grid = (low + high) / 2
+    grid[0], grid[-1] = t_max, t_min
+    return grid
 
 
 def check_grid(sde: AbstractLinearSDE, ts: Any) -> np.ndarray:
     """`ts` as float64 NumPy. Raises `ValueError` unless it is a strictly decreasing list of ≥ 2 times in [0, horizon]."""
     try:
         grid = np.asarray(ts, np.float64)
-    except Exception as error:
-        raise ValueError(
-            "ts must be concrete numbers (its coefficients are computed on the host), not traced"
-        ) from error
+    except (TypeError, ValueError) as error:
+        given = "traced ones" if isinstance(error, jax.errors.JAXTypeError) else repr(ts)
+        message = f"ts must be a list of concrete numbers (coefficients are computed on the host), given {given}"
+        raise ValueError(message) from error
     if grid.ndim != 1 or grid.size < 2:
         raise ValueError(f"ts has shape {grid.shape}; a grid is a list of at least two times")
     if not np.all(np.diff(grid) < 0):
@@ -95,8 +101,11 @@ def check_grid(sde: AbstractLinearSDE, ts: Any) -> np.ndarray:
     return np.minimum(grid, sde.horizon)
 
 
-def _check_range(t_max: float, t_min: float, steps: int) -> None:
+def _range(t_max: Any, t_min: Any, steps: Any) -> tuple[float, float, int]:
+    """The range and the number of steps, scalars of any library, as Python's."""
     if not 0 <= t_min < t_max:
         raise ValueError(f"t_min={t_min}, t_max={t_max}: a grid needs 0 ≤ t_min < t_max")
-    if steps < 1 or int(steps) != steps:
-        raise ValueError(f"steps={steps} must be a positive integer")
+    count = np.asarray(steps)
+    if count.ndim or count.dtype.kind not in "iuf" or not 1 <= count == np.floor(count) < np.inf:
+        raise ValueError(f"steps={steps!r} must be a positive integer")
+    return float(t_max), float(t_min), int(count)

@@ -67,7 +67,10 @@ class AbstractLinearSDE(eqx.Module):
         return (GG + transpose(GG)) / 2
 
     def velocity_factors(self, t: Time) -> tuple[Array, Array]:
-        """`F_t` and `½ GGᵀR⁻ᵀ = R' − F R`, so that the probability flow is `du/dt = F u + (½ GGᵀR⁻ᵀ) ε`."""
+        """`F_t` and `½ GGᵀR⁻ᵀ = R' − F R`, so that the probability flow is `du/dt = F u + (½ GGᵀR⁻ᵀ) ε`.
+
+        At t = 0, where R may be singular, they are those of a t just above it.
+        """
         return self._derivatives(t)[:2]
 
     def _derivatives(self, t: Time) -> tuple[Array, Array, Array]:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from gddim.sde.base import AbstractLinearSDE, Time
+from gddim.sde.host import as_index
 from gddim.sde.linalg import Array, as_times
 
 
@@ -51,21 +52,21 @@ class Blurring(AbstractLinearSDE):
     `d_t = (1 − d_min) e^{−λτ_t} + d_min`, `α_t = cos²((t + 0.004)/1.008 · π/2)`. Raises `ValueError` outside the ranges.
     """
 
-    size: int = eqx.field(default=32, static=True)
+    size: int = eqx.field(default=32, static=True, converter=as_index)
     """Height and width of the images, in pixels."""
-    sigma_max: float = eqx.field(default=10.0, static=True)
+    sigma_max: float = eqx.field(default=10.0, static=True, converter=float)
     """Blur at t = 1, in pixels, ≥ 0."""
-    d_min: float = eqx.field(default=1e-3, static=True)
+    d_min: float = eqx.field(default=1e-3, static=True, converter=float)
     """What the blur leaves of the highest frequencies, in (0, 1]."""
-    horizon: float = eqx.field(default=1.0, static=True)
+    horizon: float = eqx.field(default=1.0, static=True, converter=float)
     """T, the largest time, ≤ 1."""
     k: ClassVar[int] = 1
 
     def __check_init__(self) -> None:
         if not (isinstance(self.size, int) and self.size >= 1):
             raise ValueError(f"Blurring: size={self.size} must be a positive integer")
-        if not self.sigma_max >= 0:
-            raise ValueError(f"Blurring: sigma_max={self.sigma_max} must be ≥ 0")
+        if not 0 <= self.sigma_max < np.inf:
+            raise ValueError(f"Blurring: sigma_max={self.sigma_max} must be ≥ 0 and finite")
         if not 0 < self.d_min <= 1:
             raise ValueError(f"Blurring: d_min={self.d_min} must lie in (0, 1]")
         if not 0 < self.horizon <= 1:

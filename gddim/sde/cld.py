@@ -46,27 +46,27 @@ class CLD(AbstractLinearSDE):
     (32, 32, 2, 3)
     """
 
-    m_inv: float = eqx.field(default=4.0, static=True)
+    m_inv: float = eqx.field(default=4.0, static=True, converter=float)
     """1/M, the inverse mass, > 0."""
-    beta0: float = eqx.field(default=4.0, static=True)
+    beta0: float = eqx.field(default=4.0, static=True, converter=float)
     """β at t = 0, per unit of time, ≥ 0."""
-    beta1: float = eqx.field(default=0.0, static=True)
+    beta1: float = eqx.field(default=0.0, static=True, converter=float)
     """Slope of β, ≥ 0."""
-    gamma: float = eqx.field(default=0.04, static=True)
+    gamma: float = eqx.field(default=0.04, static=True, converter=float)
     """Variance of the initial velocity over its stationary one M, ≥ 0."""
-    epsilon: float = eqx.field(default=1e-6, static=True)
+    epsilon: float = eqx.field(default=1e-6, static=True, converter=float)
     """Variance added to both fields at t = 0, > 0."""
-    horizon: float = eqx.field(default=1.0, static=True)
+    horizon: float = eqx.field(default=1.0, static=True, converter=float)
     """T, the time at which sampling starts."""
     k: ClassVar[int] = 2
 
     def __check_init__(self) -> None:
         for name in ("m_inv", "epsilon", "horizon"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"CLD: {name}={getattr(self, name)} must be > 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"CLD: {name}={getattr(self, name)} must be > 0 and finite")
         for name in ("beta0", "beta1", "gamma"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"CLD: {name}={getattr(self, name)} must be ≥ 0")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"CLD: {name}={getattr(self, name)} must be ≥ 0 and finite")
         if self.beta0 + self.beta1 == 0:
             raise ValueError("CLD: beta0=0 and beta1=0 leave no diffusion; one of them must be > 0")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,6 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+def as_index(value: Any) -> Any:
+    """An integer of any library as Python's; anything else as it is, to be refused by name."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        return value
 
 
 def in_float64(fn: Callable[..., Any], *times: np.ndarray) -> Any:

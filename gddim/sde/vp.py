@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import equinox as eqx
@@ -17,20 +18,21 @@ class VP(AbstractLinearSDE):
     Raises `ValueError` for `beta_min < 0`, `beta_max ≤ 0`, a β that turns negative within the horizon, `horizon ≤ 0`.
     """
 
-    beta_min: float = eqx.field(default=0.1, static=True)
+    beta_min: float = eqx.field(default=0.1, static=True, converter=float)
     """β at t = 0, per unit of time."""
-    beta_max: float = eqx.field(default=20.0, static=True)
+    beta_max: float = eqx.field(default=20.0, static=True, converter=float)
     """β at t = 1, per unit of time."""
-    horizon: float = eqx.field(default=1.0, static=True)
+    horizon: float = eqx.field(default=1.0, static=True, converter=float)
     """T, the time at which sampling starts."""
     k: ClassVar[int] = 1
 
     def __check_init__(self) -> None:
         at_horizon = self.beta_min + (self.beta_max - self.beta_min) * self.horizon
-        if not (self.horizon > 0 and self.beta_min >= 0 and at_horizon >= 0 and self.beta_min + at_horizon > 0):
+        both = self.beta_min + at_horizon
+        if not (self.horizon > 0 and self.beta_min >= 0 and at_horizon >= 0 and 0 < both < math.inf):
             raise ValueError(
                 f"VP(beta_min={self.beta_min}, beta_max={self.beta_max}, horizon={self.horizon}): "
-                "β(t) must be ≥ 0 on [0, horizon] and not 0 throughout, and the horizon > 0"
+                "β(t) must be finite and ≥ 0 on [0, horizon] and not 0 throughout, and the horizon > 0"
             )
 
     def transition(self, t: Time, s: Time) -> Array:
