@@ -144,7 +144,9 @@ class Checkpointer:
         except (OSError, ValueError) as error:
             full = re.search("No space left on device|Disk quota exceeded", str(error))
             reason = full.group() if full else _line(error)
-            raise OSError(f"{self.directory}: cannot write a checkpoint: {reason}; those that are whole remain") from error
+            raise OSError(
+                f"{self.directory}: cannot write a checkpoint: {reason}; those that are whole remain"
+            ) from error
 
     def _open(self):
         """The manager that writes; made late, since it makes the folder."""

@@ -42,7 +42,11 @@ class EpsModel(eqx.Module):
         return eps
 
     def loss(
-        self, x0: Float[Array, "*dims C"], t: ScalarLike, eps: Float[Array, "*dims k C"], key: PRNGKeyArray | None = None
+        self,
+        x0: Float[Array, "*dims C"],
+        t: ScalarLike,
+        eps: Float[Array, "*dims k C"],
+        key: PRNGKeyArray | None = None,
     ) -> Scalar:
         """Mean of `(ε − ε_θ(Ψ(t,0) u_0 + R_t ε, t))²` for one example: 1 for a network that says 0."""
         u = self.sde.perturb(self.sde.lift(x0), t, eps)
@@ -114,7 +118,11 @@ class Denoiser(eqx.Module):
         return (product(c_skip, u) + product(c_out, out))[..., 0, :]
 
     def loss(
-        self, x0: Float[Array, "*dims C"], t: ScalarLike, eps: Float[Array, "*dims k C"], key: PRNGKeyArray | None = None
+        self,
+        x0: Float[Array, "*dims C"],
+        t: ScalarLike,
+        eps: Float[Array, "*dims k C"],
+        key: PRNGKeyArray | None = None,
     ) -> Scalar:
         """Mean of `(F_θ − (x_0 − c_skip u)/c_out)²` for one example; the target is `c_out (x_0/s² − wᵀε)`."""
         u0 = self.sde.lift(x0)

@@ -1,5 +1,6 @@
 """Print what pyproject.toml requires for an accelerator and a list of extras, for an image without the project itself.
 
+For example:
     python infra/requirements.py pyproject.toml cuda gcs,s3
 """
 

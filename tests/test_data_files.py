@@ -208,7 +208,10 @@ def test_prepare_and_std_from_the_command_line(photos, tmp_path, monkeypatch, ca
         (["std", "digits", "--spectrum", "no/such/folder.npz"], "a new file in a folder that exists"),
         (["std", "five-rings", "--spectrum", "s.npz"], "needs images"),
         (["std", "digits", "--size", "32"], "--size says nothing about digits, which takes no options"),
-        (["prepare", "celeba", "dest", "--channels", "1"], "--channels says nothing about celeba, which takes --root, --size"),
+        (
+            ["prepare", "celeba", "dest", "--channels", "1"],
+            "--channels says nothing about celeba, which takes --root, --size",
+        ),
     ],
 )
 def test_wrong_commands_end_in_one_line_and_write_nothing(photos, monkeypatch, capsys, arguments, says):

@@ -233,6 +233,7 @@ def test_reader_gives_named_tensors_of_both_file_forms(tmp_path: Path, write):
         ({"x": tensor("0", (2,), (1,), 24, -1)}, "reaches outside"),
         ({"x": tensor("0", (2,), (-1,), 24)}, "reaches outside"),
         ({"x": tensor("0", (1,), (1,), 24, 24)}, "reaches outside"),
+        ({"x": tensor("0", (10**12,), (0,), 24)}, "reaches outside"),
         ({"x": tensor("0", (30,), (1,), 30)}, "has 96 bytes, not 120"),
         ({"x": tensor("9", (3,), (1,), 24)}, "data/9"),
         ({"x": tensor("0", (3,), (1,), 24, kind="ComplexFloatStorage")}, "known are FloatStorage"),
@@ -256,7 +257,8 @@ def test_reader_knows_no_opcode_that_tensors_do_not_need(tmp_path: Path):
 
 def test_reader_refuses_foreign_and_cut_files(tmp_path: Path):
     path = tmp_path / "x.pth"
-    for content in (b"", b"not a checkpoint", pickled([1]), pickled(0x1950A86A20F9469CFC6C)):
+    unmarked, unfit = b"\x80\x02t.", b"\x80\x02}X\x01\x00\x00\x00aK\x01K\x02s."
+    for content in (b"", b"not a checkpoint", unmarked, unfit, pickled([1]), pickled(0x1950A86A20F9469CFC6C)):
         path.write_bytes(content)
         with pytest.raises(UserError, match="no PyTorch checkpoint"):
             read_torch(path)

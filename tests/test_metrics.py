@@ -168,22 +168,6 @@ def test_inception_score_equals_its_definition_for_every_cut_of_the_stream():
         metrics.inception_score(p, splits=91)
 
 
-def test_classifier_report_finds_the_classes_of_digits_and_doubts_mixtures():
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(n_class=5, return_X_y=True)
-    train, held_out, missing = images[:500], images[500:], 3
-    samples = held_out[labels[500:] != missing]
-    report = metrics.classifier_report(samples, held_out, train, labels[:500])
-    assert report.shares[missing] < 0.05
-    assert sum(report.shares.values()) == pytest.approx(1)
-    assert all(share > 0.15 for label, share in report.shares.items() if label != missing)
-    assert report.held_out_confidence > 0.9
-    assert abs(report.confidence - report.held_out_confidence) < 0.03
-    ghosts = (held_out + held_out[::-1]) / 2
-    assert metrics.classifier_report(ghosts, held_out, train, labels[:500]).confidence < report.confidence - 0.15
-
-
 def test_a_set_is_compared_with_itself_as_with_a_copy():
     x = np.random.default_rng(7).standard_normal((50, 8))
     assert metrics.kid(x, x) == metrics.kid(x, x.copy())

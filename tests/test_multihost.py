@@ -28,7 +28,9 @@ BATCH, RECORDS = 64, 1_000
 class Job:
     """The processes of one run of tests/worker.py, of `devices` fake devices each."""
 
-    def __init__(self, *words: object, processes: int = 2, devices: int = 4, logs: Path, records_until: int = 0, folders=()):
+    def __init__(
+        self, *words: object, processes: int = 2, devices: int = 4, logs: Path, records_until: int = 0, folders=()
+    ):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

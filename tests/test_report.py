@@ -16,6 +16,7 @@ from gddim.evaluation.published import TABLES
 from gddim.evaluation.report import plot, table
 from gddim.evaluation.samplers import parse_sampler, sampler_name, steps_for
 from gddim.evaluation.statistics import Statistics
+from gddim.evaluation.sweep import read_rows
 from gddim.samplers import Heun
 
 WORDS = (
@@ -89,6 +90,10 @@ def test_the_table_has_means_and_spreads_of_seeds_the_floor_and_the_published_nu
     assert "| *R, three nodes, Table 1* | 3.90 | 2.26 |" in lines
     assert "| CIFAR10, held out (floor) | 3.15 | 3.15 |" in lines
     assert "Mean ± standard deviation over 3 seeds." in lines
+    assert "| em:lam=1 | 0.001 | diverged |" in lines, "the error of a KID is none over seeds"
+    alone = table([cifar_row("gddim:3", 50, 2.3), cifar_row("heun", 51, 2.4) | {"measured": {"nfe": 50.0}}])
+    assert "| gddim:3 | 0.001 ± 0.0001 |  |" in alone
+    assert "| heun |  | 2.40 at 50 |" in alone
     assert "VP" not in text
     few = table([cifar_row("gddim:3", 50, 9.0, samples=5000)])
     assert "FID of only 5,000 samples" in few
@@ -100,6 +105,21 @@ def test_the_table_has_means_and_spreads_of_seeds_the_floor_and_the_published_nu
 def test_results_without_a_cell_are_no_picture(tmp_path: Path):
     with pytest.raises(UserError, match="no results yet"):
         plot([], tmp_path / "p.png")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"cell": {"sampler": "gddim:3"}}, "cell of a row lacks nfe, samples, seed"),
+        ({"measured": {}}, "measured of a row lacks nfe"),
+        ({"provenance": {"process": "CLD()", "features": "pixels"}}, "provenance of a row lacks reference"),
+        ({"metrics": [1.0]}, "no results"),
+    ],
+)
+def test_rows_without_what_a_table_needs_are_no_results(tmp_path: Path, change: dict, says: str):
+    (tmp_path / "r.jsonl").write_text(json.dumps(cifar_row("gddim:3", 50, 2.3) | change))
+    with pytest.raises(UserError, match=says):
+        read_rows(tmp_path / "r.jsonl")
 
 
 def test_published_numbers_are_those_of_the_paper():
@@ -118,6 +138,58 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     except SystemExit as ended:
         return int(ended.code or 0)
     return 0
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line with which a command ends."""
+    weightless = InceptionFeatures(InceptionV3({}, None), "", "tf1")
+    monkeypatch.setattr(command_line.InceptionFeatures, "load", lambda *_: weightless)
+    capsys.readouterr()
+    assert command(monkeypatch, *arguments) == 2
+    told = capsys.readouterr().err.strip()
+    assert told.startswith("error: ")
+    assert "\n" not in told
+    return told
+
+
+def test_what_cannot_be_compared_is_refused_before_features_are_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(command_line, "source_statistics", None)
+    pixels = ("--features", "pixels")
+    said = lambda *arguments: refused(monkeypatch, capsys, *arguments)
+    np.savez(tmp_path / "mu.npz", mu=np.zeros(5), sigma=np.eye(5))
+    assert "dimension 5 cannot be compared with pixels, 64" in said("fid", "digits:test", tmp_path / "mu.npz", *pixels)
+    np.savez(tmp_path / "few.npz", samples=np.zeros((3, 8, 8, 1), np.uint8))
+    assert "few.npz holds 3 records" in said("fid", "digits:test", tmp_path / "few.npz", *pixels)
+    assert "no images of 1 or 3 channels" in said("stats", "five-rings", tmp_path / "rings.npz")
+    (tmp_path / "file").write_text("")
+    assert "file" in said("stats", "digits", tmp_path / "file" / "s.npz", *pixels)
+    for mu, sigma in (((2,), (3, 3)), ((3, 1), (3, 3)), ((3,), (3,))):
+        np.savez(tmp_path / "mu.npz", mu=np.zeros(mu), sigma=np.zeros(sigma))
+        assert "are needed" in said("fid", "digits", tmp_path / "mu.npz", *pixels)
+    for wrong in (np.array([[1, 0.5], [0, 1]]), np.full((2, 2), np.nan)):
+        np.savez(tmp_path / "mu.npz", mu=np.zeros(2), sigma=wrong)
+        assert "not finite and symmetric" in said("fid", "digits", tmp_path / "mu.npz", *pixels)
+
+
+def test_statistics_are_read_by_other_programs_and_files_of_samples_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    pixels, points = ("--features", "pixels"), np.random.default_rng(0).normal(size=(60, 2)).astype(np.float32)
+    (tmp_path / "kept").mkdir()
+    for i, part in enumerate(np.split(points, 3)):
+        np.savez(tmp_path / "kept" / f"{i}.npz", samples=part)
+    assert command(monkeypatch, "stats", tmp_path / "kept", tmp_path / "s.npz", *pixels) == 0
+    with np.load(tmp_path / "s.npz") as file:
+        np.testing.assert_allclose(file["mu"], points.mean(0), atol=1e-6)
+        np.testing.assert_allclose(file["sigma"], np.cov(points.T), atol=1e-6)
+    grey = np.random.default_rng(1).integers(0, 256, (60, 4, 4, 1), dtype=np.uint8)
+    np.save(tmp_path / "grey.npy", grey)
+    np.save(tmp_path / "floats.npy", (grey / 127.5 - 1 + 1e-3).astype(np.float32).clip(-1, 1))
+    capsys.readouterr()
+    assert command(monkeypatch, "fid", tmp_path / "grey.npy", tmp_path / "floats.npy", *pixels) == 0
+    assert "Fréchet distance 0.0000" in capsys.readouterr().out
 
 
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -144,13 +216,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         ("fid", tmp_path / "digits.npz", "digits:test"),
         ("report", tmp_path / "none.jsonl", tmp_path / "out"),
     ):
-        monkeypatch.setattr(
-            command_line.InceptionFeatures, "load", lambda *_: InceptionFeatures(InceptionV3({}, None), "", "tf1")
-        )
-        assert command(monkeypatch, *wrong) == 2
-        told = capsys.readouterr().err.strip()
-        assert told.startswith("error: ")
-        assert "\n" not in told
+        refused(monkeypatch, capsys, *wrong)
     assert not (tmp_path / "new.npz").exists()
     rows = [cifar_row("gddim:3", 50, 2.3)]
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -107,7 +107,7 @@ def test_statistics_of_a_stream_do_not_depend_on_batch_or_devices(tmp_path: Path
     one.save(tmp_path / "s.npz")
     read = Statistics.load(tmp_path / "s.npz")
     assert read.digest() == one.digest()
-    assert read.origin == {"source": "images", "records": 2000, "features": "random"}
+    assert read.origin.items() >= {"source": "images", "records": 2000, "features": "random"}.items()
 
 
 def test_statistics_are_those_of_all_records_and_the_subset_a_sample_of_them():

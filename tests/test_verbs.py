@@ -101,14 +101,27 @@ def test_encoding_of_points_and_what_it_refuses(trained, capsys):
         with pytest.raises(SystemExit, match="2"):
             main(points.EXPERIMENT, ["encode", f"--workdir={trained}", *POINTS, f"--sampler={word}"])
         assert "encode: it needs the coefficients of gddim" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(points.EXPERIMENT, ["encode", f"--workdir={trained}", *POINTS, "--sampling.samples=1"])
+    assert "needs at least 2" in capsys.readouterr().err
 
 
 def test_kept_points_are_arrays(trained):
     do(points.EXPERIMENT, trained, "evaluate", "--eval.keep-samples")
     files = sorted((trained / "samples").rglob("*"))
-    assert [file.name for file in files if file.is_file()] == ["000000.npz"] * 2
-    with np.load(files[-1], allow_pickle=False) as file:
+    kept = [file for file in files if file.name == "000000.npz"]
+    assert len(kept) == 2
+    with np.load(kept[-1], allow_pickle=False) as file:
         assert file["samples"].shape == (8, 2)
+    rows = [json.loads(line) for line in (trained / "results.jsonl").read_text().splitlines()]
+    described = json.loads(kept[-1].parent.with_suffix(".json").read_text())
+    assert described in rows, "what samples are stands beside them"
+    before = (trained / "results.jsonl").read_bytes()
+    kept[-1].parent.with_suffix(".json").unlink()
+    kept[-1].unlink()
+    do(points.EXPERIMENT, trained, "evaluate", "--eval.keep-samples")
+    assert kept[-1].exists(), "drawn again where only the row is there"
+    assert (trained / "results.jsonl").read_bytes() == before
 
 
 @pytest.mark.slow
@@ -125,7 +138,10 @@ def test_several_seeds_are_a_mean_and_its_spread(trained):
     values = [row["metrics"]["frechet"] for row in rows]
     table = (trained / "results.md").read_text()
     mean = np.mean(values)
-    assert f"| gddim:2 | {mean:.{2 if mean >= 1 else 3}{'f' if mean >= 1 else 'g'}} ± {np.std(values, ddof=1):.2g} |" in table
+    assert (
+        f"| gddim:2 | {mean:.{2 if mean >= 1 else 3}{'f' if mean >= 1 else 'g'}} ± {np.std(values, ddof=1):.2g} |"
+        in table
+    )
     assert "of only 8 samples" in table
 
 
@@ -214,6 +230,13 @@ def test_a_rule_given_in_the_experiment_places_its_state():
 def test_saved_statistics_can_be_the_reference(trained, tmp_path):
     saved = source_statistics(FiveRings(100, 40, seed=7).test(), PixelFeatures(), "other rings", progress=False)
     saved.save(tmp_path / "rings.npz")
-    do(points.EXPERIMENT, trained, "evaluate", f"--eval.reference={tmp_path / 'rings.npz'}", "--eval.samplers", "gddim:2")
+    do(
+        points.EXPERIMENT,
+        trained,
+        "evaluate",
+        f"--eval.reference={tmp_path / 'rings.npz'}",
+        "--eval.samplers",
+        "gddim:2",
+    )
     row = json.loads((trained / "results.jsonl").read_text().splitlines()[-1])
     assert row["provenance"]["reference"]["digest"] == saved.digest()

@@ -92,7 +92,9 @@ def _images(folder: Path, name: str, raw: bytes) -> UInt8[np.ndarray, "n 32 32 3
     """One batch file: records of a label byte and three planes of 32×32 bytes."""
     found = hashlib.md5(raw, usedforsecurity=False).hexdigest()
     if found != _BATCH_MD5[name]:
-        raise UserError(f"CIFAR-10 in {folder}: {name} is damaged: {len(raw)} bytes with md5 {found}, not {_BATCH_MD5[name]}")
+        raise UserError(
+            f"CIFAR-10 in {folder}: {name} is damaged: {len(raw)} bytes with md5 {found}, not {_BATCH_MD5[name]}"
+        )
     planes = np.frombuffer(raw, np.uint8).reshape(-1, 3073)[:, 1:].reshape(-1, 3, 32, 32)
     return np.ascontiguousarray(planes.transpose(0, 2, 3, 1))
 

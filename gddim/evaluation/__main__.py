@@ -6,24 +6,38 @@ import sys
 import zipfile
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from gddim.data import CIFAR10, SVHN, ArrayFile, ArraySource, CelebA, Digits, FiveRings, ImageFolder, Shards, Source
+from gddim.data import (
+    CIFAR10,
+    SVHN,
+    ArrayFile,
+    ArraySource,
+    CelebA,
+    Digits,
+    FiveRings,
+    ImageFolder,
+    Shards,
+    Source,
+    to_uint8,
+)
 from gddim.errors import UserError
+from gddim.evaluation.cell import LEAST
 from gddim.evaluation.features import FeatureSpace, PixelFeatures
 from gddim.evaluation.inception import CONVENTIONS, PRECISIONS, InceptionFeatures
 from gddim.evaluation.metrics import Gaussian, frechet_distance
-from gddim.evaluation.provenance import software
 from gddim.evaluation.report import plot, table
-from gddim.evaluation.statistics import FEW, Statistics, compare, source_statistics, write_whole
+from gddim.evaluation.statistics import FEW, Statistics, check_writable, compare, source_statistics, write_whole
 from gddim.evaluation.sweep import read_rows
 from gddim.parallel import batch_sharding, make_mesh
 
 _NAMED = {"digits": Digits, "five-rings": FiveRings, "cifar10": CIFAR10, "svhn": SVHN, "celeba": CelebA}
 _SOURCE = (
     f"{', '.join(_NAMED)}, each with :test for its held-out part; or the path of a folder or zip of images, of a .npy "
-    "or .npz file of samples, or of shards"
+    "or .npz file of samples or a folder of such, or of shards"
 )
 
 
@@ -63,8 +77,11 @@ def _stats(options: argparse.Namespace) -> None:
     out = epath.Path(options.out).expanduser()
     if out.exists() or out.suffix != ".npz":
         raise UserError(f"{out} {'exists' if out.exists() else 'is no .npz file'}: name a new .npz file")
-    found = _statistics(_source(options.source, options.size), _space(options), options.source)
-    found.save(out)
+    check_writable(out)
+    space = _space(options)
+    source = _source(options.source, options.size, space)
+    found = source_statistics(source, space, options.source, batch_sharding(make_mesh()))
+    found.save(out, mu=found.moments.mean, sigma=found.moments.covariance)  # by the names that pytorch-fid reads
     print(f"{out}: {found.count:,} records of {options.source}, {found.origin['features']}, digest {found.digest()}")
     _tell_deviation(found)
 
@@ -94,18 +111,26 @@ def _sides(options: argparse.Namespace) -> list[Statistics | Gaussian]:
     saved = [_saved(name) for name in names]
     if None not in saved:
         return [side for side in saved if side]
-    sources = [_source(name, options.size) for name, side in zip(names, saved, strict=True) if side is None]
     space = _space(options)
-    for side in saved:
+    sides = [side or _source(name, options.size, space) for side, name in zip(saved, names, strict=True)]
+    for side, other in (sides, sides[::-1]):
         if isinstance(side, Statistics):
             side.check_space(space.name)
-    taken = iter(sources)
-    return [side or _statistics(next(taken), space, name) for side, name in zip(saved, names, strict=True)]
+        if isinstance(side, Gaussian) and isinstance(other, Source):
+            width = jax.eval_shape(space, other[np.arange(1)]).shape[1]
+            if width != len(side.mean):
+                raise UserError(f"features of dimension {len(side.mean)} cannot be compared with {space.name}, {width}")
+    sharding = batch_sharding(make_mesh())
+    return [
+        side if isinstance(side, Statistics | Gaussian) else source_statistics(side, space, name, sharding)
+        for side, name in zip(sides, names, strict=True)
+    ]
 
 
 def _report(options: argparse.Namespace) -> None:
     rows = read_rows(Path(options.results).expanduser())
     out = epath.Path(options.out).expanduser()
+    check_writable(out)
     text = table(rows)
     plot(rows, out.with_name(f"{out.name}.png"))
     write_whole(out.with_name(f"{out.name}.md"), text.encode())
@@ -118,15 +143,23 @@ def _space(options: argparse.Namespace) -> FeatureSpace:
     return InceptionFeatures.load(options.weights, options.convention, options.precision)
 
 
-def _statistics(source: Source, space: FeatureSpace, name: str) -> Statistics:
+def _source(text: str, size: int | None, space: FeatureSpace) -> Source:
+    """The records that a word names, floating images rounded as saving them would. Raises `UserError` for records that
+    the space or the metrics cannot take.
+    """
+    source = _records(text, size)
+    if len(source) < LEAST:
+        raise UserError(f"{text} holds {len(source)} records, the metrics need at least {LEAST}")
+    if len(source.shape) == 3 and isinstance(source, ArraySource) and source.dtype != np.uint8:
+        source = ArraySource(np.asarray(to_uint8(jnp.asarray(source.array))))
     if isinstance(space, InceptionFeatures) and (source.dtype != np.uint8 or source.shape[-1] not in (1, 3)):
-        raise UserError(f"{name} holds {source.dtype} {source.shape}, no uint8 images: use --features pixels")
-    found = source_statistics(source, space, name, batch_sharding(make_mesh()))
-    found.origin.update(software())
-    return found
+        raise UserError(
+            f"{text} holds {source.dtype} {source.shape}, no images of 1 or 3 channels: use --features pixels"
+        )
+    return source
 
 
-def _source(text: str, size: int | None) -> Source:
+def _records(text: str, size: int | None) -> Source:
     name, _, part = text.partition(":")
     if name in _NAMED and part in ("", "test"):
         return _NAMED[name]().test() if part else _NAMED[name]().train()
@@ -136,6 +169,8 @@ def _source(text: str, size: int | None) -> Source:
     if path.suffix in (".npy", ".npz"):
         samples = _arrays(path).get("samples") if path.suffix == ".npz" else None
         return ArrayFile(str(path), test_every=0).train() if samples is None else ArraySource(samples)
+    if path.is_dir() and (files := sorted(path.glob("*.npz"))):  # as --eval.keep-samples writes them
+        return ArraySource(np.concatenate([_arrays(file)["samples"] for file in files]))
     if (path / "manifest.json").is_file():
         return Shards(str(path)).train()
     return ImageFolder(str(path), size or _first_size(path), test_every=0).train()
@@ -178,9 +213,14 @@ def _saved(text: str) -> Statistics | Gaussian | None:
     names = _arrays(path)
     if "moments.mean" in names:
         return Statistics.load(path)
-    if {"mu", "sigma"} <= names.keys():
-        return Gaussian(names["mu"].astype(np.float64), names["sigma"].astype(np.float64))
-    return None
+    if not {"mu", "sigma"} <= names.keys():
+        return None
+    mean, covariance = names["mu"].astype(np.float64), names["sigma"].astype(np.float64)
+    if mean.ndim != 1 or covariance.shape != 2 * mean.shape:
+        raise UserError(f"{path}: mu (d,) and sigma (d, d) are needed, not {mean.shape} and {covariance.shape}")
+    if not np.abs(covariance - covariance.T).max() <= 1e-6 * np.abs(covariance).max():  # nan is not either
+        raise UserError(f"{path}: sigma is not finite and symmetric")
+    return Gaussian(mean, covariance)
 
 
 if __name__ == "__main__":

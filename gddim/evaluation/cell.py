@@ -119,7 +119,7 @@ class Evaluator:
         end the cell: its row has no metrics, and tells which.
         """
         key = {"cell": cell.describe(), "provenance": self.origin}
-        origin = {"features": self.space.name, "cell": digest_of(key)}
+        origin = {"features": self.space.name, "cell": digest_of(key), "kept": keep is not None}
         found, calls, before = _resume(state, origin)
         first = found.count if found else 0
         advance(first)
@@ -161,7 +161,8 @@ class Evaluator:
             x, made = draw(self.model, solver, self.shape, jnp.asarray(cell.seed, jnp.int32), indices)
             finite = jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))
             x = to_uint8(x) if len(self.shape) == 3 else x
-            pending, ready = (start, x, features_of(self.space, x), made, finite), pending
+            devices = self.sharding.num_devices if self.sharding else 1
+            pending, ready = (start, x, features_of(self.space, x, devices), made, finite), pending
             if ready:
                 yield ready
         if pending:

@@ -5,11 +5,10 @@ Everything here is NumPy in float64 on the host: no metric depends on a device, 
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Float, Int, Num, Shaped
+from jaxtyping import Float, Int, Shaped
 
 Features = Shaped[np.ndarray, "_ d"]  # rows are samples; the number of them differs between sets
 
@@ -231,47 +230,3 @@ def inception_score(probabilities: Features, splits: int = 10) -> tuple[float, f
     if not 1 <= splits <= len(probabilities):
         raise ValueError(f"splits: {splits} given, accepted are 1 to {len(probabilities)} (the number of samples)")
     return ScoreSums.of(probabilities, splits=splits).score()
-
-
-@dataclasses.dataclass(frozen=True)
-class ClassifierReport:
-    """What a classifier of real data finds among samples, and how sure it is beside held-out real data."""
-
-    shares: dict[int, float]
-    confidence: float
-    held_out_confidence: float
-
-
-def classifier_report(
-    samples: Num[np.ndarray, "n ..."],
-    held_out: Num[np.ndarray, "m ..."],
-    train: Num[np.ndarray, "l ..."],
-    labels: Int[np.ndarray, " l"],
-) -> ClassifierReport:
-    """Share of each class among `samples` and the mean probability of the winning class.
-
-    One support-vector machine for each pair of classes, trained on `train` and `labels`, gives calibrated `r_ij`, the
-    probability of i against j; they join as `p_i ∝ 1 / (Σ_j 1/r_ij − (K − 2))` (Price et al. 1994).
-    """
-    from sklearn.calibration import CalibratedClassifierCV
-    from sklearn.multiclass import OneVsOneClassifier
-    from sklearn.svm import SVC
-
-    def flat(x: np.ndarray) -> np.ndarray:
-        return np.asarray(x, np.float64).reshape(len(x), -1)
-
-    classes = np.unique(labels)
-    calibrated = CalibratedClassifierCV(SVC(), cv=3, ensemble=False)  # pyright: ignore[reportArgumentType]
-    machines = OneVsOneClassifier(calibrated).fit(flat(train), labels).estimators_
-
-    def probabilities(x: np.ndarray) -> np.ndarray:
-        inverse = np.zeros((len(x), len(classes)))
-        for pair, machine in zip(itertools.combinations(range(len(classes)), 2), machines, strict=True):
-            inverse[:, pair] += 1 / machine.predict_proba(flat(x))  # pyright: ignore[reportOptionalMemberAccess]
-        p = 1 / (inverse - (len(classes) - 2))
-        return p / p.sum(axis=1, keepdims=True)
-
-    found, reference = probabilities(samples), probabilities(held_out)
-    winners = found.argmax(axis=1)
-    shares = {int(label): float((winners == i).mean()) for i, label in enumerate(classes)}
-    return ClassifierReport(shares, float(found.max(axis=1).mean()), float(reference.max(axis=1).mean()))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import platform
 import subprocess
 from importlib.metadata import version
@@ -42,17 +43,21 @@ def hardware() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this package runs from, marked if files differ from it; None outside of one."""
+    """The commit of the checkout that this package runs from, with a digest of what differs from it; None outside of one."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, errors="replace", timeout=10
+        )
         return done.stdout.strip() if done.returncode == 0 else ""
 
     try:
         if not git("rev-parse", "--show-toplevel") or Path(git("rev-parse", "--show-toplevel")) != root:
             return None
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + ("-modified" if changed else "")
+        changed = git("diff", "HEAD")
+        return git("rev-parse", "HEAD") + (
+            f"-modified-{hashlib.sha256(changed.encode()).hexdigest()[:8]}" if changed else ""
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -23,10 +23,14 @@ TITLES = {
     "recall": "recall",
     "inception_score": "Inception Score",
 }
+ERRORS = {"kid": "kid_error", "inception_score": "inception_score_spread"}
 
 
 class Entry(NamedTuple):
-    """The seeds of one cell: mean and standard deviation of a metric, mean number of network calls."""
+    """The seeds of one cell: mean and spread of a metric, mean number of network calls.
+
+    The spread is the standard deviation over seeds, of a single one the error that the metric itself states, if any.
+    """
 
     mean: float
     spread: float
@@ -36,7 +40,7 @@ class Entry(NamedTuple):
     def __str__(self) -> str:
         if not math.isfinite(self.mean):
             return "diverged"
-        return _digits(self.mean) if self.seeds == 1 else f"{_digits(self.mean)} ± {self.spread:.2g}"
+        return f"{_digits(self.mean)} ± {self.spread:.2g}" if self.spread or self.seeds > 1 else _digits(self.mean)
 
 
 def _digits(value: float) -> str:
@@ -57,6 +61,10 @@ class Group(NamedTuple):
     @property
     def samples(self) -> int:
         return self.rows[0]["cell"]["samples"]
+
+    @property
+    def seeds(self) -> set[int]:
+        return {row["cell"]["seed"] for row in self.rows}
 
     @property
     def process(self) -> str:
@@ -83,20 +91,25 @@ class Group(NamedTuple):
         for row in self.rows:
             if metric in row["metrics"] or "not_finite" in row["measured"]:
                 found.setdefault(self._label(row), {}).setdefault(row["cell"]["nfe"], []).append(row)
-        return {label: {nfe: _entry(rows, metric) for nfe, rows in cells.items()} for label, cells in found.items()}
+        error = ERRORS.get(metric) if len(self.seeds) == 1 else None
+        return {
+            label: {nfe: _entry(rows, metric, error) for nfe, rows in cells.items()} for label, cells in found.items()
+        }
 
     def _label(self, row: Row) -> str:
         """The sampler, with what else differs between the rows of this group."""
         words = [row["cell"]["sampler"]]
         for name in ("last", "power", "t_min"):
-            if len({other["cell"][name] for other in self.rows}) > 1:
-                words.append(f"{name}={row['cell'][name]}")
+            if len({other["cell"].get(name) for other in self.rows}) > 1:
+                words.append(f"{name}={row['cell'].get(name)}")
         return ", ".join(words)
 
 
-def _entry(rows: list[Row], metric: str) -> Entry:
+def _entry(rows: list[Row], metric: str, error: str | None) -> Entry:
     values = [row["metrics"].get(metric, math.inf) for row in rows]
     spread = float(np.std(values, ddof=1)) if len(values) > 1 and np.isfinite(values).all() else 0.0
+    if error:
+        spread = rows[0]["metrics"].get(error, 0.0)
     return Entry(float(np.mean(values)), spread, len(values), float(np.mean([row["measured"]["nfe"] for row in rows])))
 
 
@@ -127,9 +140,10 @@ def _section(group: Group) -> list[str]:
         ", ".join(f"{name} {origin[name]}" for name in known if origin.get(name) is not None) + ".",
         "",
     ]
-    seeds = {row["cell"]["seed"] for row in group.rows}
-    if len(seeds) > 1:
-        lines += [f"Mean ± standard deviation over {len(seeds)} seeds.", ""]
+    if len(group.seeds) > 1:
+        lines += [f"Mean ± standard deviation over {len(group.seeds)} seeds.", ""]
+    elif any(metric in row["metrics"] for row in group.rows for metric in ERRORS):
+        lines += ["KID ± its standard error, Inception Score ± its standard deviation over ten parts.", ""]
     for metric in ("frechet", *TITLES):
         lines += _metric_table(group, metric)
     return lines
@@ -144,9 +158,9 @@ def _metric_table(group: Group, metric: str) -> list[str]:
     header = [group.title(metric), *(f"NFE {nfe}" for nfe in columns), *(["adaptive"] if adaptive else [])]
     body = []
     for label, cells in entries.items():
-        line = [label, *(str(cells[nfe]) if nfe in cells else "" for nfe in columns)]
+        line = [label, *(_told(cells[nfe], nfe) if nfe in cells else "" for nfe in columns)]
         if adaptive:
-            line.append(f"{cells[None]} at {cells[None].nfe:.0f}" if None in cells else "")
+            line.append(_told(cells[None], None) if None in cells else "")
         body.append(line)
     for row in group.published() if metric == "frechet" else []:
         if set(row.values) & set(columns):
@@ -157,6 +171,11 @@ def _metric_table(group: Group, metric: str) -> list[str]:
         body.append([f"{group.floor['cell']['source']} (floor)", *[value] * (len(header) - 1)])
     rule = ["---", *["---:"] * (len(header) - 1)]
     return [*(f"| {' | '.join(cells)} |" for cells in [header, rule, *body]), ""]
+
+
+def _told(entry: Entry, budget: int | None) -> str:
+    """An entry, with its network calls where they are not those of the column."""
+    return str(entry) if entry.nfe == budget else f"{entry} at {entry.nfe:.0f}"
 
 
 def _published(value: float | str) -> str:

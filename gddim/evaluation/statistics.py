@@ -5,11 +5,11 @@ import hashlib
 import io
 import json
 import os
-import zipfile
 from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
@@ -20,6 +20,7 @@ from gddim.errors import UserError
 from gddim.evaluation import metrics
 from gddim.evaluation.features import FeatureSpace
 from gddim.evaluation.metrics import Moments, ScoreSums
+from gddim.evaluation.provenance import software
 
 SUBSET = 5000  # features kept for the metrics that compare pairs: KID, energy distance, precision and recall
 FEW = 10_000  # below so many samples a Fréchet distance is biased enough that its name must tell their number
@@ -65,9 +66,9 @@ class Statistics:
         if self.origin["features"] != name:
             raise UserError(f"different feature spaces cannot be compared: {self.origin['features']} and {name}")
 
-    def save(self, path: os.PathLike) -> None:
-        """Write an npz file that appears whole or not at all."""
-        arrays: dict[str, Any] = {f"moments.{k}": v for k, v in dataclasses.asdict(self.moments).items()}
+    def save(self, path: os.PathLike, **more: np.ndarray) -> None:
+        """Write an npz file, with `more` arrays for other readers, that appears whole or not at all."""
+        arrays: dict[str, Any] = more | {f"moments.{k}": v for k, v in dataclasses.asdict(self.moments).items()}
         if self.scores:
             arrays |= {f"scores.{k}": v for k, v in dataclasses.asdict(self.scores).items()}
         buffer = io.BytesIO()
@@ -85,10 +86,23 @@ class Statistics:
                 for part in ("moments", "scores")
             }
             parts["moments"]["count"] = int(parts["moments"]["count"])
+            subset, origin, d = arrays["subset"], json.loads(str(arrays["origin"])), parts["moments"]["mean"].shape
+            if (parts["moments"]["scatter"].shape, subset.shape[1:], len(d)) != (2 * d, d, 1):
+                raise ValueError("the shapes of its arrays do not fit")
+            if not isinstance(origin["features"], str):
+                raise ValueError("it does not name its feature space")
             scores = ScoreSums(**parts["scores"]) if parts["scores"] else None
-            return Statistics(Moments(**parts["moments"]), arrays["subset"], scores, json.loads(str(arrays["origin"])))
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            return Statistics(Moments(**parts["moments"]), subset, scores, origin)
+        except Exception as error:  # a file of that name may be anything
             raise UserError(f"{path} holds no statistics that can be read: {error}") from error
+
+
+def check_writable(path: epath.Path) -> None:
+    """Raise `OSError` now for a file that could not be written after long work. Leaves its folder behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.parent / f".{path.name}.new"
+    new.write_bytes(b"")
+    new.unlink()
 
 
 def write_whole(path: epath.Path, content: bytes) -> None:
@@ -105,9 +119,22 @@ def to_host(x: Shaped[Array, "..."]) -> Shaped[np.ndarray, "..."]:
 
 
 @eqx.filter_jit
-def features_of(space: FeatureSpace, samples: Shaped[Array, "b ..."]) -> Float[Array, "b d"]:
-    """The one compiled program of a feature space and a shape."""
-    return space(samples)
+def features_of(space: FeatureSpace, samples: Shaped[Array, "b ..."], devices: int = 1) -> Float[Array, "b d"]:
+    """The one compiled program of a feature space and a shape, for samples split over that many devices.
+
+    Each takes at most `space.chunk` of its own at a time, however many there are.
+    """
+    local = len(samples) // devices
+    parts = -(-local // space.chunk)
+    if parts == 1:
+        return space(samples)
+    size = -(-local // parts)
+    own = samples.reshape(devices, local, *samples.shape[1:])
+    own = jnp.pad(own, ((0, 0), (0, parts * size - local), *((0, 0),) * (samples.ndim - 1)))
+    turns = own.reshape(devices, parts, size, *samples.shape[1:]).swapaxes(0, 1)
+    found = jax.lax.map(lambda x: space(x.reshape(devices * size, *samples.shape[1:])), turns)
+    found = found.reshape(parts, devices, size, -1).swapaxes(0, 1).reshape(devices, parts * size, -1)
+    return found[:, :local].reshape(len(samples), -1)
 
 
 def source_statistics(
@@ -121,14 +148,15 @@ def source_statistics(
 
     order = np.random.default_rng(0).permutation(len(source))
     size = space.chunk * (sharding.num_devices if sharding else 1)
-    origin = {"source": name, "records": len(source), "features": space.name, **space.told(source[order[:64]])}
+    told = {**space.told(source[order[:64]]), **software()}
+    origin = {"source": name, "records": len(source), "features": space.name, **told}
     found = None
     with tqdm(total=len(source), desc=name, unit="img", disable=None if progress else True) as bar:
         for first in range(0, len(source), size):
             indices = order[first : first + size]
             padded = np.concatenate([indices, np.full(size - len(indices), indices[0])])
             batch = jax.device_put(source[padded], sharding)
-            features = to_host(features_of(space, batch))[: len(indices)]
+            features = to_host(features_of(space, batch, len(batch) // space.chunk))[: len(indices)]
             part = Statistics.of(features, space, first, origin)
             found = found.then(part) if found else part
             bar.update(len(indices))

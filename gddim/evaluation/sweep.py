@@ -16,6 +16,12 @@ from gddim.evaluation.statistics import Statistics, compare, write_whole
 
 FLOOR = "data"  # the sampler of the row that compares data with data
 RESULTS = "results.jsonl"
+_NEEDED = {
+    "cell": {"sampler", "nfe", "samples", "seed"},
+    "provenance": {"process", "features", "reference"},
+    "metrics": set(),
+    "measured": {"nfe"},
+}
 
 
 def sweep(
@@ -29,8 +35,9 @@ def sweep(
     """The rows of all cells, in order; those already in `folder/results.jsonl` with the same provenance are kept.
 
     A row is written when its cell is done, the progress inside a cell at most every `save_every` seconds: however
-    it is interrupted, calling it again ends with the same rows. `floor` adds a row that compares other data with the
-    reference, which is as good as a sampler can be. Raises `UserError` before anything is drawn.
+    it is interrupted, calling it again ends with the same rows. `keep_samples` writes the samples of each cell to
+    `folder/samples/KEY` and its row beside them, drawing them again where only the row is there. `floor` adds a row that
+    compares other data with the reference, which is as good as a sampler can be. Raises `UserError` before anything is drawn.
     """
     from tqdm import tqdm
 
@@ -46,7 +53,9 @@ def sweep(
             write_whole(results, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     named = {digest_of({"cell": cell.describe(), "provenance": evaluator.origin}): cell for cell in cells}
-    missing = {key: cell for key, cell in named.items() if key not in known}
+    told = lambda key: folder / "samples" / f"{key}.json"  # there when the samples of a cell are: what they are
+    done = lambda key: key in known and (not keep_samples or told(key).exists())
+    missing = {key: cell for key, cell in named.items() if not done(key)}
     check(list(missing.values()), evaluator.model.sde)
     wanted = list(named)
     if floor is not None:
@@ -61,8 +70,11 @@ def sweep(
             state = folder / "cells" / f"{key}.npz"
             keep = _Keeper(folder / "samples" / key) if keep_samples else None
             row = evaluator.run(cell, state, save_every, keep, lambda n, nfe=cell.nfe: bar.update(n * nfe))
-            add(row)
+            if key not in known:
+                add(row)
             if jax.process_index() == 0:
+                if keep:
+                    write_whole(told(key), (json.dumps(row, indent=1) + "\n").encode())
                 state.unlink(missing_ok=True)
                 found = ", ".join(f"{name} {value:.4g}" for name, value in row["metrics"].items())
                 found = found or f"diverged, {row['measured']['not_finite']} are not finite"
@@ -79,9 +91,12 @@ def read_rows(path: os.PathLike) -> list[Row]:
     """The rows of a results file. Raises `UserError` for what is none."""
     try:
         rows = [json.loads(line) for line in epath.Path(path).read_text().splitlines()]
-        if not all({"cell", "provenance", "metrics", "measured"} <= row.keys() for row in rows):
-            raise ValueError("a row lacks its cell, provenance, metrics or measurements")
-    except (OSError, ValueError, AttributeError) as error:
+        for row in rows:
+            for part, needed in _NEEDED.items():
+                optional = {"nfe"} if part == "measured" and row["cell"]["sampler"] == FLOOR else set()
+                if missing := needed - optional - row[part].keys():
+                    raise ValueError(f"the {part} of a row lacks {', '.join(sorted(missing))}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} holds no results that can be read: {error}") from error
     return rows
 

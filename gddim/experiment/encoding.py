@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 
@@ -18,6 +19,7 @@ from gddim.evaluation.likelihood import bits_per_dimension
 from gddim.evaluation.provenance import hardware, software
 from gddim.evaluation.statistics import to_host, write_whole
 from gddim.experiment.drawing import grid
+from gddim.experiment.measure import checkpoint_digest
 from gddim.experiment.outputs import origin_of, write_npz, write_png
 from gddim.experiment.pictures import gallery, rows
 from gddim.experiment.plan import Plan
@@ -46,7 +48,8 @@ def likelihood(plan: Plan, workdir: epath.Path, step: int | None = None) -> None
         "bits_per_dimension": found.mean,
         "standard_error": found.standard_error,
         "records": len(found.each),
-        "kind": "exact" if experiment.sde.k == 1 else "upper bound",
+        "kind": "exact" if experiment.sde.k == 1 and source.dtype != np.uint8 else "upper bound",
+        "checkpoint": checkpoint_digest(params),
         "experiment": describe(experiment),
         "step": step,
         "devices": hardware(),
@@ -67,6 +70,8 @@ def encode(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
     sampler = settings.sampler
     if not isinstance(sampler, GDDIM) or sampler.lam > 0 or sampler.corrector:
         raise UserError("encode: it needs the coefficients of gddim[:ORDER], without noise and corrector")
+    if settings.samples < 2:
+        raise UserError("sampling.samples: 1 given, encode shows what lies between pairs and needs at least 2")
     names = ("latents.npz", "reconstructions.png", "interpolations.png")
     for name in names:
         origin_of(workdir / name)
@@ -85,7 +90,8 @@ def encode(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
     ends = to_unit(jnp.asarray(source[np.arange(2 * shown)]))
     between = interpolate(coder, ends[:shown], ends[shown:], COLUMNS, _keys(settings.seed, jnp.arange(shown)))
     if jax.process_index() == 0:
-        origin = {"experiment": experiment.name, "step": step, **describe(settings)}
+        made = dataclasses.replace(settings, sampler=GDDIM(sampler.order))  # whichever prediction samples
+        origin = {"experiment": experiment.name, "step": step, **describe(made)}
         write_npz(workdir / names[0], latents, origin)
         pairs = np.stack([np.asarray(ends), data[: 2 * shown]])
         write_png(workdir / names[1], rows(pairs) if data.ndim == 4 else gallery(data), origin)

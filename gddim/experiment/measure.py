@@ -54,6 +54,11 @@ def watched(experiment: Experiment) -> Cell:
     return Cell(sampling.sampler, sampling.nfe, count, sampling.seed, sampling.power, sampling.t_min, sampling.last)
 
 
+def checkpoint_digest(params: PyTree) -> str:
+    """Tells apart parameters that differ in any bit, whatever mesh they are on."""
+    return hashlib.sha256(json.dumps(checksums(jax.tree.leaves(params))).encode()).hexdigest()[:16]
+
+
 class Measure:
     """Feature space and reference statistics, kept in the workdir once they are computed.
 
@@ -79,14 +84,18 @@ class Measure:
 
     def evaluator(self, params: PyTree, step: int) -> Evaluator:
         """What draws samples of these averaged parameters and measures them."""
-        digest = hashlib.sha256(json.dumps(checksums(jax.tree.leaves(params))).encode()).hexdigest()[:16]
         experiment, mesh = self.plan.experiment, self.plan.mesh
         return Evaluator(
             self.plan.model(params),
             experiment.data.shape,
             self.space,
             self.reference,
-            provenance={"experiment": experiment.name, "checkpoint": digest, "step": step, "weights": "EMA"},
+            provenance={
+                "experiment": experiment.name,
+                "checkpoint": checkpoint_digest(params),
+                "step": step,
+                "weights": "EMA",
+            },
             batch=-(-min(experiment.eval.batch, experiment.eval.samples) // mesh.size) * mesh.size,
             sharding=batch_sharding(mesh),
         )

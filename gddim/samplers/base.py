@@ -193,7 +193,9 @@ def run(rows: Calls, eps_fn: EpsFn, u: Float[Array, "..."], key: PRNGKeyArray) -
     """The one loop: u after all calls. `rows` are arguments of the compiled program, so no table recompiles it."""
     rows = jax.tree.map(lambda x: x.astype(u.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, rows)
 
-    def step(state: tuple[Fields, Fields, list[Fields]], row: Calls) -> tuple[tuple[Fields, Fields, list[Fields]], None]:
+    def step(
+        state: tuple[Fields, Fields, list[Fields]], row: Calls
+    ) -> tuple[tuple[Fields, Fields, list[Fields]], None]:
         base, u, history = state
         eps = _apart(predict(eps_fn, _together(u), row.time))
         record = _combine((row.record_u, u), (row.record_eps, eps))

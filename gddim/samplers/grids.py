@@ -13,6 +13,7 @@ from gddim.sde.linalg import inverse
 
 Number = Any  # a Python, NumPy or JAX scalar
 
+
 def power_grid(t_max: Number, t_min: Number, steps: Number, power: Number = 2.0) -> np.ndarray:
     """Times uniform in `t^{1/power}` from `t_max` down to `t_min`. Returns `(steps + 1,)`.
 

@@ -1,0 +1,61 @@
+"""Statistics files, and features that are taken a part at a time."""
+
+import json
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxtyping import Array, Float
+
+from gddim.errors import UserError
+from gddim.evaluation.features import PixelFeatures
+from gddim.evaluation.statistics import Statistics, features_of
+from gddim.parallel import batch_sharding, make_mesh
+
+
+class Told(PixelFeatures):
+    """Pixels, and how many samples were taken at a time."""
+
+    def __call__(self, samples: Float[Array, "b *shape"]) -> Float[Array, "b d"]:
+        flat = samples.reshape(len(samples), -1)
+        return jnp.concatenate([flat, jnp.full((len(samples), 1), len(samples), jnp.float32)], axis=1)
+
+
+@pytest.mark.parametrize("local", [1, 4, 5, 8, 13])
+@pytest.mark.parametrize("devices", [1, 8])
+def test_features_are_taken_at_most_a_chunk_of_each_device_at_a_time(local: int, devices: int):
+    space, x = Told(chunk=4), jax.random.normal(jax.random.key(0), (local * devices, 3, 2))
+    sharding = batch_sharding(make_mesh()) if devices > 1 else None
+    x = jax.device_put(x, sharding)
+    found = features_of(space, x, devices)
+    np.testing.assert_array_equal(found[:, :-1], x.reshape(len(x), -1))
+    assert np.all(found[:, -1] <= 4 * devices)
+    lowered = eqx.filter_jit(lambda x: features_of(space, x, devices)).lower(x)
+    program = lowered.compile().compiled.as_text()
+    assert not any(word in program for word in ("all-gather", "all-to-all", "collective-permute", "all-reduce"))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"origin": np.array(json.dumps({}))}, "features"),
+        ({"origin": np.array(json.dumps([]))}, "indices"),
+        ({"origin": np.array("{")}, "Expecting"),
+        ({"moments.scatter": np.zeros((2, 3))}, "do not fit"),
+        ({"moments.mean": np.zeros((3, 1))}, "do not fit"),
+        ({"subset": np.zeros(3, np.float32)}, "do not fit"),
+        ({"scores.counts": np.zeros(3)}, "argument"),
+    ],
+)
+def test_a_file_that_holds_something_else_is_refused(tmp_path: Path, change: dict, says: str):
+    path = tmp_path / "s.npz"
+    Statistics.of(np.eye(3, dtype=np.float32), PixelFeatures(), 0, {"features": "pixels"}).save(path)
+    with np.load(path) as file:
+        arrays = dict(file)
+    assert Statistics.load(path).count == 3
+    np.savez(path, **(arrays | change))
+    with pytest.raises(UserError, match=rf"s\.npz holds no statistics .*{says}"):
+        Statistics.load(path)
