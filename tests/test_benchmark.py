@@ -71,15 +71,16 @@ def test_an_unknown_name_is_one_line_and_nothing_is_written(one_bench, capsys):
 
 
 def test_a_bench_that_lacks_something_does_not_stop_the_others(one_bench, monkeypatch, capsys):
-    def lacking():
-        raise UserError("needs something")
+    def failing(error):
+        raise error
         yield
 
-    monkeypatch.setitem(BENCHES, "peers", lacking)
-    main(["peers", "loader", "--json", "result.json"])
+    monkeypatch.setitem(BENCHES, "peers", lambda: failing(UserError("needs something")))
+    monkeypatch.setitem(BENCHES, "networks", lambda: failing(RuntimeError("out of memory")))
+    main(["peers", "networks", "loader", "--json", "result.json"])
     assert "peers: needs something" in capsys.readouterr().out
     found = json.loads((one_bench / "result.json").read_text())
-    assert found["not measured"] == ["peers: needs something"]
+    assert found["not measured"] == ["peers: needs something", "networks: RuntimeError('out of memory')"]
     assert len(found["rows"]) == len(ROWS)
 
 

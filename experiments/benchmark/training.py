@@ -79,7 +79,7 @@ def loop(steps: int = 50, repeats: int = 5) -> Iterator[Row]:
     yield Row(title, alone, "s", f"{steps} steps in the training loop", together, Target("ratio", "≥", 0.98))
 
 
-def checkpoint(saves: int = 3, steps: int = 20) -> Iterator[Row]:
+def checkpoint(saves: int = 7, steps: int = 20) -> Iterator[Row]:
     """How long the training thread waits for a save, over the time between two."""
     experiment = cld_digits.EXPERIMENT if on_cpu() else _for_accelerators(cld_cifar10.EXPERIMENT)
     work, waits = Steps(experiment), []
@@ -96,7 +96,7 @@ def checkpoint(saves: int = 3, steps: int = 20) -> Iterator[Row]:
     every = experiment.train.save_every
     size = sum(x.nbytes for x in jax.tree.leaves(work.state)) / 2**20
     title, baseline = f"save of {experiment.name}, {size:.0f} MiB", f"{every:,} steps, the default interval"
-    yield Row(title, min(waits[1:]), "s", baseline, seconds / steps * every, Target("ratio", "≤", 0.02))
+    yield Row(title, float(np.median(waits[1:])), "s", baseline, seconds / steps * every, Target("ratio", "≤", 0.02))
 
 
 def all_experiments() -> list[Experiment]:
