@@ -7,11 +7,13 @@ import shlex
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from gddim.experiment.cli import parse
+from gddim.data import CIFAR10
+from gddim.experiment.cli import main, parse
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -62,6 +64,47 @@ def test_commands_of_the_readme(module, things, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [module, *words, *pixels])
         assert not importlib.import_module(f"{module}.__main__").main()
         assert capsys.readouterr().out
+
+
+NET = ["--net.width=8", "--net.blocks=2", "--net.multipliers", "1", "1"]
+TINY = {
+    "train": [*NET, "--train.steps=2", "--train.batch=8", "--train.save-every=1"],
+    "sample": [*NET, "--sampling.samples=8", "--sampling.batch=8"],
+    "evaluate": [*NET, "--eval.samples=8", "--eval.batch=8", "--eval.reference=reference.npz"],
+}
+
+
+@pytest.mark.slow  # compiles as much as a run does
+def test_a_run_of_the_readme_from_training_to_its_table(gddim_data, tmp_path, monkeypatch, capsys):
+    """Its commands for `cld_cifar10` one after another, on the real data: with a network of a toy's size, few samples and
+    their own reference.
+    """
+    monkeypatch.setenv("GDDIM_DATA", str(gddim_data))
+    monkeypatch.chdir(tmp_path)
+    few = CIFAR10(str(gddim_data)).test()[np.arange(64)]
+    np.savez("few.npz", few)
+    evaluation = importlib.import_module("gddim.evaluation.__main__")
+    monkeypatch.setattr(sys, "argv", ["gddim.evaluation", "stats", "few.npz", "reference.npz"])
+    evaluation.main()
+    found = [
+        c for c in re.findall(r"^    python -m (\w.*)", README, re.MULTILINE) if "runs/cld " in c or "runs/cld/" in c
+    ]
+    verbs = []
+    for line in found:
+        module, *words = shlex.split(line.replace("DATA", str(gddim_data)))
+        if module == "gddim.evaluation":
+            monkeypatch.setattr(sys, "argv", [module, *words])
+            evaluation.main()
+            continue
+        words = ["train"] * words[0].startswith("--") + words  # of "run", whose other parts follow
+        with pytest.raises(SystemExit) as ended, jax.numpy_dtype_promotion("standard"):  # JAX's attention needs it
+            main(importlib.import_module(module).EXPERIMENT, [*words, *TINY[words[0]]])
+        assert ended.value.code == 0, capsys.readouterr().err
+        verbs.append(words[0])
+    assert verbs == ["train", "sample", "evaluate"]
+    assert "FID of only 8 samples" in Path("TABLE.md").read_text()
+    with np.load("runs/cld/samples.npz", allow_pickle=False) as file:
+        assert file["samples"].shape == (8, 32, 32, 3)
 
 
 def test_the_table_of_the_readme_is_that_of_the_results():

@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import PartitionSpec
 from PIL import Image
 
-from experiments import cld_digits, points
+from experiments import blur_cifar10, cld_digits, points
 from gddim.data import FiveRings
 from gddim.evaluation.features import PixelFeatures
 from gddim.evaluation.statistics import source_statistics
@@ -172,6 +172,13 @@ def test_what_an_evaluation_lacks_is_said_before_training(tmp_path, capsys, monk
             ["run", f"--workdir={tmp_path / 'w'}", *POINTS, "--eval.nfe", "1", "--eval.samplers", "heun"],
         )
     assert "heun with last=none makes at least 2 calls" in capsys.readouterr().err
+    for words, says in (
+        ("run --sampler=heun --sampling.nfe=1", "makes at least 3 calls"),
+        ("train --train.show-every=10 --sampler=sscs", "SSCS needs"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(blur_cifar10.EXPERIMENT, [*words.split(), f"--workdir={tmp_path / 'w'}"])
+        assert says in capsys.readouterr().err
     assert not (tmp_path / "w").exists()
 
 

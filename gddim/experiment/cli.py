@@ -23,6 +23,7 @@ from etils import epath
 from gddim.errors import UserError
 from gddim.evaluation.samplers import parse_sampler
 from gddim.experiment.config import MAY_CHANGE, MAY_CHANGE_AFTER, Experiment, require
+from gddim.experiment.drawing import solver
 from gddim.experiment.encoding import encode, likelihood
 from gddim.experiment.evaluating import evaluate
 from gddim.experiment.measure import cells, feature_space
@@ -124,13 +125,15 @@ def carry_out(command: Command) -> None:
         if command.dry_run:
             dry_run(plan)
             return
+        if not training and not known:
+            raise UserError(f"--workdir {workdir} holds no run: train it first")
+        if command.verb in ("run", "sample") or experiment.train.show_every:
+            solver(experiment, experiment.sampling)
+        if command.verb in ("run", "evaluate") or experiment.eval.every:
+            cells(experiment)
+            feature_space(experiment.eval)
         if training:
             source = experiment.data.train()
-        elif not known:
-            raise UserError(f"--workdir {workdir} holds no run: train it first")
-        if command.verb in ("run", "evaluate") or experiment.eval.every:
-            feature_space(experiment.eval)
-            cells(experiment)
 
         def claim() -> bool:
             stack.enter_context(locked(workdir))
