@@ -30,7 +30,7 @@ from gddim.experiment.measure import cells, feature_space
 from gddim.experiment.plan import Plan
 from gddim.experiment.training import Preempted, run_training
 from gddim.experiment.verbs import dry_run, sample
-from gddim.experiment.workdir import check_config, check_shared, describe, locked, write_config
+from gddim.experiment.workdir import check_config, check_shared, check_space, describe, locked, write_config
 from gddim.parallel import EXIT_PREEMPTED, ending_on_sigterm, initialize, leave, on_main
 from gddim.sde import AbstractLinearSDE
 from gddim.train import Diverged
@@ -129,16 +129,24 @@ def carry_out(command: Command) -> None:
             raise UserError(f"--workdir {workdir} holds no run: train it first")
         if command.verb in ("run", "sample") or experiment.train.show_every:
             solver(experiment, experiment.sampling)
-        if command.verb in ("run", "evaluate") or experiment.eval.every:
+        measured = command.verb in ("run", "evaluate") or experiment.eval.every > 0
+        if measured:
             cells(experiment)
-            feature_space(experiment.eval)
         if training:
-            source = experiment.data.train()
+            source, batch = experiment.data.train(), experiment.train.batch
+            require(
+                batch <= len(source), f"--train.batch {batch:,} is more than the {len(source):,} records of the data"
+            )
+        if measured:
+            feature_space(experiment.eval)
 
         def claim() -> bool:
             stack.enter_context(locked(workdir))
             check_config(workdir, config, free)
             if training:
+                settings = experiment.train
+                saves = min(settings.keep, -(-settings.steps // settings.save_every))
+                check_space(workdir, saves + 1, plan.state_bytes)
                 write_config(workdir, config)
             return True
 

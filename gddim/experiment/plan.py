@@ -49,6 +49,11 @@ class Plan:
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, self.shardings
         )
 
+    @property
+    def state_bytes(self) -> int:
+        """Of the whole state, and so of a checkpoint."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.shapes))
+
     def init(self) -> TrainState:
         """The state before the first step, made in its shards."""
         return init_sharded(self._init, self.mesh, self.experiment.rule)

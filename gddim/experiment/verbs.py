@@ -27,8 +27,7 @@ def dry_run(plan: Plan) -> None:
     experiment = plan.experiment
     for name, value in flatten(describe(experiment)):
         print(f"{name.removesuffix('.type')} = {json.dumps(value, ensure_ascii=False)}")
-    leaves = jax.tree.leaves(plan.shapes)
-    total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+    total = plan.state_bytes
     facts = {
         "parameters": f"{sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(plan.shapes.model)):,}",
         "devices": f"{plan.mesh.size} × {plan.mesh.devices.flat[0].device_kind}, {jax.process_count()} process(es)",

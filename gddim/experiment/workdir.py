@@ -7,6 +7,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -113,6 +114,19 @@ def write_config(path: epath.Path, config: dict) -> None:
         write_whole(path / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     except OSError as error:
         raise UserError(f"--workdir {path} cannot be written: {error}") from error
+
+
+def check_space(path: epath.Path, count: int, size: int) -> None:
+    """Raise `UserError` where a local disk lacks room for so many checkpoints of `size` bytes, less those that are there."""
+    if "://" in os.fspath(path):
+        return
+    there = sum(step.name.isdigit() for step in (path / "checkpoints").glob("*"))
+    needed, free = max(count - there, 1) * size, shutil.disk_usage(path).free
+    if free < needed:
+        raise UserError(
+            f"--workdir {path} has {free / 2**20:,.0f} MiB free; {count} checkpoints of {size / 2**20:,.1f} MiB (train.keep "
+            f"and the one being written) need {needed / 2**20:,.0f} MiB: make room, or lower train.keep"
+        )
 
 
 def check_shared(path: epath.Path) -> None:
