@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -317,6 +318,18 @@ def test_a_signal_saves_the_step_and_the_same_command_continues(tmp_path):
     again.line(f"training from step {found[1]} ")
     again.process.send_signal(signal.SIGINT)
     assert again.end()[0] == 75
+
+
+def test_two_interrupts_end_a_run_in_a_line(tmp_path):
+    running = Process(tmp_path / "w", "--train.steps=1000000", "--train.report-every=1", "--train.save-every=5")
+    running.line("step 20/")
+    running.process.send_signal(signal.SIGINT)
+    time.sleep(0.03)
+    running.process.send_signal(signal.SIGINT)
+    status, said = running.end()
+    assert status in (75, 130)
+    assert "Traceback" not in said
+    assert said.splitlines()[-1].startswith(("saved at step", "interrupted; the same command continues"))
 
 
 def test_a_signal_while_a_table_is_made_ends_with_the_status_of_preemption(trained):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import difflib
@@ -12,6 +13,7 @@ import logging
 import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal, NoReturn
@@ -180,8 +182,11 @@ def _leave_alone(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.St
 
 
 def _end(status: int, message: str) -> NoReturn:
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would only tear the clean-up
     if jax.process_index() == 0 or status != EXIT_PREEMPTED:
         print(message, file=sys.stderr, flush=True)
+    if status == EXIT_INTERRUPTED:
+        os._exit(status)  # the threads of a save in flight would fill the screen with their tracebacks
     leave(status)
 
 

@@ -154,6 +154,8 @@ def locked(path: epath.Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"--workdir {path} cannot be used: {error}") from error
     try:
+        if not os.access(path, os.W_OK):
+            raise UserError(f"--workdir {path} cannot be written")
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
