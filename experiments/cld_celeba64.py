@@ -4,7 +4,7 @@
 
 Paper: Zhang, Tao, Chen, "gDDIM", ICLR 2023 (arXiv 2206.05564), appendix. DIR holds the aligned JPEGs.
 Hardware: 8 accelerators of the A100 class for some days. Steps: 1,000,000 of 128 images.
-Expected: the paper's appendix has the numbers; its tables of CIFAR-10 are in `cld_cifar10`.
+Expected: as in the paper's appendix, which is not at hand here; of CIFAR-10, see `cld_cifar10`.
 Measured: nothing yet.
 """
 

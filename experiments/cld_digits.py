@@ -3,7 +3,9 @@
     python -m experiments.cld_digits
 
 1,500 handwritten digits train a small NCSN++ that predicts the data; 297 are held out for the evaluation.
-Hardware: 2 CPU cores, 6 minutes.
+Hardware: 2 CPU cores, 4 minutes.
+Measured (results/cld_digits): Fréchet distance in pixels of 500 samples at 6 / 10 / 20 / 50 calls: 1.28 / 1.07 / 1.00 / 0.99
+by `gddim:3:data`, 60.5 / 60.6 / 50.4 / 12.1 by Euler; the training digits have 0.56. Another seed of training moves it by 0.1.
 """
 
 from gddim.data import Digits

@@ -4,6 +4,8 @@
 
 An MLP learns the data prediction of 50,000 points, and gDDIM samples it.
 Hardware: any CPU, under a minute.
+Measured on two cores in 35 s: Fréchet distance of 1,000 samples, at 6 / 10 / 20 / 50 calls: 0.008 / 0.018 / 0.005 / 0.007 by
+`gddim:3:data`, 669 / 323 / 46 / 2.7 by Euler; that of the training points is 0.004.
 """
 
 from gddim.data import FiveRings

@@ -21,6 +21,7 @@ SCHEDULERS = {
     "DEIS": "DEISMultistepScheduler",
     "DPM-Solver++": "DPMSolverMultistepScheduler",
 }
+REST = 0.5  # seconds for which OpenMP's idle threads may still hold the cores of the other
 
 
 def peers(width: int = 0, batch: int = 0, nfe: int = 20, repeats: int = 4) -> Iterator[Row]:
@@ -36,7 +37,7 @@ def peers(width: int = 0, batch: int = 0, nfe: int = 20, repeats: int = 4) -> It
     theirs = unet(diffusers, width, blocks).to(place)
     flops = ours.plan.step_flops(), torch_step_flops(torch, theirs, batch, place)
     update = torch_step(torch, theirs, batch, place)
-    seconds, other = interleaved(ours, update, repeats=repeats)
+    seconds, other = interleaved(ours, update, repeats=repeats, rest=REST)
     title = f"training step, batch {batch}: ours, {flops[0] / batch / 1e9:.3g} GFLOP an image"
     baseline = f"UNet2DModel, {flops[1] / batch / 1e9:.3g} GFLOP an image"
     yield Row(title, batch / seconds, "images/s", baseline, batch / other)
@@ -47,7 +48,7 @@ def peers(width: int = 0, batch: int = 0, nfe: int = 20, repeats: int = 4) -> It
     draw = sampler_of(ours, batch, nfe)
     for name, scheduler in SCHEDULERS.items():
         peer = torch_sampler(torch, getattr(diffusers, scheduler)(), theirs, batch, nfe, place)
-        seconds, other = interleaved(draw, peer, repeats=max(repeats // 2, 1))
+        seconds, other = interleaved(draw, peer, repeats=max(repeats // 2, 1), rest=REST)
         title = f"sampling, NFE {nfe}, batch {batch}: {sampler_name(GDDIM(3))}"
         yield Row(title, batch / seconds, "images/s", f"diffusers' {name}", batch / other)
 

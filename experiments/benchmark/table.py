@@ -74,14 +74,15 @@ def _number(x: float) -> str:
     return f"{x:,.0f}" if 1000 <= abs(x) < 1e9 else f"{x:.4g}"
 
 
-def interleaved(*calls: Callable[[], Any], repeats: int) -> list[float]:
+def interleaved(*calls: Callable[[], Any], repeats: int, rest: float = 0.0) -> list[float]:
     """The least seconds of each call: after one of each to warm up, they take turns, so that all see the same machine.
 
-    What a call returns is waited for.
+    What a call returns is waited for. Each begins after `rest` seconds of idleness.
     """
     least = [math.inf] * len(calls)
     for turn in range(repeats + 1):
         for i, call in enumerate(calls):
+            time.sleep(rest)
             start = time.perf_counter()
             jax.block_until_ready(call())
             if turn:
