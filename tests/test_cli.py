@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -53,20 +52,6 @@ def test_without_arguments_it_is_the_experiment_as_written():
     command = parse(points.EXPERIMENT, [])
     assert (command.verb, command.workdir, command.dry_run) == ("run", "runs/points", False)
     assert describe(command.experiment) == describe(points.EXPERIMENT)
-
-
-def test_more_than_the_data_and_the_disk_hold_is_refused_before_anything_is_written(tmp_path, capsys, monkeypatch):
-    words = ["train", f"--workdir={tmp_path / 'w'}", *SMALL]
-    assert status_of(points.EXPERIMENT, *words, "--train.batch=104") == 2
-    assert capsys.readouterr().err == "error: --train.batch 104 is more than the 100 records of the data\n"
-    assert not (tmp_path / "w").exists()
-    free = Plan(parse(points.EXPERIMENT, words).experiment).state_bytes * 5 // 2
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, free))
-    assert status_of(points.EXPERIMENT, *words) == 2
-    assert re.search(r"0 MiB free; 4 checkpoints of 0.0 MiB .* lower train.keep\n$", capsys.readouterr().err)
-    assert not list((tmp_path / "w").iterdir())
-    assert status_of(points.EXPERIMENT, *words, "--train.keep=1") == 0, "two fit"
-    assert status_of(points.EXPERIMENT, *words, "--train.keep=2") == 0, "of three one is there"
 
 
 @pytest.mark.parametrize("module", [points, points_vp, cld_digits, cld_cifar10], ids=lambda m: m.EXPERIMENT.name)
