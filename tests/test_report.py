@@ -93,6 +93,7 @@ def test_the_table_has_means_and_spreads_of_seeds_the_floor_and_the_published_nu
     assert "| em:lam=1 | 0.001 | diverged |" in lines, "the error of a KID is none over seeds"
     alone = table([cifar_row("gddim:3", 50, 2.3), cifar_row("heun", 51, 2.4) | {"measured": {"nfe": 50.0}}])
     assert "| gddim:3 | 0.001 ± 0.0001 |  |" in alone
+    assert "\nKID ± its standard error.\n" in alone
     assert "| heun |  | 2.40 at 50 |" in alone
     assert "VP" not in text
     few = table([cifar_row("gddim:3", 50, 9.0, samples=5000)])

@@ -23,7 +23,10 @@ TITLES = {
     "recall": "recall",
     "inception_score": "Inception Score",
 }
-ERRORS = {"kid": "kid_error", "inception_score": "inception_score_spread"}
+ERRORS = {  # that a metric states itself
+    "kid": ("kid_error", "KID ± its standard error"),
+    "inception_score": ("inception_score_spread", "Inception Score ± its standard deviation over ten parts"),
+}
 
 
 class Entry(NamedTuple):
@@ -91,7 +94,7 @@ class Group(NamedTuple):
         for row in self.rows:
             if metric in row["metrics"] or "not_finite" in row["measured"]:
                 found.setdefault(self._label(row), {}).setdefault(row["cell"]["nfe"], []).append(row)
-        error = ERRORS.get(metric) if len(self.seeds) == 1 else None
+        error = ERRORS[metric][0] if metric in ERRORS and len(self.seeds) == 1 else None
         return {
             label: {nfe: _entry(rows, metric, error) for nfe, rows in cells.items()} for label, cells in found.items()
         }
@@ -142,8 +145,8 @@ def _section(group: Group) -> list[str]:
     ]
     if len(group.seeds) > 1:
         lines += [f"Mean ± standard deviation over {len(group.seeds)} seeds.", ""]
-    elif any(metric in row["metrics"] for row in group.rows for metric in ERRORS):
-        lines += ["KID ± its standard error, Inception Score ± its standard deviation over ten parts.", ""]
+    elif told := [words for error, words in ERRORS.values() if any(error in row["metrics"] for row in group.rows)]:
+        lines += [f"{', '.join(told)}.", ""]
     for metric in ("frechet", *TITLES):
         lines += _metric_table(group, metric)
     return lines
