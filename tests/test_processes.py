@@ -109,3 +109,16 @@ def test_a_second_interrupt_stops_at_once(capfd):
 
     with pytest.raises(KeyboardInterrupt):
         twice()
+
+
+def test_sigterm_ends_a_process_even_in_a_callback_that_loses_exceptions():
+    code = """
+import gc, os, signal
+from gddim.parallel import ending_on_sigterm
+with ending_on_sigterm():
+    gc.callbacks.append(lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    gc.collect()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 75
+    assert "what is done is kept" in done.stderr

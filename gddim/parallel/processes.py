@@ -155,9 +155,7 @@ def ending_on_sigterm() -> Iterator[None]:
 
     def end(*_) -> None:
         os.write(2, b"\nSIGTERM: stopped; what is done is kept, and the same command continues\n")
-        if jax.distributed.is_initialized():
-            os._exit(EXIT_PREEMPTED)  # the others may be waiting for this one
-        sys.exit(EXIT_PREEMPTED)
+        os._exit(EXIT_PREEMPTED)  # an exception would be lost in a callback, and other processes may wait for this one
 
     previous = signal.signal(signal.SIGTERM, end)
     try:
