@@ -145,7 +145,8 @@ def damage(path: Path, how: str) -> None:
     blobs = sorted((f for f in path.rglob("*") if f.parent.name == "d"), key=lambda f: f.stat().st_size)
     match how:
         case "truncated":
-            blobs[-1].write_bytes(blobs[-1].read_bytes()[: blobs[-1].stat().st_size // 2])
+            for blob in blobs:  # of one alone it might be what a later one replaced
+                blob.write_bytes(blob.read_bytes()[: blob.stat().st_size // 2])
         case "lost blob":
             blobs[-1].unlink()
         case "lost item":
