@@ -59,9 +59,8 @@ def learning_rate(peak: float, steps: int, warmup: int = 0, cooldown: int = 0) -
 def adam(beta1: float = 0.9, clip: float = 1.0) -> optax.GradientTransformation:
     """Adam's directions from gradients whose global norm is cut to `clip`; `make_update` goes against them."""
 
-    def cut(
-        updates, _
-    ):  # as optax.clip_by_global_norm, by one factor, so that XLA makes no clipped copy of the gradient
+    def cut(updates, _):
+        # as optax.clip_by_global_norm, by one factor, so that XLA makes no clipped copy of the gradient
         factor = jnp.minimum(1.0, clip / optax.global_norm(updates))
         return jax.tree.map(lambda g: factor * g, updates)
 

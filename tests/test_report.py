@@ -172,6 +172,9 @@ def test_what_cannot_be_compared_is_refused_before_features_are_taken(
     for wrong in (np.array([[1, 0.5], [0, 1]]), np.full((2, 2), np.nan)):
         np.savez(tmp_path / "mu.npz", mu=np.zeros(2), sigma=wrong)
         assert "not finite and symmetric" in said("fid", "digits", tmp_path / "mu.npz", *pixels)
+    (tmp_path / "other").mkdir()
+    np.savez(tmp_path / "other" / "x.npz", a=np.zeros(2), b=np.zeros(2))
+    assert "x.npz has arrays a, b" in said("stats", tmp_path / "other", tmp_path / "s.npz", *pixels)
 
 
 def test_statistics_are_read_by_other_programs_and_files_of_samples_as_one(

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from jaxtyping import Array, Float
 
+from gddim.data import ArraySource
 from gddim.errors import UserError
 from gddim.evaluation.features import PixelFeatures
-from gddim.evaluation.statistics import Statistics, features_of
+from gddim.evaluation.statistics import Statistics, features_of, source_statistics
 from gddim.parallel import batch_sharding, make_mesh
 
 
@@ -22,6 +23,15 @@ class Told(PixelFeatures):
     def __call__(self, samples: Float[Array, "b *shape"]) -> Float[Array, "b d"]:
         flat = samples.reshape(len(samples), -1)
         return jnp.concatenate([flat, jnp.full((len(samples), 1), len(samples), jnp.float32)], axis=1)
+
+
+def test_statistics_are_those_of_all_records_and_the_subset_a_sample_of_them():
+    source = ArraySource(np.arange(6000, dtype=np.float32)[:, None])
+    found = source_statistics(source, PixelFeatures(), "numbers")
+    assert found.moments.mean[0] == pytest.approx(2999.5)
+    assert found.moments.covariance[0, 0] == pytest.approx(np.var(np.arange(6000), ddof=1))
+    assert len(found.subset) == 5000
+    assert abs(found.subset.mean() - 2999.5) < 30
 
 
 @pytest.mark.parametrize("local", [1, 4, 5, 8, 13])

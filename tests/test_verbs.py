@@ -109,9 +109,10 @@ def test_encoding_of_points_and_what_it_refuses(trained, capsys):
 
 def test_kept_points_are_arrays(trained):
     do(points.EXPERIMENT, trained, "evaluate", "--eval.keep-samples")
-    files = sorted((trained / "samples").rglob("*"))
-    kept = [file for file in files if file.name == "000000.npz"]
-    assert len(kept) == 2
+    files = sorted(file for file in (trained / "samples").rglob("*") if file.is_file())
+    kept = [file for file in files if file.suffix == ".npz"]
+    assert [file.name for file in kept] == ["000000.npz"] * 2
+    assert sorted(set(files) - set(kept)) == [file.parent.with_suffix(".json") for file in kept]
     with np.load(kept[-1], allow_pickle=False) as file:
         assert file["samples"].shape == (8, 2)
     rows = [json.loads(line) for line in (trained / "results.jsonl").read_text().splitlines()]

@@ -170,7 +170,8 @@ def _records(text: str, size: int | None) -> Source:
         samples = _arrays(path).get("samples") if path.suffix == ".npz" else None
         return ArrayFile(str(path), test_every=0).train() if samples is None else ArraySource(samples)
     if path.is_dir() and (files := sorted(path.glob("*.npz"))):  # as --eval.keep-samples writes them
-        return ArraySource(np.concatenate([_arrays(file)["samples"] for file in files]))
+        parts = [_records(str(file), size) for file in files]
+        return ArraySource(np.concatenate([part[np.arange(len(part))] for part in parts]))
     if (path / "manifest.json").is_file():
         return Shards(str(path)).train()
     return ImageFolder(str(path), size or _first_size(path), test_every=0).train()

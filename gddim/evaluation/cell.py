@@ -58,10 +58,16 @@ class Cell:
 
 
 def check(cells: Sequence[Cell], sde: AbstractLinearSDE) -> None:
-    """Raise `UserError` for what a cell would fail with: too few calls or samples, a sampler of another process."""
+    """Raise `UserError` for what a cell would fail with: too few samples, or what `check_samplers` finds."""
     for cell in cells:
         if cell.samples < LEAST:
             raise UserError(f"samples: {cell.samples} given, an evaluation needs at least {LEAST}")
+    check_samplers(cells, sde)
+
+
+def check_samplers(cells: Sequence[Cell], sde: AbstractLinearSDE) -> None:
+    """Raise `UserError` for too few calls, and for a sampler of another process."""
+    for cell in cells:
         if isinstance(cell.sampler, AbstractSampler):
             steps_for(cell.sampler, cell.nfe, cell.last)
     try:

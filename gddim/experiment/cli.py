@@ -23,12 +23,12 @@ import tyro
 from etils import epath
 
 from gddim.errors import UserError
+from gddim.evaluation.cell import check_samplers
 from gddim.evaluation.samplers import parse_sampler
 from gddim.experiment.config import MAY_CHANGE, MAY_CHANGE_AFTER, Experiment, require
-from gddim.experiment.drawing import solver
 from gddim.experiment.encoding import encode, likelihood
 from gddim.experiment.evaluating import evaluate
-from gddim.experiment.measure import cells, feature_space
+from gddim.experiment.measure import cells, feature_space, watched
 from gddim.experiment.plan import Plan
 from gddim.experiment.training import Preempted, run_training
 from gddim.experiment.verbs import dry_run, sample
@@ -130,7 +130,7 @@ def carry_out(command: Command) -> None:
         if not training and not known:
             raise UserError(f"--workdir {workdir} holds no run: train it first")
         if command.verb in ("run", "sample") or experiment.train.show_every:
-            solver(experiment, experiment.sampling)
+            check_samplers([watched(experiment)], experiment.sde)
         measured = command.verb in ("run", "evaluate") or experiment.eval.every > 0
         if measured:
             cells(experiment)

@@ -26,17 +26,8 @@ else:
 # What may differ between a run and its continuation: it changes neither the gradient of a step nor what came before.
 MAY_CHANGE = (
     *(f"train.{name}" for name in ("steps", "accumulate", "fused", "report_every", "show_every", "save_every")),
-    *(
-        "train.keep",
-        "train.keep_every",
-        "sampling",
-        "eval",
-        "mesh",
-        "rule",
-        "data.root",
-        "net.remat",
-        "net.scan_blocks",
-    ),
+    *("train.keep", "train.keep_every", "sampling", "eval", "mesh", "rule"),
+    *("data.root", "net.remat", "net.scan_blocks"),
 )
 # What may differ besides where a run is sampled or measured: it shapes no parameter.
 MAY_CHANGE_AFTER = ("train", "seed", "net.dtype", "net.dropout")

@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from gddim.data import to_uint8
-from gddim.errors import UserError
 from gddim.evaluation.drawing import Solver, draw
 from gddim.evaluation.samplers import steps_for
 from gddim.evaluation.statistics import to_host
@@ -29,14 +28,6 @@ def grid(experiment: Experiment, sampling: Sampling) -> Float[np.ndarray, " n"]:
     return power_grid(experiment.sde.horizon, sampling.t_min, steps, sampling.power)
 
 
-def solver(experiment: Experiment, sampling: Sampling) -> Solver:
-    """The sampler on its grid. Raises `UserError` for one that does not sample this process, or not in so many calls."""
-    try:
-        return Solver.of(sampling.sampler, experiment.sde, grid(experiment, sampling), sampling.last)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
 def draw_samples(
     experiment: Experiment, mesh: jax.sharding.Mesh, model: Any, sampling: Sampling, each: Callable[[int], Any] = id
 ) -> tuple[Shaped[np.ndarray, "n ..."], float]:
@@ -44,12 +35,12 @@ def draw_samples(
 
     `each` is told how many are there.
     """
-    table = solver(experiment, sampling)
+    solver = Solver.of(sampling.sampler, experiment.sde, grid(experiment, sampling), sampling.last)
     size = -(-min(sampling.batch, sampling.samples) // mesh.size) * mesh.size
     parts, calls = [], []
     for first in range(0, sampling.samples, size):
         numbers = jax.device_put(np.arange(first, first + size, dtype=np.int32), batch_sharding(mesh))
-        found, count = draw(model, table, experiment.data.shape, jnp.asarray(sampling.seed), numbers)
+        found, count = draw(model, solver, experiment.data.shape, jnp.asarray(sampling.seed), numbers)
         parts.append(to_host(to_uint8(found) if found.ndim == 4 else found))
         calls.append(to_host(count))
         each(min(first + size, sampling.samples))

@@ -49,7 +49,7 @@ def cells(experiment: Experiment) -> list[Cell]:
 
 
 def watched(experiment: Experiment) -> Cell:
-    """The cell that is evaluated while training."""
+    """The cell of sampling's own sampler, which is evaluated while training."""
     sampling, count = experiment.sampling, min(WATCHED, experiment.eval.samples)
     return Cell(sampling.sampler, sampling.nfe, count, sampling.seed, sampling.power, sampling.t_min, sampling.last)
 

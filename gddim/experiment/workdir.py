@@ -97,8 +97,8 @@ def check_config(path: epath.Path, given: dict, free: tuple[str, ...]) -> bool:
 
     A run that has saved nothing yet is none: its configuration may be corrected.
     """
-    saved, checkpoints = read_config(path), path / "checkpoints"
-    if saved is None or not (checkpoints.exists() and any(step.name.isdigit() for step in checkpoints.iterdir())):
+    saved = read_config(path)
+    if saved is None or not _saves(path):
         return False
     if lines := differences(saved, given, free):
         raise UserError(
@@ -106,6 +106,12 @@ def check_config(path: epath.Path, given: dict, free: tuple[str, ...]) -> bool:
             + "\n".join(lines)
         )
     return True
+
+
+def _saves(path: epath.Path) -> int:
+    """How many checkpoints a workdir holds, whole or damaged."""
+    folder = path / "checkpoints"
+    return sum(step.name.isdigit() for step in folder.iterdir()) if folder.exists() else 0
 
 
 def write_config(path: epath.Path, config: dict) -> None:
@@ -120,8 +126,7 @@ def check_space(path: epath.Path, count: int, size: int) -> None:
     """Raise `UserError` where a local disk lacks room for so many checkpoints of `size` bytes, less those that are there."""
     if "://" in os.fspath(path):
         return
-    there = sum(step.name.isdigit() for step in (path / "checkpoints").glob("*"))
-    needed, free = max(count - there, 1) * size, shutil.disk_usage(path).free
+    needed, free = max(count - _saves(path), 1) * size, shutil.disk_usage(path).free
     if free < needed:
         raise UserError(
             f"--workdir {path} has {free / 2**20:,.0f} MiB free; {count} checkpoints of {size / 2**20:,.1f} MiB (train.keep "
