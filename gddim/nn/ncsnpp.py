@@ -300,11 +300,14 @@ class NCSNpp(eqx.Module):
             calls += [*((i, run) for run in level.runs), (i - 1, level.resample)]
         biases = [(i, block.conv_out.bias.shape) for i, block in calls if block is not None]
         shapes = [(*shape[:-1], height >> i, width >> i, shape[-1]) for i, shape in biases]
-        ends = list(itertools.accumulate(math.prod(shape) for shape in shapes))
-        words = jax.random.bits(key, (-(-ends[-1] // 2),), jnp.uint32)
-        bits = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)
-        keep = jax.lax.optimization_barrier(bits >= jnp.uint16(min(round(self.config.dropout * 2**16), 2**16 - 1)))
-        return [keep[end - math.prod(shape) : end].reshape(shape) for shape, end in zip(shapes, ends, strict=True)]
+        ends = list(itertools.accumulate(math.prod(shape) // self.config.width for shape in shapes))
+        # Rows as wide as the finest level, lower halves before upper ones: a TPU pads a last axis of 2 to 128.
+        words = jax.random.bits(key, (-(-ends[-1] // 2), self.config.width), jnp.uint32)
+        threshold = min(round(self.config.dropout * 2**16), 2**16 - 1)
+        keep = jnp.concatenate([(words & 0xFFFF) >= threshold, (words >> 16) >= threshold])
+        keep = jax.lax.optimization_barrier(keep)
+        starts = [0, *ends[:-1]]
+        return [keep[a:b].reshape(shape) for shape, a, b in zip(shapes, starts, ends, strict=True)]
 
 
 @jax.jit  # traced once for all blocks of equal shapes
