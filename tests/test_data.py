@@ -141,7 +141,24 @@ def test_prefetch_raises_in_place_and_stops():
     assert not prefetch_threads()
 
 
-def test_closing_prefetch_ends_every_thread():
+class OnDisk:
+    """A source that Grain's threads read."""
+
+    def __init__(self, source: ArraySource):
+        self._source = source
+
+    def __getattr__(self, name: str):
+        return getattr(self._source, name)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, indices):
+        return self._source[indices]
+
+
+@pytest.mark.parametrize("where", [lambda source: source, OnDisk], ids=["memory", "disk"])
+def test_closing_prefetch_ends_every_thread(where):
     placed = []
 
     def place(batch):
@@ -149,7 +166,7 @@ def test_closing_prefetch_ends_every_thread():
         placed.append(batch)
         return batch
 
-    ahead = prefetch(batches(numbered(100), 8, seed=0), place)
+    ahead = prefetch(batches(where(numbered(100)), 8, seed=0), place)
     assert next(ahead).shape == (8, 1)
     ahead.close()
     count = len(placed)

@@ -18,7 +18,18 @@ from gddim.logs import Log
 from gddim.nn import MLPConfig
 from gddim.parallel import MeshConfig, global_batch
 from gddim.sde import CLD
-from gddim.train import Diverged, Ledger, TrainState, adam, fuse, learning_rate, make_update, next_step, train
+from gddim.train import (
+    Diverged,
+    Ledger,
+    TrainState,
+    adam,
+    fuse,
+    learning_rate,
+    make_update,
+    next_step,
+    on_leaves,
+    train,
+)
 
 EXPERIMENT = Experiment(
     name="test",
@@ -37,15 +48,15 @@ def run(experiment: Experiment, state: TrainState | None = None, first: int = 0)
     """All steps from `first`, without the loop."""
     plan = Plan(experiment)
     update = plan.update(flip=False)
-    state = plan.init() if state is None else state
+    leaves, structure = jax.tree.flatten(plan.init() if state is None else state)
     rows = batches(experiment.data.train(), experiment.train.batch, experiment.seed, first)
     fused, step = experiment.train.fused, first
     while step < experiment.train.steps:
         after = next_step(step, experiment.train.steps, fused)
         group = [global_batch(next(rows), plan.mesh) for _ in range(after - step)]
-        state, _ = update(state, group if fused > 1 else group[0])
+        leaves, _ = update(leaves, group if fused > 1 else group[0])
         step = after
-    return state
+    return structure.unflatten(leaves)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +97,7 @@ def test_the_buffers_of_the_state_are_taken_over():
     plan = Plan(EXPERIMENT)
     state = plan.init()
     batch = global_batch(next(batches(EXPERIMENT.data.train(), 16, 0)), plan.mesh)
-    plan.update(flip=False)(state, batch)
+    plan.update(flip=False)(jax.tree.leaves(state), batch)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
@@ -153,7 +164,14 @@ def loop(state, update, rows, steps, tmp_path, **settings) -> tuple[Recorder, in
     recorder = Recorder()
     defaults = {"step": 0, "report_every": 3, "save": recorder, "save_every": 4}
     log = Log(str(tmp_path), step=0, steps=steps, batch=4)
-    step, _ = train(state, jax.jit(update), iter(rows), steps=steps, log=log, **(defaults | settings))
+    step, _ = train(
+        state,
+        jax.jit(on_leaves(update, jax.tree.structure(state))),
+        iter(rows),
+        steps=steps,
+        log=log,
+        **(defaults | settings),
+    )
     log.close()
     return recorder, step
 

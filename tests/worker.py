@@ -80,13 +80,14 @@ def five_steps(folder: Path, data: int, fsdp: int, accumulate: int) -> None:
     initialize()
     train = replace(UNET.train, accumulate=accumulate)
     plan = Plan(replace(UNET, train=train, mesh=MeshConfig(data, fsdp)))
-    state, update, source = plan.init(), plan.update(flip=False), Digits().train()
+    leaves, structure = jax.tree.flatten(plan.init())
+    update, source = plan.update(flip=False), Digits().train()
     rows = batches(source, train.batch, UNET.seed, 0, jax.process_index(), jax.process_count())
     losses = []
     for _ in range(5):
-        state, metrics = update(state, global_batch(next(rows), plan.mesh))
+        leaves, metrics = update(leaves, global_batch(next(rows), plan.mesh))
         losses.append(float(metrics["loss"]))
-    saved = Checkpointer(folder)
+    state, saved = structure.unflatten(leaves), Checkpointer(folder)
     saved.save(5, {"model": state.model, "ema": state.ema}, {"losses": losses})
     saved.close()
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from experiments.benchmark import data, evaluation, mathematics, peers, training
+from experiments.benchmark import ahead, data, evaluation, mathematics, peers, training
 from experiments.benchmark.table import HEADER, Row, line
 from gddim.errors import UserError
 from gddim.evaluation.provenance import hardware, software
@@ -32,6 +32,7 @@ BENCHES: dict[str, Callable[[], Iterator[Row]]] = {
     "networks": training.networks,
     "evaluation": evaluation.evaluation,
     "peers": peers.peers,
+    "ahead": ahead.ahead,
 }
 
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import Int, Shaped, UInt64
 
-from gddim.data.sources import Source
+from gddim.data.sources import ArraySource, Source
 from gddim.errors import UserError
 
 Item = TypeVar("Item")
@@ -104,7 +104,9 @@ def batches(
     share = batch_size // process_count
     mine = slice(process_index * share, (process_index + 1) * share)
     numbered = grain.MapDataset.source(_Batches(source, batch_size, seed, mine))
-    return iter(numbered[start:].to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)))
+    # What is in memory is gathered in less time than threads take to hand it over.
+    threads, ahead = (0, 0) if isinstance(source, ArraySource) else (4, 8)
+    return iter(numbered[start:].to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)))
 
 
 def prefetch(

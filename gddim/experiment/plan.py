@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -25,19 +25,20 @@ from gddim.parallel import (
     replicated,
     state_shardings,
 )
-from gddim.train import TrainState, adam, fuse, learning_rate, make_update
+from gddim.train import TrainState, adam, fuse, learning_rate, make_update, on_leaves
 
 
 class Plan:
     """The mesh, the training step and the shapes of the state of an experiment, checked against each other.
 
+    For all devices of all processes, or for `devices`, which may be descriptions of some that are not here.
     Raises `UserError` for what does not fit: the batch and the devices, the images and the network.
     """
 
-    def __init__(self, experiment: Experiment):
+    def __init__(self, experiment: Experiment, devices: Sequence[Any] | None = None):
         train = experiment.train
         self.experiment = experiment
-        self.mesh = make_mesh(experiment.mesh)
+        self.mesh = make_mesh(experiment.mesh, devices)
         self.batch_per_device = per_device_batch(train.batch, self.mesh, train.accumulate)
         self.schedule = learning_rate(train.learning_rate, train.steps, train.warmup, train.cooldown)
         self.optimizer = adam(train.beta1, train.clip)
@@ -86,9 +87,10 @@ class Plan:
         return make_update(prepare, self.loss, self.optimizer, self.schedule, **settings)
 
     def update(self, flip: bool) -> Callable:
-        """The jitted step, which takes the state's buffers over; several steps if the experiment fuses them."""
+        """The jitted step of the state's leaves, whose buffers it takes over; several steps if the experiment fuses them."""
         step = fuse(self.step(flip)) if self.experiment.train.fused > 1 else self.step(flip)
-        return jax.jit(step, donate_argnums=0, out_shardings=(self.shardings, None))
+        step = on_leaves(step, jax.tree.structure(self.shapes))
+        return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.leaves(self.shardings), None))
 
     def image_flops(self) -> float:
         """Floating-point operations of the network for one image, forward, as XLA counts them."""
@@ -111,14 +113,16 @@ class Plan:
             return self
         return Plan(dataclasses.replace(self.experiment, net=dataclasses.replace(net, **dict.fromkeys(fields, False))))
 
-    def on_paper(self) -> list[str]:
-        """What a step would need on some large machines, by its trace."""
+    def activation_bytes(self) -> int:
+        """What the forward pass keeps of an image, by its trace."""
         row = tuple(jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in self._rows(1))
-        activations = activation_bytes(self.loss, self.shapes.model, row)
-        train = self.experiment.train
-        return on_paper(
-            self.shapes.model, self.shapes, activations, train.batch, self.experiment.rule, train.accumulate
-        )
+        return activation_bytes(self.loss, self.shapes.model, row)
+
+    def on_paper(self) -> list[str]:
+        """What a step would need on some large machines."""
+        shapes, train = self.shapes, self.experiment.train
+        activations = self.activation_bytes()
+        return on_paper(shapes.model, shapes, activations, train.batch, self.experiment.rule, train.accumulate)
 
     def _rows(self, count: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         """The shapes of what `prepare` makes."""
