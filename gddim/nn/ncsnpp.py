@@ -55,7 +55,7 @@ class NCSNppConfig:
     remat: bool = False
     """Recompute the blocks in the backward pass instead of storing their insides."""
     scan_blocks: bool = False
-    """Compile identical consecutive blocks once, as a loop: faster compilation; slow convolutions on a CPU."""
+    """Compile identical consecutive blocks once, as a loop: faster compilation, slower steps; very slow on a CPU."""
 
     def __post_init__(self) -> None:
         if self.width < 4:
