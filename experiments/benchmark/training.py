@@ -58,7 +58,7 @@ class Steps:
         return self.structure.unflatten(self.leaves)
 
 
-def loop(steps: int = 50, repeats: int = 10) -> Iterator[Row]:
+def loop(steps: int = 100, repeats: int = 10) -> Iterator[Row]:
     """The share of the training loop's wall time that the jitted step takes by itself: digits, real loader and log."""
     bare = Steps(cld_digits.EXPERIMENT)
     settings, source, mesh = cld_digits.EXPERIMENT.train, cld_digits.EXPERIMENT.data.train(), bare.plan.mesh
@@ -69,8 +69,8 @@ def loop(steps: int = 50, repeats: int = 10) -> Iterator[Row]:
     def whole(log: Log, placed: Iterator[Any]) -> None:
         begin = int(bare.state.step)
         _, state = train(
-            bare.state, bare.program, placed, step=begin, steps=begin + steps, log=log, report_every=steps // 2,
-            save=lambda step, state: None, save_every=steps,
+            bare.state, bare.program, placed, step=begin, steps=begin + steps, log=log,
+            report_every=settings.report_every, save=lambda step, state: None, save_every=steps,
         )  # fmt: skip
         bare.leaves = jax.tree.leaves(state)
 
