@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import re
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -67,6 +68,7 @@ class Checkpointer:
 
         Returns when the arrays are copied off the devices; their buffers may then be donated. Errors of the writing
         itself are raised by the next `save`, `wait` or `close`. Saving a state once more is no error.
+        Raises `OSError` at once when a local disk has less room than the arrays take.
         """
         import orbax.checkpoint as ocp
 
@@ -87,6 +89,7 @@ class Checkpointer:
             if self._manifest(step)["items"] == manifest["items"]:
                 return
             raise UserError(f"{self.directory} already holds a different step {step}; it is not overwritten")
+        self._check_room(sum(leaf.nbytes for arrays in flat.values() for leaf in arrays.values()))
         saves = {name: ocp.args.StandardSave(arrays) for name, arrays in flat.items()}
         with self._writing():
             manager.save(step, args=ocp.args.Composite(manifest=ocp.args.JsonSave(manifest), **saves), force=True)
@@ -135,6 +138,15 @@ class Checkpointer:
         if manager:
             with self._writing():
                 manager.close()
+
+    def _check_room(self, size: int) -> None:
+        """Raises `OSError` before anything is written: on a full disk Orbax prints a traceback for every array."""
+        free = math.inf if "://" in str(self.directory) else shutil.disk_usage(self.directory).free
+        if _agree(free < size, any_process=True):
+            raise OSError(
+                f"{self.directory}: no room for a checkpoint of {size / 2**20:,.1f} MiB ({free / 2**20:,.1f} MiB free); "
+                "those that are whole remain"
+            )
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
+
+FLUSH = 60.0  # seconds from one flush of the events to the next: a bucket takes the whole file each time
 
 
 class Log:
     """Scalars, pictures and text of one run; process 0 makes one, the others a silent one.
 
     `folder` holds the TensorBoard events. A run resumed at `step` discards what an earlier life wrote beyond it.
+    When they cannot be written, for a full disk or a lost bucket, a line says so and the training goes on.
     `full_rate` is the images/s at which one of `chips` would do nothing but the model's arithmetic, where it is known.
     """
 
@@ -31,12 +38,10 @@ class Log:
         self._steps, self._batch, self._quiet = steps, batch, quiet
         self._chips, self._full_rate = chips, full_rate
         self._since: tuple[int, float] | None = None  # the step and time that images/s counts from
-        self._writer = self._bar = None
+        self._events = self._bar = None
         if quiet:
             return
-        from tensorboardX import SummaryWriter
-
-        self._writer = SummaryWriter(folder, purge_step=step or None)
+        self._events = _Events(folder, step, self.say)
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -65,10 +70,10 @@ class Log:
         values = values | {"images_per_second": rate * self._batch, "images_per_second_per_chip": per_chip}
         if self._full_rate:
             values["flops_utilisation"] = per_chip / self._full_rate
-        if self._writer is None:
+        if self._events is None:
             return
         for name, value in values.items():
-            self._writer.add_scalar(f"train/{name}", value, step)
+            self._events.add(step, "scalar", f"train/{name}", value)
         words = f"loss {values['loss']:.4f}, {values['images_per_second']:.4g} images/s"
         words += f" ({per_chip:.4g} per chip)" if self._chips > 1 else ""
         words += f", {values['flops_utilisation']:.1%} of peak FLOP/s" if self._full_rate else ""
@@ -81,32 +86,81 @@ class Log:
 
     def metrics(self, step: int, of: str, values: dict[str, float]) -> None:
         """Report an evaluation, of so and so many samples."""
-        if self._writer is None:
+        if self._events is None:
             return
         for name, value in values.items():
-            self._writer.add_scalar(f"evaluation of {of}/{name}", value, step)
+            self._events.add(step, "scalar", f"evaluation of {of}/{name}", value)
         self.say(f"step {step}/{self._steps}, {of}: {', '.join(f'{k} {v:.4g}' for k, v in values.items())}")
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         """A picture `(H, W, 3)` in uint8."""
-        if self._writer is not None:
-            self._writer.add_image(name, pixels, step, dataformats="HWC")
+        if self._events is not None:
+            self._events.add(step, "image", name, pixels.transpose(2, 0, 1))
 
     def text(self, name: str, words: str) -> None:
         """A page of text, as it is."""
-        if self._writer is not None:
-            self._writer.add_text(name, "    " + words.replace("\n", "\n    "), 0)
+        if self._events is not None:
+            self._events.add(0, "text", name, "    " + words.replace("\n", "\n    "))
 
     def say(self, words: str) -> None:
         """A line on the terminal that does not tear the progress bar."""
         if self._bar is not None:
             self._bar.write(words)
         elif not self._quiet:
-            print(words, flush=True)
+            print(f"{words}\n", end="", flush=True)  # in one write: the thread of the events says something too
 
     def close(self) -> None:
         """Flush and end."""
         if self._bar is not None:
             self._bar.close()
-        if self._writer is not None:
-            self._writer.close()
+        if self._events is not None:
+            self._events.close()
+
+
+class _Events:
+    """TensorBoard's events in `folder` from `step` on, written by a thread; `say` tells what ended the writing.
+
+    tensorboardX's `SummaryWriter` has such a thread too, but once that has died of an error, the queue to it blocks.
+    """
+
+    def __init__(self, folder: str, step: int, say: Callable[[str], None]):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboardX.record_writer import directory_check
+
+        directory_check(folder)  # makes it, unless it is in a bucket
+        self._folder, self._say, self._event = folder, say, Event
+        self._file = EventsWriter(os.path.join(folder, "events"))
+        self._flushed, self._lost = -math.inf, False
+        self._thread = ThreadPoolExecutor(1, "tensorboard")
+        if step:
+            self._put(step, session_log={"status": "START"})
+
+    def add(self, step: int, kind: str, name: str, value: Any) -> None:
+        """Append a `"scalar"`, a `"text"` or an `"image"`, of shape `(C, H, W)`."""
+        from tensorboardX import summary
+
+        self._put(step, summary=getattr(summary, kind)(name, value))
+
+    def close(self) -> None:
+        """Return when all is written."""
+        self._thread.submit(self._try, self._file.close)
+        self._thread.shutdown()
+
+    def _put(self, step: int, **what: Any) -> None:
+        self._thread.submit(self._try, self._write, self._event(wall_time=time.time(), step=step, **what))
+
+    def _write(self, event: Any) -> None:
+        self._file.write_event(event)
+        if time.monotonic() > self._flushed + FLUSH:
+            self._file.flush()
+            self._flushed = time.monotonic()
+
+    def _try(self, do: Callable[..., Any], *arguments: Any) -> None:
+        """Nothing is written after an error: a record cut short ends what TensorBoard reads of the file."""
+        try:
+            if not self._lost:
+                do(*arguments)
+        except Exception as error:  # of the file system, or whatever a bucket's client raises
+            self._lost = True
+            self._say(f"{self._folder}: no more events for TensorBoard: {type(error).__name__}: {error}")

@@ -306,6 +306,20 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path, le
     assert not (tmp_path / "run").exists()
 
 
+def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    saved = Checkpointer(tmp_path)
+    saved.save(1, {"ema": jnp.arange(100)}, {})
+    saved.wait()
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 399))
+        with pytest.raises(OSError, match=r"no room for a checkpoint of 0\.0 MiB .*those that are whole remain"):
+            saved.save(2, {"ema": jnp.arange(100)}, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+    saved.save(2, {"ema": jnp.arange(100)}, {})
+    saved.close()
+    assert saved.steps() == [1, 2]
+
+
 def test_relative_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     saved = Checkpointer("run")

@@ -50,7 +50,7 @@ def cell_rows(
     batch: int,
     name: str,
     of: int,
-    repeats: int = 2,
+    repeats: int = 4,
 ) -> Iterator[Row]:
     """Features/s, and the share of a cell of `of` samples outside sampler and feature network, from one of `samples`."""
     model = experiment.build(jax.random.key(0))

@@ -95,7 +95,7 @@ def noise_factor(batch: int = 64, calls: int = 50) -> Iterator[Row]:
         yield Row(title, 1e3 * many / calls, "ms", "digits U-Net step", 1e3 * whole, Target("ratio", "≤", 0.02))
 
 
-def sampler(nfe: int = 50, batch: int = 64, repeats: int = 4, width: int = 48) -> Iterator[Row]:
+def sampler(nfe: int = 50, batch: int = 64, repeats: int = 8, width: int = 48) -> Iterator[Row]:
     """`sample`, vmapped and jitted, over a compiled loop of as many network calls; networks of 10 ms and more."""
     experiment = cld_digits.EXPERIMENT if on_cpu() else cld_celeba64.EXPERIMENT
     changes: dict[str, Any] = {"width": width} if on_cpu() else {"dtype": "bfloat16"}
