@@ -81,7 +81,7 @@ def _from_archive(folder: Path, names: list[str]) -> dict[str, bytes]:
                 if name in names and member.isfile() and (file := tar.extractfile(member)):
                     found[name] = file.read(_BATCH_BYTES + 1)
     except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0].rstrip(":")
         raise UserError(f"{archive} is damaged ({reason}): delete it, and it is downloaded again") from error
     if missing := [name for name in names if name not in found]:
         raise UserError(f"{archive} lacks {', '.join(missing)}: delete it, and it is downloaded again")
