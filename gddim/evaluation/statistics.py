@@ -1,5 +1,6 @@
 """Statistics of a set of samples in a feature space, with where they come from; what an evaluation compares."""
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -106,11 +107,16 @@ def check_writable(path: epath.Path) -> None:
 
 
 def write_whole(path: epath.Path, content: bytes) -> None:
-    """Write a file such that a kill at any moment leaves the old content or the new."""
+    """Write a file such that a kill at any moment, or the `OSError` that names it, leaves the old content or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.parent / f".{path.name}.new"
-    new.write_bytes(content)
-    new.replace(path)
+    try:
+        new.write_bytes(content)
+        new.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise OSError(f"{path}: {error.strerror or error}; what was there before remains") from error
 
 
 def to_host(x: Shaped[Array, "..."]) -> Shaped[np.ndarray, "..."]:
