@@ -146,9 +146,7 @@ class OnDisk:
 
     def __init__(self, source: ArraySource):
         self._source = source
-
-    def __getattr__(self, name: str):
-        return getattr(self._source, name)
+        self.shape, self.dtype, self.flip = source.shape, source.dtype, source.flip
 
     def __len__(self) -> int:
         return len(self._source)

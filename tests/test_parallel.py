@@ -116,6 +116,14 @@ def test_fsdp_divides_the_state_from_the_start():
     assert bytes_per_device(placed) == bytes_per_device(state)
 
 
+def test_nothing_empty_is_in_the_programs_of_the_initial_state():
+    """XLA of jax 0.11.2 crashes on an empty constant inside `shard_map`."""
+    make = lambda: NCSNppConfig(width=16, multipliers=(1, 2), blocks=1).build((8, 8, 2), 1, jax.random.key(0))
+    shapes = eqx.filter(eqx.filter_eval_shape(make), lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
+    for program in init_programs(make, shapes, mesh_of(1, 8)):
+        assert "tensor<0x" not in program.lower().as_text()
+
+
 def test_no_device_holds_the_whole_state_while_it_is_made():
     def make():
         return [jax.random.normal(jax.random.key(i), (64, 1024)) for i in range(64)]

@@ -31,7 +31,8 @@ class Draw:
         """Uniform in (-bound, bound)."""
         size, parts = math.prod(shape), []
         while size > self._left.size:
-            parts.append(self._left)
+            if self._left.size:  # XLA of jax 0.11.2 crashes on an empty constant in `shard_map`
+                parts.append(self._left)
             size -= self._left.size
             key, self._draws = jax.random.fold_in(self._key, self._draws), self._draws + 1
             more = jax.random.uniform(key, (2**22,), minval=np.nextafter(np.float32(-1), np.float32(0)))
