@@ -141,7 +141,9 @@ class Checkpointer:
 
     def _check_room(self, size: int) -> None:
         """Raises `OSError` before anything is written: on a full disk Orbax prints a traceback for every array."""
-        free = math.inf if "://" in str(self.directory) else shutil.disk_usage(self.directory).free
+        if "://" in str(self.directory):
+            return
+        free = shutil.disk_usage(self.directory).free
         if _agree(free < size, any_process=True):
             raise OSError(
                 f"{self.directory}: no room for a checkpoint of {size / 2**20:,.1f} MiB ({free / 2**20:,.1f} MiB free); "
