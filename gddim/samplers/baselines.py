@@ -145,7 +145,8 @@ class SSCS(AbstractSampler):
 class RK45(AbstractAdaptive):
     """The probability flow by Dormand–Prince 5(4) with adaptive steps (diffrax), as in Song et al. 2021.
 
-    Raises `ValueError` for a tolerance ≤ 0, or a grid that ends where R is singular (VP at t = 0).
+    Differentiable in reverse mode alone. Raises `ValueError` for a tolerance ≤ 0, a grid that ends where R is singular (VP
+    at t = 0), or under `jax.jvp`, `jax.jacfwd` or `jax.hessian`.
     """
 
     rtol: float = eqx.field(default=1e-5, static=True, converter=float)
@@ -168,10 +169,15 @@ class RK45(AbstractAdaptive):
 
         ts = _check_end(sde, check_grid(sde, ts))
         start, end = jnp.asarray(ts[0], u.dtype), jnp.asarray(ts[-1], u.dtype)
-        solution = diffrax.diffeqsolve(
-            diffrax.ODETerm(velocity), diffrax.Dopri5(), start, end, None, u, max_steps=100_000,
-            stepsize_controller=diffrax.PIDController(self.rtol, self.atol),
-        )  # fmt: skip
+        try:
+            solution = diffrax.diffeqsolve(
+                diffrax.ODETerm(velocity), diffrax.Dopri5(), start, end, None, u, max_steps=100_000,
+                stepsize_controller=diffrax.PIDController(self.rtol, self.atol),
+            )  # fmt: skip
+        except TypeError as error:
+            if "forward-mode" not in str(error):
+                raise
+            raise ValueError("RK45 has no forward-mode derivative (jvp, jacfwd, hessian): use grad or jacrev") from None
         calls = (
             6 * solution.stats["num_steps"] + 2
         )  # the last stage is the next step's first; two choose the first step
