@@ -59,6 +59,7 @@ class Coefficients:
     def at(self, tau: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """F and GGᵀ at an array of times, `(*tau.shape, kinds, k, k)`."""
         first, kind = self.kinds
+        tau = np.minimum(tau, np.nextafter(self.horizon, 0))  # which the square of a root may round to
         found = tuple(np.empty((tau.size, len(first), *self.shape[-2:])) for _ in self.functions)
         for start, values in self._pieces(tau.reshape(-1)):
             for whole, (v, index) in zip(found, values, strict=True):
@@ -126,7 +127,7 @@ class Coefficients:
             except (TypeError, AttributeError, IndexError):  # not written for tracing; its own errors come again below
                 self._time_by_time.add(name)
         if name in self._time_by_time:
-            values = np.asarray([np.asarray(fn(t), np.float64) for t in times.tolist()])
+            values = np.asarray([np.asarray(fn(t), np.float64) for t in times])
         good = np.isfinite(values).reshape(len(times), -1).all(1)
         if not good.all():
             raise ValueError(f"{name} is not finite at t = {times[~good][0]:.8g}, in (0, {self.horizon}]")

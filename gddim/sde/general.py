@@ -54,8 +54,8 @@ class LinearSDE(AbstractLinearSDE):
         """
         if not 0 < horizon < np.inf:
             raise ValueError(f"horizon={horizon} must be > 0")
-        F = checked("drift", np.asarray(drift(horizon / 2), np.float64))
-        GG = checked("diffusion_squared", np.asarray(diffusion_squared(horizon / 2), np.float64))
+        F = checked("drift", np.asarray(drift(np.float64(horizon / 2)), np.float64))
+        GG = checked("diffusion_squared", np.asarray(diffusion_squared(np.float64(horizon / 2)), np.float64))
         self.k = F.shape[-1]
         covariance = checked("initial_covariance", np.asarray(initial_covariance, np.float64))
         for name, value in (("diffusion_squared", GG), ("initial_covariance", covariance)):

@@ -38,10 +38,10 @@ class Panels(NamedTuple):
     GG: np.ndarray
     psi: np.ndarray
     whole: np.ndarray  # psi at the upper edge, (panels, kinds, k, k)
-    error_F: np.ndarray  # by how much F is no polynomial, at its end and between the nodes: (panels, kinds, k, k)
+    error_F: np.ndarray  # by how much F is no polynomial, the size of each row being 1: (panels, kinds, k, k)
     error_GG: np.ndarray
-    size_F: np.ndarray  # the largest of each row, (panels, kinds, k, 1)
-    size_GG: np.ndarray
+    missed_F: np.ndarray  # ∫|F − polynomial| dτ, (panels, kinds, k, k)
+    missed_GG: np.ndarray
     gain: np.ndarray  # (panels, nodes + 1, kinds, k, k), and noise
     noise: np.ndarray
     negative: np.ndarray  # what makes GGᵀ not positive semidefinite: a negative number, (panels,)
@@ -71,12 +71,12 @@ def _measure(coefficients: Coefficients, lower: np.ndarray, upper: np.ndarray) -
     F, GG = coefficients.at(y**2)
     slope = (width * y)[..., None, None, None]  # dτ/dξ
     nodes, between = slice(NODES), slice(NODES, None)
-    judged = []
+    errors, missed = [], []
     for values in (F, GG):
         last, size = tail(values[:, nodes])
-        missed = np.abs(at_points(TO_BETWEEN, values[:, nodes]) - values[:, between]).max(1)
-        judged.append((np.maximum(last, missed), size))
-    (error_F, size_F), (error_GG, size_GG) = judged
+        gap = np.abs(at_points(TO_BETWEEN, values[:, nodes]) - values[:, between])
+        errors.append(np.maximum(last, gap.max(1)) / np.where(size > 0, size, 1))
+        missed.append((slope[:, between] * BETWEEN_W[:, None, None, None] * gap).sum(1))
     A = slope[:, nodes] * F[:, nodes]
     G, negative = _semidefinite_root(GG[:, between])
     G = G * np.sqrt(slope[:, between] * BETWEEN_W[:, None, None, None])
@@ -87,12 +87,13 @@ def _measure(coefficients: Coefficients, lower: np.ndarray, upper: np.ndarray) -
         psi, whole, gain, noise = _coupled(A, G)
         rate = np.abs(A).sum(-1).max((1, 2, 3))
     negative = negative.reshape(len(lower), -1).min(1)
-    errors = (error_F, error_GG, size_F, size_GG)
-    return Panels(lower, upper, F[:, nodes], GG[:, nodes], psi, whole, *errors, gain, noise, negative, rate)
+    return Panels(lower, upper, F[:, nodes], GG[:, nodes], psi, whole, *errors, *missed, gain, noise, negative, rate)
 
 
 def _coupled(A: np.ndarray, G: np.ndarray) -> tuple[np.ndarray, ...]:
-    """psi, whole, gain and noise for k > 1: the noise as sums of squares, pulled back to the lower edge by Ψ⁻¹ and pushed again."""
+    """psi, whole, gain and noise for k > 1: the noise as sums of squares, by Ψ⁻¹ as seen from the
+    lower edge.
+    """
     psi, whole = collocate(A)
     pulled = at_points(TO_BETWEEN, inverse(psi)) @ G
     pulled = pulled.reshape(len(A), GAPS, -1, *pulled.shape[2:])

@@ -14,6 +14,7 @@ NEGLIGIBLE = (
 )
 NOISE = 1e-6  # an error below it that three halvings shrink nowhere is rounding in the coefficients
 TOLD = 1e-10  # from here on a warning says how large that is
+STEEP = 1e-5  # a coefficient whose error on a panel of no width changes Ψ or Σ by more has no limit there
 SEEN = 1e-8  # what the scan sees, relative to the coefficients of the panel
 CAUSES = ("drift", "diffusion_squared", "the transition matrix", "the noise factor")
 
@@ -62,7 +63,7 @@ def _solve(coefficients: Coefficients, breakpoints: np.ndarray) -> Polynomials:
         fast = panels.rate > 1
         if fast.any():
             _refuse_rates(panels, most)
-            R, cause, error, effect = None, np.zeros(len(fast), int), np.where(fast, np.inf, 0.0), np.zeros(len(fast))
+            cause, error, effect = np.zeros(len(fast), int), np.where(fast, np.inf, 0), np.where(fast, panels.rate, 0)
         else:
             _refuse_values(panels)
             L, R = propagate(panels, covariance)
@@ -76,12 +77,15 @@ def _solve(coefficients: Coefficients, breakpoints: np.ndarray) -> Polynomials:
         finest = width <= np.maximum(8 * np.finfo(float).eps * panels.upper, 2.0**-60 * edges[-1])
         rough = ~(error <= TOLERANCE) & ~noisy
         _refuse_singular(panels, cause, effect, rough, finest)
+        left = np.where(noisy, error, np.where(rough & finest, np.minimum(error, effect), 0))
         rough &= ~finest
         if not rough.any():
-            scan = scan or _Scan(coefficients, panels)
-            rough = scan.missed(panels, error[noisy].max(initial=0)) & (width > 1e-13 * panels.upper)
+            scan, told = scan or _Scan(coefficients, panels), (cause, left)
+            cause, missed = scan.missed(panels, left.max())
+            rough = (missed > 0) & (panels.duration > 1e-8 * coefficients.horizon)
+            error = np.where(rough, missed, error)
             if not rough.any():
-                _tell(panels, cause, np.where(noisy, error, 0))
+                _tell(panels, *told)
                 return _polynomials(panels, R)
         if len(rough) + rough.sum() > most:
             _refuse_roughness(panels, cause, error, rough)
@@ -109,20 +113,20 @@ def _judge(panels: Panels, L: np.ndarray, R: np.ndarray) -> tuple[np.ndarray, np
     """
     sigma = np.sqrt((L * L).sum(-1))
     low, high = sigma.min(1)[..., None], sigma.max(1)[..., None]
-    duration = panels.duration[:, None, None, None]
     errors, effects = [], []
-    for error, size, share in (
-        (panels.error_F, panels.size_F, np.maximum(1, high.swapaxes(-1, -2) / low)),
-        (panels.error_GG, panels.size_GG, 1 / (low * low.swapaxes(-1, -2))),
+    for error, missed, share in (
+        (panels.error_F, panels.missed_F, np.fmax(1, high.swapaxes(-1, -2) / low)),
+        (panels.error_GG, panels.missed_GG, 1 / (low * low.swapaxes(-1, -2))),
     ):
-        effect = np.where(error > 0, error * duration * share, 0)
-        errors.append(np.where(effect > NEGLIGIBLE, error / np.where(size > 0, size, 1), 0).max((1, 2, 3)))
+        effect = np.where(missed > 0, np.nan_to_num(missed * share), 0)
+        errors.append(np.where(effect > NEGLIGIBLE, error, 0).max((1, 2, 3)))
         effects.append(effect.max((1, 2, 3)))
     for values in (panels.psi, R) if R.shape[-1] > 1 else (0 * R, R):
         last, size = tail(values)
         errors.append((last / np.where(size > 0, size, 1)).max((1, 2, 3)))
-    cause = np.argmax(errors, 0)
-    return cause, np.max(errors, 0), np.choose(cause, [*effects, 0 * cause, 0 * cause])
+    effect = np.max(effects, 0)
+    cause = np.where(effect > STEEP, effects[0] <= STEEP, np.argmax(errors, 0))
+    return cause, np.max(errors, 0), effect
 
 
 def _polynomials(panels: Panels, R: np.ndarray) -> Polynomials:
@@ -147,7 +151,7 @@ class _Scan:
         weights = []
         for values in (panels.F, panels.GG):
             size = np.abs(values).max((0, 1))
-            size = np.maximum(size, 1e-10 * size.max((-2, -1), keepdims=True))
+            size = np.maximum(size, 1e-6 * size.max((-2, -1), keepdims=True))
             weights.append(
                 rng.uniform(0.5, 1, size.shape) * rng.choice([-1, 1], size.shape) / np.where(size > 0, size, 1)
             )
@@ -155,18 +159,17 @@ class _Scan:
         times = coefficients.scan_times()
         self.y, self.values = np.sqrt(times), coefficients.signature(times, (weights[0], weights[1]))
 
-    def missed(self, panels: Panels, noise: float) -> np.ndarray:
-        """The panels whose polynomials miss one of the functions at some time."""
+    def missed(self, panels: Panels, noise: float) -> tuple[np.ndarray, np.ndarray]:
+        """Of every panel, which function its polynomials miss most at some time, and by how much if not by rounding."""
         panel = np.searchsorted(panels.upper, self.y).clip(max=len(panels.upper) - 1)
         lower, upper = panels.lower[panel], panels.upper[panel]
         basis = np.polynomial.legendre.legvander((2 * self.y - lower - upper) / (upper - lower), NODES - 1)
-        rough = np.zeros(len(panels.upper), bool)
-        for values, weight, exact in zip((panels.F, panels.GG), self.weights, self.values, strict=True):
+        gaps = np.zeros((2, len(panels.upper)))
+        for values, weight, exact, gap in zip((panels.F, panels.GG), self.weights, self.values, gaps, strict=True):
             found = np.einsum("pnsij,sij->pn", values, weight) @ TO_LEGENDRE.T
-            scale = np.einsum("psij,sij->p", np.abs(values).max(1), np.abs(weight))
-            gap = np.abs((found[panel] * basis).sum(-1) - exact)
-            rough[panel[gap > max(SEEN, 100 * noise) * scale[panel] + 1e-13 * weight[0].size]] = True
-        return rough
+            scale = np.einsum("psij,sij->p", np.abs(values).max(1), np.abs(weight))[panel] + 1e-13 * weight.size
+            np.maximum.at(gap, panel, np.abs((found[panel] * basis).sum(-1) - exact) / scale)
+        return gaps.argmax(0), np.where(gaps.max(0) > max(SEEN, 100 * noise), gaps.max(0), 0)
 
 
 def _refuse_values(panels: Panels) -> None:
@@ -192,7 +195,7 @@ def _refuse_range(panels: Panels, L: np.ndarray) -> None:
     none = (L == 0).all((1, -2, -1)).any(1)
     if none.any():
         raise ValueError(
-            f"diffusion_squared is 0 up to about t = {panels.upper[none].max() ** 2:.3g} and so is initial_covariance: "
+            f"diffusion_squared is 0 up to t = {panels.upper[none].max() ** 2:.3g} at least and so is initial_covariance: "
             "no noise, R = 0. Give a positive initial_covariance, or a diffusion_squared that is positive from 0 on"
         )
     large = ~(np.abs(L).max((1, 2, 3, 4)) < 1e150)
@@ -206,20 +209,17 @@ def _refuse_singular(
     panels: Panels, cause: np.ndarray, effect: np.ndarray, rough: np.ndarray, finest: np.ndarray
 ) -> None:
     """Refuse what halving does not resolve because the coefficient has no limit there."""
-    horizon = panels.upper[-1] ** 2
-    steep = rough & (effect > 1e-5) & (cause < 2)
-    for p, end, name in ((len(steep) - 1, horizon, "the horizon"), (0, 0.0, "the start")):
-        if steep[p] and panels.duration[p] < 1e-12 * horizon:
-            raise ValueError(
-                f"{CAUSES[cause[p]]} is singular at {name}, t = {end:.8g}: it grows without bound towards it"
-                + (f". End before it, at horizon={0.999 * horizon:.6g} say" if end else "")
-            )
-    if (steep & finest).any():
-        p = int(np.argmax(steep & finest))
-        raise ValueError(
-            f"{CAUSES[cause[p]]} changes near t = {panels.time[p]:.8g} faster than times in float64 tell: it grows "
-            "without bound there, or Σ is all but 0"
-        )
+    horizon, last = panels.upper[-1] ** 2, len(panels.upper) - 1
+    sizes = np.stack([np.abs(values).max((1, 2, 3, 4)) for values in (panels.F, panels.GG)])
+    grown = sizes > 1e3 * np.median(sizes, 1, keepdims=True)
+    steep = rough & (effect > STEEP) & np.where(cause == 1, grown[1], grown[0])
+    at_end = np.isin(np.arange(last + 1), (0, last)) & (panels.duration < 1e-12 * horizon)
+    steep &= finest | at_end
+    if steep.any():
+        p = int(np.argmax(steep))
+        where = {0: "the start, t = 0", last: f"the horizon, t = {horizon:.8g}"}.get(p, f"t = {panels.time[p]:.8g}")
+        less = f". End before it, at horizon={0.999 * horizon:.6g} say" if p == last else ""
+        raise ValueError(f"{CAUSES[cause[p]]} is singular at {where}: it grows without bound towards it{less}")
 
 
 def _refuse_roughness(panels: Panels, cause: np.ndarray, error: np.ndarray, rough: np.ndarray) -> None:
@@ -232,11 +232,12 @@ def _refuse_roughness(panels: Panels, cause: np.ndarray, error: np.ndarray, roug
 
 
 def _tell(panels: Panels, cause: np.ndarray, noise: np.ndarray) -> None:
+    """Warn of errors that halving did not shrink."""
     p = int(np.argmax(noise))
     if noise[p] > TOLD:
         warnings.warn(
             f"LinearSDE: {CAUSES[cause[p]]} is known only to {noise[p]:.0e} of its size near t = {panels.time[p]:.8g}, "
-            "where smaller panels do not help: rounding in the coefficients, as from single precision or from a "
-            "cancellation such as 1 − t near t = 1",
+            "where smaller panels do not help. It is rounding in the coefficients, as from single precision or from a "
+            "cancellation such as 1 − t near t = 1, or a change too sudden for times in float64 without breakpoints=",
             stacklevel=2,
         )
