@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Int, Shaped
 from tqdm import tqdm
 
+from gddim.data.content import digest_of, spell
 from gddim.data.files import digest, locked
-from gddim.data.identity import digest_of, spell
 from gddim.data.sources import Dataset, Source
 from gddim.errors import UserError
 
