@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from gddim import EpsModel, denoising_loss
 from gddim.data import FiveRings, batches
 from gddim.experiment import Experiment, Training
 from gddim.experiment.plan import Plan
@@ -254,3 +255,9 @@ def test_several_steps_in_one_dispatch_are_those_steps():
         losses.append(float(one["loss"]))
     chex.assert_trees_all_close(together, state, rtol=1e-6)
     np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-6)
+
+
+def test_bytes_of_images_are_no_data_in_pixels():
+    model = EpsModel(CLD(), lambda x, label, key=None: x)
+    with pytest.raises(ValueError, match=r"x0 is uint8: scale to \[−1, 1\] first, images by gddim.data.to_unit"):
+        denoising_loss(model, np.zeros((2, 4, 4, 3), np.uint8), jax.random.key(0))

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Int, Shaped
 from tqdm import tqdm
 
+from gddim.data.content import digest_of, spell
 from gddim.data.files import digest, locked
 from gddim.data.sources import Dataset, Source
 from gddim.errors import UserError
@@ -56,6 +57,8 @@ class ShardSource:
         self.shape = tuple(manifest["shape"])
         self.dtype = np.dtype(manifest["dtype"])
         self.flip = manifest["flip"]
+        parts = [shard.get("records") for shard in shards]  # shards of earlier versions tell nothing
+        self.digest = None if None in parts else spell(sum(int(part, 16) for part in parts))
         self._paths = [folder / shard["file"] for shard in shards]
         self._begins = np.cumsum([0, *(shard["count"] for shard in shards)])
         self._local = threading.local()
@@ -111,7 +114,7 @@ def prepare(dataset: Dataset, dest: Path, shard_bytes: int = 2**30) -> None:
                     for shard in manifest["splits"][split]:
                         path, rows = dest / shard["file"], range(begin, begin + shard["count"])
                         if not _is_whole(dest, shard) or digest(path, "sha256") != shard["sha256"]:
-                            _write_shard(path, source, rows, bar)
+                            shard["records"] = spell(_write_shard(path, source, rows, bar))
                             shard["bytes"], shard["sha256"] = path.stat().st_size, digest(path, "sha256")
                             _write_manifest(dest, manifest)
                         begin = rows.stop
@@ -150,7 +153,7 @@ def _continued(plan: dict, old: dict | None, dest: Path) -> dict:
     """The manifest to go on from: the old one, if it began the same plan."""
     if old is None:
         return plan
-    for key in ("source", "shape", "dtype", "flip", "counts", "content"):
+    for key in ("shape", "dtype", "flip", "counts", "content"):  # wherever the source lies now
         if old.get(key) != plan[key]:
             raise UserError(
                 f"{dest} was begun with {key} {old.get(key)}, not {plan[key]}: delete it or name another folder"
@@ -164,20 +167,23 @@ def _sample(source: Source) -> str:
     return hashlib.sha256(np.ascontiguousarray(source[rows]).tobytes()).hexdigest()[:16]
 
 
-def _write_shard(path: Path, source: Source, rows: range, bar: tqdm) -> None:
+def _write_shard(path: Path, source: Source, rows: range, bar: tqdm) -> int:
+    """Writes the records of these rows, and returns what they add to the digest of all."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     part = path.with_name(path.name + ".part")
-    writer = ArrayRecordWriter(str(part), "group_size:1,uncompressed")  # photographs hardly compress
+    writer, found = ArrayRecordWriter(str(part), "group_size:1,uncompressed"), 0  # photographs hardly compress
     try:
         for begin in rows[::_CHUNK]:
             records = source[np.arange(begin, min(begin + _CHUNK, rows.stop))]
             for record in records:
                 writer.write(record.tobytes())
+            found += digest_of(records, begin)
             bar.update(len(records))
     finally:
         writer.close()
     part.replace(path)
+    return found
 
 
 def _is_whole(folder: Path, shard: dict) -> bool:

@@ -1,9 +1,7 @@
 """`python -m gddim.evaluation stats|fid|report`: statistics of a data set, distances of two, tables of results."""
 
 import argparse
-import io
 import sys
-import zipfile
 from pathlib import Path
 
 import jax
@@ -19,10 +17,10 @@ from gddim.data import (
     CelebA,
     Digits,
     FiveRings,
-    ImageFolder,
     Shards,
     Source,
     to_uint8,
+    whole_images,
 )
 from gddim.errors import UserError
 from gddim.evaluation.cell import LEAST
@@ -57,7 +55,9 @@ def main() -> None:
         verb.add_argument("--convention", choices=CONVENTIONS, default=CONVENTIONS[0], help="how images are resized")
         verb.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="of the Inception network")
         verb.add_argument("--weights", type=Path, help="Inception weights; by default those in the data folder")
-        verb.add_argument("--size", type=int, help="resize images of a folder to this; by default to that of the first")
+        verb.add_argument(
+            "--size", type=int, help="stretch images of a folder to this; by default to those of the first"
+        )
     report = verbs.add_parser("report", help="write the tables of RESULTS to OUT.md and the plot to OUT.png")
     report.add_argument("results", metavar="RESULTS.jsonl")
     report.add_argument("out", metavar="OUT")
@@ -167,35 +167,13 @@ def _records(text: str, size: int | None) -> Source:
     if not path.exists():
         raise UserError(f"no data set {text}: give {_SOURCE}")
     if path.suffix in (".npy", ".npz"):
-        samples = _arrays(path).get("samples") if path.suffix == ".npz" else None
-        return ArrayFile(str(path), test_every=0).train() if samples is None else ArraySource(samples)
+        return ArrayFile(str(path), test_every=0).train()
     if path.is_dir() and (files := sorted(path.glob("*.npz"))):  # as --eval.keep-samples writes them
         parts = [_records(str(file), size) for file in files]
         return ArraySource(np.concatenate([part[np.arange(len(part))] for part in parts]))
     if (path / "manifest.json").is_file():
         return Shards(str(path)).train()
-    return ImageFolder(str(path), size or _first_size(path), test_every=0).train()
-
-
-def _first_size(path: Path) -> int:
-    """The shorter side of the first image of a folder or zip archive."""
-    from PIL import Image
-
-    known = Image.registered_extensions()
-    if path.is_dir():
-        files = (file for file in sorted(path.rglob("*")) if file.suffix.lower() in known)
-        content = next((file.read_bytes() for file in files), b"")
-    elif zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = (name for name in sorted(archive.namelist()) if Path(name).suffix.lower() in known)
-            content = next((archive.read(name) for name in names), b"")
-    else:
-        raise UserError(f"{path} is no data set: give {_SOURCE}")
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return min(image.size)
-    except OSError as error:
-        raise UserError(f"{path}: its first image cannot be read: {error}") from error
+    return whole_images(path, size)
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:

@@ -32,7 +32,17 @@ from gddim.experiment.measure import cells, feature_space, watched
 from gddim.experiment.plan import Plan
 from gddim.experiment.training import Preempted, run_training
 from gddim.experiment.verbs import dry_run, sample
-from gddim.experiment.workdir import check_config, check_shared, check_space, describe, locked, write_config
+from gddim.experiment.workdir import (
+    RECORDS,
+    check_config,
+    check_records,
+    check_shared,
+    check_space,
+    describe,
+    locked,
+    remembering,
+    write_config,
+)
 from gddim.parallel import EXIT_PREEMPTED, ending_on_sigterm, initialize, leave, on_main
 from gddim.sde import AbstractLinearSDE
 from gddim.train import Diverged
@@ -123,6 +133,7 @@ def carry_out(command: Command) -> None:
         if not jax.distributed.is_initialized():  # JAX has its own handler, which training relies on
             stack.enter_context(ending_on_sigterm())
         known = on_main(lambda: check_config(workdir, config, free))
+        experiment = remembering(experiment, workdir)
         plan = Plan(experiment)
         if command.dry_run:
             dry_run(plan)
@@ -141,6 +152,8 @@ def carry_out(command: Command) -> None:
             )
         if measured:
             feature_space(experiment.eval)
+        if training:
+            config[RECORDS] = check_records(workdir, config, source)
 
         def claim() -> bool:
             stack.enter_context(locked(workdir))

@@ -27,7 +27,8 @@ else:
 MAY_CHANGE = (
     *(f"train.{name}" for name in ("steps", "accumulate", "fused", "report_every", "show_every", "save_every")),
     *("train.keep", "train.keep_every", "sampling", "eval", "mesh", "rule"),
-    *("data.root", "net.remat", "net.scan_blocks"),
+    *("net.remat", "net.scan_blocks"),
+    *("data.root", "data.path", "data.skip_damaged"),  # where no digest tells the records; else the whole of data
 )
 # What may differ besides where a run is sampled or measured: it shapes no parameter.
 MAY_CHANGE_AFTER = ("train", "seed", "net.dtype", "net.dropout")
@@ -226,9 +227,6 @@ class Experiment:
     def __post_init__(self):
         t_min, horizon = self.sampling.t_min, self.sde.horizon
         require(t_min < horizon, f"sampling.t_min must be below the horizon {horizon} of the process, not {t_min}")
-        std, dims = self.model.data_std, tuple(self.data.shape[:-1])
-        fits = not isinstance(std, Spectrum) or std.shape == dims
-        require(fits, f"model.data_std is a {std}, and the data are {dims}")
 
     @property
     def state_shape(self) -> tuple[int, ...]:
@@ -237,12 +235,14 @@ class Experiment:
         return (*dims, self.sde.k, channels)
 
     def build(self, key: PRNGKeyArray) -> Denoiser | EpsModel:
-        """The model with fresh parameters."""
+        """The model with fresh parameters. Raises `UserError` for a spectrum of other data."""
         *dims, channels = self.data.shape
+        std = self.model.data_std
+        fits = not isinstance(std, Spectrum) or std.shape == tuple(dims)
+        require(fits, f"model.data_std is a {std}, and the data are {tuple(dims)}")
         fields = self.sde.k * channels
         eps = self.model.predicts == "eps"
         net = self.net.build((*dims, fields), fields if eps else channels, key)
         if eps:
             return EpsModel(self.sde, net, mixed_score=self.model.mixed_score)
-        std = self.model.data_std
         return Denoiser(self.sde, net, data_std=std.rms if isinstance(std, Spectrum) else std)

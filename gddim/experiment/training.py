@@ -62,7 +62,7 @@ def run_training(plan: Plan, source: Source, workdir: epath.Path, peak: float | 
         if step >= settings.steps:
             log.say(f"trained already: {step} steps")
             return
-        log.say(f"training from step {step} to {settings.steps}")
+        log.say(f"training from step {step} to {settings.steps} on {len(source):,} records {source.shape}")
         log.text("experiment", json.dumps(describe(experiment), indent=2))
         rows = batches(source, settings.batch, experiment.seed, step, jax.process_index(), jax.process_count())
         grouped = _group(rows, step, settings.steps, settings.fused)

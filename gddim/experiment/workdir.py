@@ -10,21 +10,27 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from gddim.data import Source, identity
 from gddim.errors import UserError
 from gddim.evaluation.samplers import sampler_name
 from gddim.evaluation.statistics import write_whole
 from gddim.experiment.spectrum import Spectrum
+from gddim.parallel import tell
 from gddim.samplers import AbstractSampler
 from gddim.samplers.base import AbstractAdaptive
 
+if TYPE_CHECKING:
+    from gddim.experiment.config import Experiment
+
 CONFIG = "config.json"
+RECORDS = "records"  # in it, what the run was trained on, by content
 
 
 def describe(value: Any) -> Any:
@@ -95,17 +101,70 @@ def read_config(path: epath.Path) -> dict | None:
 def check_config(path: epath.Path, given: dict, free: tuple[str, ...]) -> bool:
     """Whether a workdir holds a run of this configuration. Raises `UserError` if it holds another.
 
-    A run that has saved nothing yet is none: its configuration may be corrected.
+    A run that has saved nothing yet is none: its configuration may be corrected. Its data are told by `check_records`.
     """
     saved = read_config(path)
     if saved is None or not _saves(path):
         return False
-    if lines := differences(saved, given, free):
+    if lines := differences(saved, given, (*free, RECORDS, *(["data"] if RECORDS in saved else []))):
         raise UserError(
             f"--workdir {path} holds a run of another configuration; repeat its options or give another folder:\n"
             + "\n".join(lines)
         )
     return True
+
+
+def check_records(path: epath.Path, given: dict, source: Source) -> dict[str, Any]:
+    """What the records of a source are, to be kept in the configuration of the run that trains on them.
+
+    They may lie anywhere, and as files, archive, array or shards. Raises `UserError` if the run was trained on others.
+    """
+    saved = read_config(path) if _saves(path) else None
+    before = saved and saved.get(RECORDS)
+    found = identity(source, before)
+    if saved and before is None:
+        tell(
+            f"--workdir {path}: its {CONFIG} does not tell the records that it was trained on; they are taken for these"
+        )
+    if saved and before and differences(before, found, ("stamp",)):
+        names = ("data", RECORDS)
+        here, there = ({name: config.get(name) for name in names} for config in (given | {RECORDS: found}, saved))
+        raise UserError(
+            f"--workdir {path} holds a run on other records; bring those back, or give another folder:\n"
+            + "\n".join(differences(there, here, (f"{RECORDS}.stamp",)))
+        )
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Remembered:
+    """Data that are not there, of which a run remembers the shape."""
+
+    data: Any  # to ask whether it is a Dataset would be to ask for its shape
+    shape: tuple[int, ...]
+
+    def train(self) -> Source:
+        return self.data.train()
+
+    def test(self) -> Source:
+        return self.data.test()
+
+
+def remembering(experiment: Experiment, path: epath.Path) -> Experiment:
+    """The experiment, its records of the shape that the run in a workdir tells where the data are not there to be asked.
+
+    Raises `UserError` where they are, and of another shape.
+    """
+    shape = ((read_config(path) or {}).get(RECORDS) or {}).get("shape")
+    if shape is None or not _saves(path):
+        return experiment
+    try:
+        given = experiment.data.shape
+    except (UserError, OSError):
+        return dataclasses.replace(experiment, data=Remembered(experiment.data, tuple(shape)))
+    if list(given) != shape:
+        raise UserError(f"--workdir {path} holds a run on records {tuple(shape)}, and these are {tuple(given)}")
+    return experiment
 
 
 def _saves(path: epath.Path) -> int:

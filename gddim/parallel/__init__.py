@@ -24,3 +24,4 @@ from gddim.parallel.processes import ending_on_sigterm as ending_on_sigterm
 from gddim.parallel.processes import initialize as initialize
 from gddim.parallel.processes import leave as leave
 from gddim.parallel.processes import on_main as on_main
+from gddim.parallel.processes import tell as tell

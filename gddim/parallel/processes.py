@@ -1,6 +1,7 @@
 """Start-up on several hosts, and stopping all of them at the same step."""
 
 import contextlib
+import functools
 import glob
 import importlib.util
 import json
@@ -147,6 +148,13 @@ def on_main(action: Callable[[], bool]) -> bool:
     if error:
         raise UserError(error)
     return value
+
+
+@functools.cache
+def tell(message: str) -> None:
+    """Prints a line to standard error, on process 0 alone, and the same line only once."""
+    if not jax.distributed.is_initialized() or jax.process_index() == 0:
+        print(message, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
