@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gddim.errors import UserError
+from gddim.errors import UserError, printable
+from gddim.parallel import check_backend
 from gddim.samplers import GDDIM, power_grid, sample
 from gddim.sde import CLD, VP, AbstractLinearSDE, Blurring, LinearSDE
 from gddim.sde.host import on_host
@@ -195,6 +196,7 @@ def load(name: str) -> AbstractLinearSDE:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    printable()
     parser = argparse.ArgumentParser(prog="python -m gddim.check", description=__doc__)
     parser.add_argument(
         "process", nargs="*", help="module:object of a process; without any, every process of the package"
@@ -203,6 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     failed = 0
     try:
+        check_backend()
         processes = {name: load(name) for name in options.process} or shipped()
         for name, sde in processes.items():
             print(name)

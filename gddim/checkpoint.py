@@ -26,7 +26,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree, Shaped, UInt32
 
-from gddim.errors import UserError
+from gddim.errors import UserError, harmless
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,8 @@ class Checkpointer:
         if self.directory.exists():
             if not self.directory.is_dir():
                 raise UserError(f"checkpoints: {self.directory} is a file, not a folder")
-            other = [child.name for child in self.directory.iterdir() if not child.name.split(".")[0].isdigit()]
+            names = [child.name for child in self.directory.iterdir()]
+            other = [name for name in names if not (name.split(".")[0].isdigit() or harmless(name))]
             if other:
                 raise UserError(f"checkpoints: {self.directory} holds {other[0]}, no checkpoint: use another folder")
 

@@ -22,10 +22,10 @@ MAY_IMPORT = {
     "samplers": {"sde"},
     "model": {"sde", "nn"},
     "loss": {"sde", "nn", "model"},
-    "check": {"sde", "samplers", "model"},
+    "check": {"sde", "samplers", "model", "parallel"},
     "train": {*GROUND, "data", "checkpoint", "model", "loss"},
     "evaluation": {"sde", "nn", "parallel", "data", "samplers", "model"},
-    "convert": {"nn", "train", "experiment"},  # it writes a run
+    "convert": {"nn", "parallel", "train", "experiment"},  # it writes a run
 }
 READ_THE_COMMAND_LINE = {"experiment", "check", "convert", "__main__"}
 PICKLES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}

@@ -10,7 +10,7 @@ import numpy as np
 from gddim.data import CIFAR10, SVHN, ArrayFile, CelebA, Dataset, Digits, FiveRings, ImageFolder, Shards
 from gddim.data.moments import moments, spectrum
 from gddim.data.shards import prepare
-from gddim.errors import UserError
+from gddim.errors import UserError, printable
 
 _NAMED = {"digits": Digits, "five-rings": FiveRings, "cifar10": CIFAR10, "svhn": SVHN, "celeba": CelebA}
 _OPTIONS = {
@@ -72,6 +72,7 @@ def _std(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    printable()
     parser = argparse.ArgumentParser("python -m gddim.data", description=__doc__)
     verbs = parser.add_subparsers(required=True, metavar="prepare|std")
     for name, action, text in (

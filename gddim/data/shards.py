@@ -16,7 +16,7 @@ from tqdm import tqdm
 from gddim.data.content import digest_of, spell
 from gddim.data.files import digest, locked
 from gddim.data.sources import Dataset, Source
-from gddim.errors import UserError
+from gddim.errors import UserError, harmless
 
 _FORMAT = "gddim shards 1"
 _MANIFEST = "manifest.json"
@@ -99,7 +99,11 @@ def prepare(dataset: Dataset, dest: Path, shard_bytes: int = 2**30) -> None:
     """
     if dest.exists() and not dest.is_dir():
         raise UserError(f"{dest} is a file: name a folder")
-    if dest.is_dir() and _read_manifest(dest) is None and {entry.name for entry in dest.iterdir()} - {_LOCK}:
+    if (
+        dest.is_dir()
+        and _read_manifest(dest) is None
+        and [entry for entry in dest.iterdir() if not harmless(entry.name)]
+    ):
         raise UserError(f"{dest} holds other files, which are left alone: name a new or empty folder")
     sources = {"train": dataset.train(), "test": dataset.test()}
     plan = _plan(dataset, sources, shard_bytes)
@@ -207,7 +211,7 @@ def _read_manifest(folder: Path) -> dict | None:
 
 def _write_manifest(folder: Path, manifest: dict) -> None:
     part = folder / (_MANIFEST + ".part")
-    with open(part, "w") as file:
+    with open(part, "w", encoding="utf-8") as file:
         json.dump(manifest, file, indent=1)
         file.flush()
         os.fsync(file.fileno())

@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
 from gddim.data import (
     CIFAR10,
@@ -22,7 +21,7 @@ from gddim.data import (
     to_uint8,
     whole_images,
 )
-from gddim.errors import UserError
+from gddim.errors import UserError, place, printable
 from gddim.evaluation.cell import LEAST
 from gddim.evaluation.features import FeatureSpace, PixelFeatures
 from gddim.evaluation.inception import CONVENTIONS, PRECISIONS, InceptionFeatures
@@ -30,7 +29,7 @@ from gddim.evaluation.metrics import Gaussian, frechet_distance
 from gddim.evaluation.report import plot, table
 from gddim.evaluation.statistics import FEW, Statistics, check_writable, compare, source_statistics, write_whole
 from gddim.evaluation.sweep import read_rows
-from gddim.parallel import batch_sharding, make_mesh
+from gddim.parallel import batch_sharding, check_backend, make_mesh
 
 _NAMED = {"digits": Digits, "five-rings": FiveRings, "cifar10": CIFAR10, "svhn": SVHN, "celeba": CelebA}
 _SOURCE = (
@@ -40,6 +39,7 @@ _SOURCE = (
 
 
 def main() -> None:
+    printable()
     parser = argparse.ArgumentParser("python -m gddim.evaluation", description=__doc__)
     verbs = parser.add_subparsers(required=True, metavar="stats|fid|report")
     stats = verbs.add_parser("stats", help="write mean, covariance and a subset of SOURCE's features to OUT.npz")
@@ -74,7 +74,8 @@ def main() -> None:
 
 
 def _stats(options: argparse.Namespace) -> None:
-    out = epath.Path(options.out).expanduser()
+    check_backend()
+    out = place(options.out)
     if out.exists() or out.suffix != ".npz":
         raise UserError(f"{out} {'exists' if out.exists() else 'is no .npz file'}: name a new .npz file")
     check_writable(out)
@@ -111,6 +112,7 @@ def _sides(options: argparse.Namespace) -> list[Statistics | Gaussian]:
     saved = [_saved(name) for name in names]
     if None not in saved:
         return [side for side in saved if side]
+    check_backend()
     space = _space(options)
     sides = [side or _source(name, options.size, space) for side, name in zip(saved, names, strict=True)]
     for side, other in (sides, sides[::-1]):
@@ -128,8 +130,8 @@ def _sides(options: argparse.Namespace) -> list[Statistics | Gaussian]:
 
 
 def _report(options: argparse.Namespace) -> None:
-    rows = read_rows(Path(options.results).expanduser())
-    out = epath.Path(options.out).expanduser()
+    rows = read_rows(place(options.results))
+    out = place(options.out)
     check_writable(out)
     text = table(rows)
     plot(rows, out.with_name(f"{out.name}.png"))

@@ -11,6 +11,7 @@ from jaxtyping import PRNGKeyArray
 
 from gddim.errors import UserError
 from gddim.evaluation.samplers import parse_sampler, sampler_name
+from gddim.experiment.options import UNGROUPED
 from gddim.experiment.spectrum import DataStd, Spectrum
 from gddim.model import Denoiser, EpsModel
 from gddim.parallel import MeshConfig, Rule, default_rule
@@ -26,7 +27,7 @@ else:
 # What may differ between a run and its continuation: it changes neither the gradient of a step nor what came before.
 MAY_CHANGE = (
     *(f"train.{name}" for name in ("steps", "accumulate", "fused", "report_every", "show_every", "save_every")),
-    *("train.keep", "train.keep_every", "sampling", "eval", "mesh", "rule"),
+    *("train.keep", "train.keep_every", "sampling", "sampler", "eval", "mesh", "rule"),
     *("net.remat", "net.scan_blocks"),
     *("data.root", "data.path", "data.skip_damaged"),  # where no digest tells the records; else the whole of data
 )
@@ -135,7 +136,9 @@ class Training:
 class Sampling:
     """How samples are drawn: by `sample`, for the grids while training, and where an evaluation does not say."""
 
-    sampler: Annotated[Sampler, tyro.conf.arg(name="sampler", prefix_name=False)] = OURS
+    sampler: Annotated[Sampler, tyro.conf.arg(name="sampler", prefix_name=False)] = field(
+        default=OURS, metadata={UNGROUPED: True}
+    )
     """gddim[:ORDER][:data][:corrector][:lam=λ], cholesky[:ORDER], em[:lam=λ], heun, sscs or rk45[:rtol=…][:atol=…]."""
     nfe: int = 50
     """Network calls a sample, the last step's included."""

@@ -12,12 +12,13 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Int, Key
 
-from gddim.data import to_unit
+from gddim.data import Source, to_unit
 from gddim.errors import UserError
 from gddim.evaluation.latents import Coder, interpolate, reconstruct
 from gddim.evaluation.likelihood import bits_per_dimension
 from gddim.evaluation.provenance import hardware, software
 from gddim.evaluation.statistics import to_host, write_whole
+from gddim.experiment.config import Experiment, require
 from gddim.experiment.drawing import grid
 from gddim.experiment.measure import checkpoint_digest
 from gddim.experiment.outputs import origin_of, write_npz, write_png
@@ -34,8 +35,8 @@ ROWS, COLUMNS = 8, 9  # of the picture of interpolations
 def likelihood(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
     """Tell the bits per dimension of the first held-out records, as many as an evaluation has samples."""
     experiment, settings = plan.experiment, plan.experiment.sampling
+    source = _held_out(experiment)
     params, step = restore_ema(plan, workdir, step)
-    source = experiment.data.test()
     found = bits_per_dimension(
         plan.model(params),
         source,
@@ -75,8 +76,8 @@ def encode(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
     names = ("latents.npz", "reconstructions.png", "interpolations.png")
     for name in names:
         origin_of(workdir / name)
+    source = _held_out(experiment)
     params, step = restore_ema(plan, workdir, step)
-    source = experiment.data.test()
     count = min(settings.samples, len(source))
     size = -(-min(settings.batch, count) // plan.mesh.size) * plan.mesh.size
     coder = Coder.of(plan.model(params), grid(experiment, settings), sampler.order)
@@ -101,6 +102,13 @@ def encode(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
             f"mean square error {errors.mean():.4g}, at most {errors.max():.4g}; {workdir}: {', '.join(names)}",
             flush=True,
         )
+
+
+def _held_out(experiment: Experiment) -> Source:
+    """The held-out records. Raises `UserError` for a single one: neither verb has anything to say of it."""
+    source = experiment.data.test()
+    require(len(source) >= 2, f"{len(source)} records are held out, likelihood and encode need at least 2")
+    return source
 
 
 @functools.partial(jax.jit, static_argnums=0)

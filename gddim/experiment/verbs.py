@@ -19,6 +19,9 @@ from gddim.experiment.training import restore_ema
 from gddim.experiment.workdir import describe, flatten
 from gddim.parallel import bytes_per_device
 
+SAMPLES = ("samples.npz", "samples.png", "trajectory.png", "denoise.png")
+"""What the verb `sample` writes."""
+
 
 def dry_run(plan: Plan) -> None:
     """Print, on process 0, what a run would be and what it needs. Nothing is compiled and no array is made."""
@@ -46,8 +49,7 @@ def dry_run(plan: Plan) -> None:
 def sample(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
     """Write samples of a checkpoint's averaged model and pictures of how they come about; tell NFE and images/s."""
     experiment, sampling = plan.experiment, plan.experiment.sampling
-    names = ("samples.npz", "samples.png", "trajectory.png", "denoise.png")
-    for name in names:
+    for name in SAMPLES:
         origin_of(workdir / name)
     params, step = restore_ema(plan, workdir, step)
     model = plan.model(params)
@@ -65,12 +67,12 @@ def sample(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
     rate = f"{(after - before) / (ended - began):.4g} images/s" + ("" if compiled else ", compilation included")
     paths = follow(experiment, model, sampling, count=4 if data.ndim == 4 else 1000)
     if jax.process_index() == 0:
-        write_npz(workdir / names[0], data, origin)
-        write_png(workdir / names[1], gallery(data), origin)
-        write_png(workdir / names[2], trajectory(experiment.sde, paths), origin)
-        write_png(workdir / names[3], film(paths), origin)
+        write_npz(workdir / SAMPLES[0], data, origin)
+        write_png(workdir / SAMPLES[1], gallery(data), origin)
+        write_png(workdir / SAMPLES[2], trajectory(experiment.sde, paths), origin)
+        write_png(workdir / SAMPLES[3], film(paths), origin)
         print(
             f"{len(data)} samples of step {step} by {sampler_name(sampling.sampler)}: NFE {calls:g}, "
-            f"{rate}; {workdir}: {', '.join(names)}",
+            f"{rate}; {workdir}: {', '.join(SAMPLES)}",
             flush=True,
         )

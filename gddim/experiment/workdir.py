@@ -18,9 +18,10 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from gddim.data import Source, identity
-from gddim.errors import UserError
+from gddim.errors import UserError, harmless
 from gddim.evaluation.samplers import sampler_name
 from gddim.evaluation.statistics import write_whole
+from gddim.experiment.options import UNGROUPED
 from gddim.experiment.spectrum import Spectrum
 from gddim.parallel import tell
 from gddim.samplers import AbstractSampler
@@ -34,15 +35,21 @@ RECORDS = "records"  # in it, what the run was trained on, by content
 
 
 def describe(value: Any) -> Any:
-    """A dataclass tree as JSON: each object its type and its fields; a sampler its word, a function its name,
-    a spectrum its digest."""
+    """A dataclass tree as JSON: each object its type and its fields, by the names of the command line; a sampler its word,
+    a function its name, a spectrum its digest."""
     if isinstance(value, AbstractSampler | AbstractAdaptive):
         return sampler_name(value)
     if isinstance(value, Spectrum):
         return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
-        return {"type": type(value).__name__, **fields}
+        described: dict[str, Any] = {"type": type(value).__name__}
+        for field in dataclasses.fields(value):
+            if field.init:
+                inner = getattr(value, field.name)
+                described[field.name] = part = describe(inner)
+                parts = dataclasses.fields(inner) if isinstance(part, dict) else ()
+                described |= {each.name: part.pop(each.name) for each in parts if each.metadata.get(UNGROUPED)}
+        return described
     if isinstance(value, list | tuple):
         return [describe(item) for item in value]
     if isinstance(value, os.PathLike):
@@ -84,7 +91,7 @@ def read_config(path: epath.Path) -> dict | None:
         if not path.is_dir():
             raise UserError(f"--workdir {path} is a file, not a folder")
         if not (path / CONFIG).exists():
-            if foreign := sorted({p.name for p in path.iterdir()} - {f".{CONFIG}.new"}):
+            if foreign := sorted(p.name for p in path.iterdir() if not (harmless(p.name) or _is_log(p))):
                 raise UserError(
                     f"--workdir {path} holds something else ({', '.join(foreign[:3])}{', …' * (len(foreign) > 3)}) "
                     f"and no {CONFIG} of a run: give a new or an empty folder"
@@ -96,6 +103,15 @@ def read_config(path: epath.Path) -> dict | None:
     if not isinstance(config, dict) or config.get("type") != "Experiment":
         raise UserError(f"--workdir {path} holds something else: its {CONFIG} is not that of a run")
     return config
+
+
+def _is_log(path: epath.Path) -> bool:
+    """Whether a file is what a job prints: by its name, or because this process prints into it."""
+    if path.suffix in (".log", ".out", ".err"):
+        return True
+    with contextlib.suppress(OSError):
+        return any(os.path.samestat(os.stat(path), os.fstat(stream)) for stream in (1, 2))
+    return False
 
 
 def check_config(path: epath.Path, given: dict, free: tuple[str, ...]) -> bool:

@@ -89,14 +89,24 @@ def initialize() -> None:
     job = cluster(os.environ, on_tpu)
     if job is not None and not jax.distributed.is_initialized():
         _join(job)
-    if asked := os.environ.get("JAX_PLATFORMS"):
-        try:
-            there = jax.default_backend()
-        except RuntimeError as error:
-            raise UserError(f"JAX_PLATFORMS={asked}: {' '.join(str(error).split())}") from error
-        first = asked.split(",")[0]
-        if _BACKENDS.get(first, there) != there:
-            raise UserError(f"JAX_PLATFORMS={asked} asks for {first} first, but JAX finds no working one, only {there}")
+    check_backend()
+
+
+def check_backend() -> None:
+    """Raise `UserError` unless JAX runs on what JAX_PLATFORMS names first: it falls back without a word, or fails in pages."""
+    asked = os.environ.get("JAX_PLATFORMS")
+    if not asked:
+        return
+    first = asked.split(",")[0]
+    try:
+        there = jax.default_backend()
+    except (RuntimeError, AssertionError) as error:
+        why = " ".join(str(error).split()) or "JAX finds no plugin for it"
+        extra = {"cuda": "cuda", "gpu": "cuda", "tpu": "tpu"}.get(first)
+        how = f"pip install 'gddim[{extra}]', or another" if extra else f"accepted: {', '.join(_BACKENDS)}"
+        raise UserError(f"JAX_PLATFORMS={asked}: {why}; {how}") from error
+    if _BACKENDS.get(first, there) != there:
+        raise UserError(f"JAX_PLATFORMS={asked} asks for {first} first, but JAX finds no working one, only {there}")
 
 
 def _join(job: dict[str, Any]) -> None:
