@@ -234,15 +234,6 @@ def test_a_damaged_step_does_not_crowd_out_a_whole_one(folder):
     assert Checkpointer(folder).restore(asked_of(make(), mesh_of(1, 1)))[1] == 15
 
 
-def test_the_newest_and_every_kth_are_kept(tmp_path):
-    saved = Checkpointer(tmp_path / "run", keep_last=2, keep_every=4)
-    for step in range(1, 10):
-        saved.save(step, {"ema": jnp.float32(step)}, {})
-    saved.wait()
-    assert saved.steps() == [4, 8, 9]
-    saved.close()
-
-
 def test_a_step_is_never_overwritten(folder):
     saved = Checkpointer(folder)
     saved.save(20, on(mesh_of(2, 4)), CONFIG)  # the same state once more, from another mesh

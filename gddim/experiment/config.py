@@ -115,7 +115,7 @@ class Training:
     keep: int = 3
     """Newest checkpoints that are kept."""
     keep_every: int = 0
-    """Checkpoints at its multiples are kept for good; 0: none."""
+    """The first checkpoint at or after each of its multiples is kept for good, also by runs that set another; 0: none."""
 
     def __post_init__(self):
         for name in ("steps", "batch", "accumulate", "fused", "report_every", "save_every", "keep"):
