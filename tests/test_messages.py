@@ -21,13 +21,15 @@ import gddim.data.__main__
 import gddim.evaluation.__main__
 from experiments import blurred_cld_cifar10, cld_cifar10, cld_digits, points
 from experiments.benchmark import __main__ as benchmark
-from gddim.data import Digits, Shards, prepare
+from gddim.data import CelebA, Digits, Shards, prepare
 from gddim.errors import place
 from gddim.evaluation.features import PixelFeatures
 from gddim.evaluation.statistics import source_statistics
-from gddim.experiment import Experiment
+from gddim.experiment import Experiment, Sampling
 from gddim.experiment.cli import Command, main
+from gddim.experiment.drawing import draw_samples
 from gddim.experiment.options import options
+from gddim.experiment.plan import Plan
 from gddim.experiment.workdir import describe, flatten, read_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -311,3 +313,23 @@ def test_a_run_of_before_goes_on_though_its_sampler_stood_elsewhere(tmp_path):
     config["sampling"]["sampler"] = config.pop("sampler")
     path.write_text(json.dumps(config))
     assert status_of(points.EXPERIMENT, "sample", *small) == 0
+
+
+def test_another_batch_changes_samples_by_rounding_as_the_help_says(capsys):
+    assert status_of(cld_digits.EXPERIMENT, "--help") == 0
+    said = " ".join(re.sub("[│|]", " ", capsys.readouterr().out).split())
+    assert "changes no sample" not in said
+    assert said.count("changes samples by rounding") == 2
+    net = dataclasses.replace(cld_digits.EXPERIMENT.net, width=8, multipliers=(1,), attention=())
+    colour = dataclasses.replace(cld_digits.EXPERIMENT, data=CelebA(size=8), net=net)
+    plan = Plan(colour)
+    model = plan.model(plan.init().ema)
+
+    def drawn(batch: int) -> np.ndarray:
+        sampling = Sampling(nfe=4, samples=24, batch=batch)
+        return draw_samples(colour, plan.mesh, model, sampling)[0].astype(int)
+
+    one, other = drawn(24), drawn(8)
+    assert one.std() > 10
+    assert np.abs(one - other).max() <= 1
+    assert np.mean(one != other) < 0.01

@@ -131,8 +131,8 @@ def carry_out(command: Command) -> None:
     with contextlib.ExitStack() as stack:
         if not jax.distributed.is_initialized():  # JAX has its own handler, which training relies on
             stack.enter_context(ending_on_sigterm())
-        default = command.workdir == default_workdir(experiment)
-        known = not (command.dry_run and default) and on_main(lambda: check_config(workdir, config, free))
+        nowhere = command.dry_run and command.workdir == default_workdir(experiment)
+        known = not nowhere and on_main(lambda: check_config(workdir, config, free))
         if known:
             experiment = remembering(experiment, workdir)
         plan = Plan(experiment)

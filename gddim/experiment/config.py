@@ -145,7 +145,8 @@ class Sampling:
     samples: int = 64
     """Number of samples."""
     batch: int = 64
-    """How many at a time, over all devices; changes no sample."""
+    """How many at a time, over all devices. Another number is another program of XLA's, and changes samples by rounding:
+    up to 0.3 % of 8-bit pixels were seen to differ, by one level."""
     power: float = 2.0
     """Times are uniform in t^(1/power)."""
     t_min: float = 1e-3
@@ -185,7 +186,7 @@ class Evaluation:
     seeds: int = 1
     """Times that each cell is drawn, with seeds from sampling.seed on; the table tells mean and spread."""
     batch: int = 500
-    """Samples at a time, over all devices; changes no sample."""
+    """Samples at a time, over all devices; another number changes samples by rounding, as in sampling."""
     features: Literal["inception", "pixels"] = "inception"
     """Where distances are measured: in Inception features to the training data (FID), or in the pixels or coordinates
     themselves to the held-out data, where the data are too small for the former."""
