@@ -33,7 +33,7 @@ from gddim.experiment.plan import Plan
 from gddim.experiment.training import Preempted, run_training
 from gddim.experiment.verbs import dry_run, sample
 from gddim.experiment.workdir import check_config, check_shared, check_space, describe, locked, write_config
-from gddim.parallel import EXIT_PREEMPTED, ending_on_sigterm, initialize, leave, on_main
+from gddim.parallel import EXIT_PREEMPTED, await_verdict, ending_on_sigterm, initialize, leave, on_main
 from gddim.sde import AbstractLinearSDE
 from gddim.train import Diverged
 
@@ -78,7 +78,7 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> NoReturn:
     except Diverged as error:
         _end(EXIT_FAILED, f"error: not finite at {error}; the checkpoints before it are untouched")
     except OSError as error:
-        _end(EXIT_FAILED, f"error: {error}")
+        _end(EXIT_FAILED, f"error: {error}", perhaps_lost=True)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -181,12 +181,14 @@ def _leave_alone(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.St
     return tyro.constructors.StructConstructorSpec(lambda: info.default, fields=())
 
 
-def _end(status: int, message: str) -> NoReturn:
+def _end(status: int, message: str, perhaps_lost: bool = False) -> NoReturn:
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would only tear the clean-up
     if jax.process_index() == 0 or status != EXIT_PREEMPTED:
         print(message, file=sys.stderr, flush=True)
     if status == EXIT_INTERRUPTED:
         os._exit(status)  # the threads of a save in flight would fill the screen with their tracebacks
+    if perhaps_lost:
+        await_verdict()
     leave(status)
 
 
