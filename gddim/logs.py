@@ -133,8 +133,8 @@ class _Events:
         self._file = EventsWriter(os.path.join(folder, "events"))
         self._flushed, self._lost = -math.inf, False
         self._thread = ThreadPoolExecutor(1, "tensorboard")
-        if step:
-            self._put(step, session_log={"status": "START"})
+        # What a life that ended beyond `step` told after it is void, also where it saved nothing; what it told at it holds.
+        self._put(step + 1, session_log={"status": "START"})
 
     def add(self, step: int, kind: str, name: str, value: Any) -> None:
         """Append a `"scalar"`, a `"text"` or an `"image"`, of shape `(C, H, W)`."""

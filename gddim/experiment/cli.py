@@ -39,7 +39,7 @@ from gddim.experiment.workdir import (
     remembering,
     write_config,
 )
-from gddim.parallel import EXIT_PREEMPTED, ending_on_sigterm, initialize, leave, on_main
+from gddim.parallel import EXIT_PREEMPTED, await_verdict, ending_on_sigterm, initialize, leave, on_main
 from gddim.train import Diverged
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -90,7 +90,7 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> NoReturn:
     except Diverged as error:
         _end(EXIT_FAILED, f"error: not finite at {error}; the checkpoints before it are untouched")
     except OSError as error:
-        _end(EXIT_FAILED, f"error: {error}")
+        _end(EXIT_FAILED, f"error: {error}", perhaps_lost=True)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -186,12 +186,14 @@ def carry_out(command: Command) -> None:
             encode(plan, workdir, command.step)
 
 
-def _end(status: int, message: str) -> NoReturn:
+def _end(status: int, message: str, perhaps_lost: bool = False) -> NoReturn:
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would only tear the clean-up
     if status != EXIT_PREEMPTED or jax.process_index() == 0:  # without a backend there is no index
         print(message, file=sys.stderr, flush=True)
     if status == EXIT_INTERRUPTED:
         os._exit(status)  # the threads of a save in flight would fill the screen with their tracebacks
+    if perhaps_lost:
+        await_verdict()
     leave(status)
 
 
