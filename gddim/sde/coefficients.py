@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from gddim.sde.collocation import X
-from gddim.sde.host import in_float64
+from gddim.sde.host import float64_on_cpu, in_float64
 from gddim.sde.linalg import transpose
 
 Coefficient = Callable[[Any], Any]  # of a scalar time, to (*#dims, k, k)
@@ -127,7 +127,8 @@ class Coefficients:
             except (TypeError, AttributeError, IndexError):  # not written for tracing; its own errors come again below
                 self._time_by_time.add(name)
         if name in self._time_by_time:
-            values = np.asarray([np.asarray(fn(t), np.float64) for t in times])
+            with float64_on_cpu():
+                values = np.asarray([np.asarray(fn(t), np.float64) for t in times])
         good = np.isfinite(values).reshape(len(times), -1).all(1)
         if not good.all():
             raise ValueError(f"{name} is not finite at t = {times[~good][0]:.8g}, in (0, {self.horizon}]")

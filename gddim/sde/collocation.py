@@ -72,4 +72,4 @@ def tail(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def unresolved(values: np.ndarray) -> np.ndarray:
     """Which panels of `values` `(panels, nodes, …, k, k)` are no polynomials to TOLERANCE, row by row. Returns `(panels,)`."""
     last, size = tail(values)
-    return (last > TOLERANCE * size).any(tuple(range(1, last.ndim)))
+    return np.any(last > TOLERANCE * size, tuple(range(1, last.ndim)))

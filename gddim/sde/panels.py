@@ -71,12 +71,12 @@ def _measure(coefficients: Coefficients, lower: np.ndarray, upper: np.ndarray) -
     F, GG = coefficients.at(y**2)
     slope = (width * y)[..., None, None, None]  # dτ/dξ
     nodes, between = slice(NODES), slice(NODES, None)
-    errors, missed = [], []
+    judged: list[np.ndarray] = []
     for values in (F, GG):
         last, size = tail(values[:, nodes])
         gap = np.abs(at_points(TO_BETWEEN, values[:, nodes]) - values[:, between])
-        errors.append(np.maximum(last, gap.max(1)) / np.where(size > 0, size, 1))
-        missed.append((slope[:, between] * BETWEEN_W[:, None, None, None] * gap).sum(1))
+        judged.append(np.maximum(last, gap.max(1)) / np.where(size > 0, size, 1))
+        judged.append((slope[:, between] * BETWEEN_W[:, None, None, None] * gap).sum(1))
     A = slope[:, nodes] * F[:, nodes]
     G, negative = _semidefinite_root(GG[:, between])
     G = G * np.sqrt(slope[:, between] * BETWEEN_W[:, None, None, None])
@@ -87,7 +87,10 @@ def _measure(coefficients: Coefficients, lower: np.ndarray, upper: np.ndarray) -
         psi, whole, gain, noise = _coupled(A, G)
         rate = np.abs(A).sum(-1).max((1, 2, 3))
     negative = negative.reshape(len(lower), -1).min(1)
-    return Panels(lower, upper, F[:, nodes], GG[:, nodes], psi, whole, *errors, *missed, gain, noise, negative, rate)
+    return Panels(
+        lower, upper, F[:, nodes], GG[:, nodes], psi, whole, judged[0], judged[2], judged[1], judged[3], gain, noise,
+        negative, rate,
+    )  # fmt: skip
 
 
 def _coupled(A: np.ndarray, G: np.ndarray) -> tuple[np.ndarray, ...]:
