@@ -217,6 +217,12 @@ def test_a_run_of_an_earlier_version_goes_on_and_says_that_its_records_are_unkno
     assert status_of(dataclasses.replace(moved, test_every=5), "train", workdir, "--train.steps=4") == 2
 
 
+def test_records_that_a_network_does_not_take_are_told_as_the_user_has_them(tmp_path, capsys):
+    np.save(tmp_path / "images.npy", np.linspace(-1, 1, 5120, dtype=np.float32).reshape(20, 16, 16))
+    assert status_of(ArrayFile(str(tmp_path / "images.npy")), "train", tmp_path / "w") == 2
+    assert capsys.readouterr().err.startswith("error: records (16, 16): an NCSN++ takes images (H, W, C), not ")
+
+
 @pytest.mark.parametrize("form", [ArrayFile, Shards])
 def test_an_experiment_is_built_helped_and_sampled_without_its_data(form, tmp_path, capsys):
     workdir, path = tmp_path / "w", tmp_path / "a.npy"

@@ -106,6 +106,10 @@ def test_all_damaged_images_are_listed_at_once_and_may_be_left_out(photos, keep,
         "cannot read 2 of 11 images: mend or remove them, or go on without by the option skip-damaged:"
     )
     assert [line.split(" (")[0] for line in others] == ["  0.png", "  sub/9.png"]
+    for held_out in (False, True):  # of which one is damaged
+        data = ImageFolder(str(photos), 8, test_every=11)
+        with pytest.raises(UserError, match="cannot read 2 of 11 images"):
+            records(data.test() if held_out else data.train())
     capsys.readouterr()
     rest = ImageFolder(str(photos), 8, test_every=0, skip_damaged=True).train()
     assert "going on without 2 of 11 images, which cannot be read:\n  0.png (" in capsys.readouterr().err

@@ -96,7 +96,7 @@ class ImageFiles:
     """Decoded when asked for, and resized to `shape`: the whole image, or its centre, `crop` pixels or the shorter side
     wide.
 
-    Where one cannot be read all are tried, and UserError lists those that cannot, with `advice`.
+    Where one cannot be read all of the folder are tried, and UserError lists those that cannot, with `advice`.
     """
 
     def __init__(
@@ -120,9 +120,10 @@ class ImageFiles:
 
     def __getitem__(self, indices: Int[np.ndarray, " b"], /) -> UInt8[np.ndarray, "b h w c"]:
         out = np.empty((len(indices), *self.shape), np.uint8)
-        for row, image in enumerate(self._pool.map(self._decode, indices.tolist())):
+        names = [self._names[index] for index in indices]
+        for row, image in enumerate(self._pool.map(self._decode, names)):
             if isinstance(image, str):
-                raise UserError(self._refusal({int(indices[row]): image} | self.damaged()))
+                raise UserError(self._refusal(self._damaged(self._files.names) | {names[row]: image}))
             out[row] = image
         return out
 
@@ -131,39 +132,39 @@ class ImageFiles:
         """Changes when a file does, or is another."""
         return hashlib.sha256(repr([self.shape, *map(self._files.mark, self._names)]).encode()).hexdigest()[:32]
 
-    def damaged(self) -> dict[int, str]:
-        """The numbers of the images that cannot be read, and why."""
-        tried = self._pool.map(self._decode, range(len(self)))
-        tried = tqdm(tried, "looking for damaged images", len(self), unit="img", disable=None)
-        return {index: why for index, why in enumerate(tried) if isinstance(why, str)}
+    def _damaged(self, names: Sequence[str]) -> dict[str, str]:
+        """Those of these images that cannot be read, and why."""
+        tried = self._pool.map(self._decode, names)
+        tried = tqdm(tried, "looking for damaged images", len(names), unit="img", disable=None)
+        return {name: why for name, why in zip(names, tried, strict=True) if isinstance(why, str)}
 
     def without_damaged(self) -> "ImageFiles":
         """The others. Raises UserError if there are none."""
-        found = self.damaged()
+        found = self._damaged(self._names)
         told = "\n  ".join([f"{len(found):,} of {len(self):,} images, which cannot be read:", *self._each(found)])
         if len(found) == len(self):
             raise UserError(f"{self._files.path} holds {told}")
         if found:
             tell(f"{self._files.path}: going on without {told}")
-        names = [name for index, name in enumerate(self._names) if index not in found]
+        names = [name for name in self._names if name not in found]
         return ImageFiles(self._files, names, self.shape, self.flip, self._crop, self._whole, self._advice)
 
-    def _refusal(self, damaged: Mapping[int, str]) -> str:
+    def _refusal(self, damaged: Mapping[str, str]) -> str:
         each = self._each(damaged)
         if len(each) == 1:
             return f"{self._files.path}: cannot read {each[0]}: mend or remove it{self._advice}"
-        which = f"{len(damaged):,} of {len(self):,} images"
+        which = f"{len(damaged):,} of {len(self._files.names):,} images"
         return "\n  ".join([f"{self._files.path}: cannot read {which}: mend or remove them{self._advice}:", *each])
 
-    def _each(self, damaged: Mapping[int, str]) -> list[str]:
-        listed = [f"{self._names[index]} ({why})" for index, why in sorted(damaged.items())]
+    def _each(self, damaged: Mapping[str, str]) -> list[str]:
+        listed = [f"{name} ({why})" for name, why in sorted(damaged.items())]
         return [*listed[:_LISTED], *([f"and {len(listed) - _LISTED:,} more"] if len(listed) > _LISTED else [])]
 
-    def _decode(self, index: int) -> UInt8[np.ndarray, "h w c"] | str:
+    def _decode(self, name: str) -> UInt8[np.ndarray, "h w c"] | str:
         """The pixels of an image, or why they cannot be had."""
         height, width, channels = self.shape
         try:
-            with self._files.open(self._names[index]) as file:
+            with self._files.open(name) as file:
                 image = decoded(file.read(), channels, str(self._files.path))
             small = resized(image, width, height, None if self._whole else self._crop or min(image.size))
             return np.asarray(small).reshape(self.shape)

@@ -246,7 +246,10 @@ class Experiment:
         require(fits, f"model.data_std is a {std}, and the data are {tuple(dims)}")
         fields = self.sde.k * channels
         eps = self.model.predicts == "eps"
-        net = self.net.build((*dims, fields), fields if eps else channels, key)
+        try:
+            net = self.net.build((*dims, fields), fields if eps else channels, key)
+        except UserError as error:
+            raise UserError(f"records {tuple(self.data.shape)}: {error}") from error
         if eps:
             return EpsModel(self.sde, net, mixed_score=self.model.mixed_score)
         return Denoiser(self.sde, net, data_std=std.rms if isinstance(std, Spectrum) else std)
