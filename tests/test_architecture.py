@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "data": {"parallel"},
     "checkpoint": {"parallel"},
     "samplers": {"sde"},
+    "denoiser": {"sde"},
     "model": {"sde", "nn"},
     "loss": {"sde", "nn", "model"},
     "check": {"sde", "samplers", "model", "parallel"},
@@ -129,7 +130,7 @@ def test_no_pickle_and_no_eval():
 
 
 def test_no_method_is_overridden_and_nobody_asks_which_process():
-    processes = {"VP", "CLD", "Blurring", "LinearSDE"}
+    processes = {"VP", "CLD", "Blurring", "LinearSDE", "GaussianPath", "VE", "SubVP", "FlowMatching"}
     wrong = []
     for path in PACKAGE:
         for function, call in calls(path):
