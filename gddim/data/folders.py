@@ -120,7 +120,7 @@ class ImageFiles:
 
     def __getitem__(self, indices: Int[np.ndarray, " b"], /) -> UInt8[np.ndarray, "b h w c"]:
         out = np.empty((len(indices), *self.shape), np.uint8)
-        names = [self._names[index] for index in indices]
+        names = [self._names[int(index)] for index in indices]
         for row, image in enumerate(self._pool.map(self._decode, names)):
             if isinstance(image, str):
                 raise UserError(self._refusal(self._damaged(self._files.names) | {names[row]: image}))
