@@ -30,7 +30,7 @@ from gddim.experiment.encoding import encode, likelihood
 from gddim.experiment.evaluating import evaluate
 from gddim.experiment.measure import cells, feature_space, watched
 from gddim.experiment.plan import Plan
-from gddim.experiment.training import Preempted, run_training
+from gddim.experiment.training import Preempted, borrow, run_training
 from gddim.experiment.verbs import dry_run, sample
 from gddim.experiment.workdir import check_config, check_shared, check_space, describe, locked, write_config
 from gddim.parallel import EXIT_PREEMPTED, await_verdict, ending_on_sigterm, initialize, leave, on_main
@@ -143,7 +143,7 @@ def carry_out(command: Command) -> None:
             feature_space(experiment.eval)
 
         def claim() -> bool:
-            stack.enter_context(locked(workdir))
+            stack.enter_context(locked(workdir, training))
             check_config(workdir, config, free)
             if training:
                 settings = experiment.train
@@ -152,10 +152,17 @@ def carry_out(command: Command) -> None:
                 write_config(workdir, config)
             return True
 
+        def claim_checkpoints() -> bool:
+            stack.enter_context(locked(workdir, training=False, wait=True))
+            return True
+
+        borrowed = borrow(plan) if training and experiment.train.init and not known else None
         on_main(claim)
         check_shared(workdir)
         if training:
-            run_training(plan, source, workdir, command.peak_flops)
+            run_training(plan, source, workdir, command.peak_flops, borrowed)
+        if command.verb == "run":
+            on_main(claim_checkpoints)
         if jax.distributed.is_initialized():
             stack.enter_context(ending_on_sigterm())
         if command.verb in ("run", "sample"):
