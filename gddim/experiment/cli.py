@@ -26,7 +26,7 @@ from gddim.experiment.measure import cells, check_measurable, watched
 from gddim.experiment.options import REGISTRY, UNGROUPED, explain, options
 from gddim.experiment.outputs import origin_of
 from gddim.experiment.plan import Plan
-from gddim.experiment.training import Preempted, run_training
+from gddim.experiment.training import Preempted, borrow, run_training
 from gddim.experiment.verbs import SAMPLES, dry_run, sample
 from gddim.experiment.workdir import (
     RECORDS,
@@ -161,7 +161,7 @@ def carry_out(command: Command) -> None:
             config[RECORDS] = check_records(workdir, config, source)
 
         def claim() -> bool:
-            stack.enter_context(locked(workdir))
+            stack.enter_context(locked(workdir, training))
             check_config(workdir, config, free)
             if training:
                 settings = experiment.train
@@ -170,10 +170,17 @@ def carry_out(command: Command) -> None:
                 write_config(workdir, config)
             return True
 
+        def claim_checkpoints() -> bool:
+            stack.enter_context(locked(workdir, training=False, wait=True))
+            return True
+
+        borrowed = borrow(plan) if training and experiment.train.init and not known else None
         on_main(claim)
         check_shared(workdir)
         if source is not None:
-            run_training(plan, source, workdir, command.peak_flops)
+            run_training(plan, source, workdir, command.peak_flops, borrowed)
+        if command.verb == "run":
+            on_main(claim_checkpoints)
         if jax.distributed.is_initialized():
             stack.enter_context(ending_on_sigterm())
         if command.verb in ("run", "sample"):

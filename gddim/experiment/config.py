@@ -84,8 +84,11 @@ class Model:
 class Training:
     """How the network is trained."""
 
+    init: str | None = None
+    """RUN[@STEP]: a new run begins with the whole state of another one's checkpoint, the newest without @STEP, and goes on
+    from its step with this learning rate, clip, seed, …: for one that diverged."""
     steps: int = 100_000
-    """Steps in all; a run that was stopped, or given more, continues."""
+    """Steps in all; a run that was stopped, or given more, continues. The cooldown moves with them."""
     batch: int = 128
     """Examples a step, over all devices."""
     accumulate: int = 1
@@ -99,7 +102,7 @@ class Training:
     warmup: int = 5_000
     """Steps over which the learning rate rises to its peak."""
     cooldown: int = 0
-    """Last steps, over which it falls to zero."""
+    """Last steps, over which it falls to zero; a run that is given more steps then rises to its peak again."""
     beta1: float = 0.9
     """Adam's decay of the first moment."""
     clip: float = 1.0

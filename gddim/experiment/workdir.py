@@ -223,14 +223,17 @@ def check_shared(path: epath.Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: epath.Path) -> Iterator[None]:
-    """Hold a workdir for this process, which the system releases however it ends. Object stores have no locks."""
+def locked(path: epath.Path, training: bool = True, wait: bool = False) -> Iterator[None]:
+    """Hold a workdir for this process, which the system releases however it ends. Object stores have no locks.
+
+    What is made of checkpoints locks their folder alone: it goes on beside a training, but not two at a time.
+    """
     if "://" in os.fspath(path):
         yield
         return
     try:
         path.mkdir(parents=True, exist_ok=True)
-        folder = os.open(path, os.O_RDONLY)
+        folder = os.open(path if training else path / "checkpoints", os.O_RDONLY)
     except OSError as error:
         raise UserError(f"--workdir {path} cannot be used: {error}") from error
     try:
@@ -239,7 +242,13 @@ def locked(path: epath.Path) -> Iterator[None]:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"--workdir {path} is in use by another run: wait for it, or give another") from error
+            user = "run" if training else "command that samples or evaluates it"
+            if not wait:
+                raise UserError(
+                    f"--workdir {path} is in use by another {user}: wait for it, or give another"
+                ) from error
+            print(f"waiting for another {user}", flush=True)
+            fcntl.flock(folder, fcntl.LOCK_EX)
         yield
     finally:
         os.close(folder)
