@@ -18,7 +18,7 @@ from gddim.data import Source, batches, prefetch
 from gddim.experiment.config import Experiment
 from gddim.experiment.drawing import draw_samples
 from gddim.experiment.measure import Measure
-from gddim.experiment.pictures import gallery
+from gddim.experiment.pictures import gallery, pixels
 from gddim.experiment.plan import Plan
 from gddim.experiment.workdir import describe
 from gddim.logs import Log
@@ -74,7 +74,7 @@ def run_training(plan: Plan, source: Source, workdir: epath.Path, peak: float | 
 
         def show(step: int, state: TrainState) -> None:
             samples, _ = draw_samples(experiment, plan.mesh, plan.model(state.ema), experiment.sampling)
-            log.image(step, "samples", gallery(samples))
+            log.image(step, "samples", pixels(gallery(samples)))
 
         every = experiment.eval.every
         watched = [(every, Measure(plan, workdir).watch(log.metrics))] if every else []
