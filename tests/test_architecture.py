@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "loss": {"sde", "nn", "model"},
     "check": {"sde", "samplers", "model", "parallel"},
     "train": {*GROUND, "data", "checkpoint", "model", "loss"},
-    "evaluation": {"sde", "nn", "parallel", "data", "samplers", "model"},
+    "evaluation": {"sde", "nn", "parallel", "logs", "data", "samplers", "model"},
     "convert": {"nn", "parallel", "train", "experiment"},  # it writes a run
 }
 READ_THE_COMMAND_LINE = {"experiment", "check", "convert", "__main__"}

@@ -119,7 +119,8 @@ def test_a_run_leaves_samples_pictures_and_a_table(trained):
     names = {path.name for path in trained.iterdir()}
     assert names >= {
         *("config.json", "checkpoints", "tensorboard", "samples.npz", "samples.png", "trajectory.png", "denoise.png"),
-        *("results.jsonl", "results.md", "results.png"),
+        *("trajectory.svg", "trajectory.pdf", "report.html", "results.jsonl", "results.md"),
+        *("results.png", "results.svg", "results.pdf"),
     }
     assert json.loads((trained / "config.json").read_text())["train"]["steps"] == 24
     assert Checkpointer(trained / "checkpoints").steps() == [8, 16, 24]

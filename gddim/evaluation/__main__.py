@@ -26,9 +26,10 @@ from gddim.evaluation.cell import LEAST
 from gddim.evaluation.features import FeatureSpace, PixelFeatures
 from gddim.evaluation.inception import CONVENTIONS, PRECISIONS, InceptionFeatures
 from gddim.evaluation.metrics import Gaussian, frechet_distance
+from gddim.evaluation.page import REPORT, check_page, write_page
 from gddim.evaluation.report import plot, table
 from gddim.evaluation.statistics import FEW, Statistics, check_writable, compare, source_statistics, write_whole
-from gddim.evaluation.sweep import read_rows
+from gddim.evaluation.sweep import RESULTS, read_rows
 from gddim.parallel import batch_sharding, check_backend, make_mesh
 
 _NAMED = {"digits": Digits, "five-rings": FiveRings, "cifar10": CIFAR10, "svhn": SVHN, "celeba": CelebA}
@@ -58,9 +59,14 @@ def main() -> None:
         verb.add_argument(
             "--size", type=int, help="stretch images of a folder to this; by default to those of the first"
         )
-    report = verbs.add_parser("report", help="write the tables of RESULTS to OUT.md and the plot to OUT.png")
-    report.add_argument("results", metavar="RESULTS.jsonl")
-    report.add_argument("out", metavar="OUT")
+    report = verbs.add_parser(
+        "report",
+        help="write the tables of RESULTS to OUT.md, the plot to OUT.png, .svg and .pdf, and with all else that a run has "
+        "left beside RESULTS a page to OUT.html",
+    )
+    report.add_argument("results", metavar="RESULTS", help="a file of results, or the folder of a run")
+    help = "without it, for the folder of a run: its own results.md, results.png, … and report.html"
+    report.add_argument("out", metavar="OUT", nargs="?", help=help)
     report.set_defaults(action=_report)
     options = parser.parse_args()
     try:
@@ -130,13 +136,22 @@ def _sides(options: argparse.Namespace) -> list[Statistics | Gaussian]:
 
 
 def _report(options: argparse.Namespace) -> None:
-    rows = read_rows(place(options.results))
-    out = place(options.out)
+    results = place(options.results)
+    if not results.is_dir() and options.out is None:
+        raise UserError("OUT is missing: only what belongs into the folder of a run has a name")
+    folder = results if results.is_dir() else results.parent
+    out = place(options.out) if options.out else folder / "results"
+    page = out.with_name(f"{out.name}.html") if options.out else folder / REPORT
+    path = folder / RESULTS if results.is_dir() else results
+    rows = read_rows(path) if path.exists() or not (folder / "config.json").exists() else []
     check_writable(out)
-    text = table(rows)
-    plot(rows, out.with_name(f"{out.name}.png"))
-    write_whole(out.with_name(f"{out.name}.md"), text.encode())
-    print(text)
+    check_page(page)
+    if rows or not results.is_dir():
+        plot(rows, out.with_name(f"{out.name}.png"))
+        write_whole(out.with_name(f"{out.name}.md"), table(rows).encode())
+        print(table(rows))
+    write_page(folder, rows, page)
+    print(page)
 
 
 def _space(options: argparse.Namespace) -> FeatureSpace:

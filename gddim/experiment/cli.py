@@ -24,7 +24,7 @@ from gddim.experiment.encoding import encode, likelihood
 from gddim.experiment.evaluating import evaluate
 from gddim.experiment.measure import cells, check_measurable, watched
 from gddim.experiment.options import REGISTRY, UNGROUPED, explain, options
-from gddim.experiment.outputs import origin_of
+from gddim.experiment.outputs import check_names
 from gddim.experiment.plan import Plan
 from gddim.experiment.training import Preempted, borrow, run_training
 from gddim.experiment.verbs import SAMPLES, dry_run, sample
@@ -155,8 +155,7 @@ def carry_out(command: Command) -> None:
         if measured:
             check_measurable(experiment, workdir, source)
         if command.verb in ("run", "sample"):
-            for name in SAMPLES:
-                origin_of(workdir / name)
+            check_names(workdir, *SAMPLES)
         if source is not None:
             config[RECORDS] = check_records(workdir, config, source)
 

@@ -21,7 +21,7 @@ from gddim.errors import UserError
 from gddim.experiment.config import MAY_CHANGE, Experiment
 from gddim.experiment.drawing import draw_samples
 from gddim.experiment.measure import Measure
-from gddim.experiment.pictures import gallery
+from gddim.experiment.pictures import gallery, pixels
 from gddim.experiment.plan import Plan
 from gddim.experiment.workdir import describe, differences
 from gddim.logs import Log
@@ -90,7 +90,7 @@ def run_training(
 
         def show(step: int, state: TrainState) -> None:
             samples, _ = draw_samples(experiment, plan.mesh, plan.model(state.ema), experiment.sampling)
-            log.image(step, "samples", gallery(samples))
+            log.image(step, "samples", pixels(gallery(samples)))
 
         every = experiment.eval.every
         watched = [(every, Measure(plan, workdir).watch(log.metrics))] if every else []

@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 
 from gddim.data import Source, identity
 from gddim.errors import UserError, harmless
+from gddim.evaluation.provenance import flatten as flatten
 from gddim.evaluation.samplers import sampler_name
 from gddim.evaluation.statistics import write_whole
 from gddim.experiment.options import UNGROUPED
@@ -68,15 +69,6 @@ def differences(saved: dict, given: dict, free: tuple[str, ...] = ()) -> list[st
         if not held and saved.get(name) != given.get(name):
             lines.append(f"  {name}: the run has {_show(saved, name)}, this command {_show(given, name)}")
     return lines
-
-
-def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The fields of a description by their dotted names."""
-    if not isinstance(value, dict):
-        yield prefix, value
-        return
-    for name, item in value.items():
-        yield from flatten(item, f"{prefix}.{name}" if prefix else name)
 
 
 def _show(values: dict, name: str) -> str:
