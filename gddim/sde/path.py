@@ -70,12 +70,15 @@ class GaussianPath(AbstractPath):
     """α, the amplitude of the data."""
     sigma: Callable[[Any], Any] = eqx.field(static=True)
     """σ, the standard deviation of the noise."""
-    horizon: float = eqx.field(default=1.0, static=True, converter=float)
+    horizon: float = eqx.field(static=True)
     """T, the time at which sampling starts."""
 
+    def __init__(self, alpha: Callable[[Any], Any], sigma: Callable[[Any], Any], horizon: float = 1.0):
+        if not 0 < horizon < math.inf:
+            raise ValueError(f"GaussianPath: horizon={horizon} must be > 0 and finite")
+        self.alpha, self.sigma, self.horizon = alpha, sigma, float(horizon)
+
     def __check_init__(self) -> None:
-        if not 0 < self.horizon < math.inf:
-            raise ValueError(f"GaussianPath: horizon={self.horizon} must be > 0 and finite")
         with np.errstate(all="ignore"):
             alpha, sigma = self.alpha_sigma(np, self.horizon * np.linspace(0, 1, 257))
             ratio = sigma[:-1] / alpha[:-1]
@@ -95,12 +98,13 @@ class VE(AbstractPath):
     Its grid is `power_grid(80.0, 0.002, steps, power=7)`. Raises `ValueError` unless `sigma_max > 0`.
     """
 
-    sigma_max: float = eqx.field(default=80.0, static=True, converter=float)
+    sigma_max: float = eqx.field(static=True)
     """Standard deviation of the noise at the horizon, and the horizon."""
 
-    def __check_init__(self) -> None:
-        if not 0 < self.sigma_max < math.inf:
-            raise ValueError(f"VE: sigma_max={self.sigma_max} must be > 0 and finite")
+    def __init__(self, sigma_max: float = 80.0):
+        if not 0 < sigma_max < math.inf:
+            raise ValueError(f"VE: sigma_max={sigma_max} must be > 0 and finite")
+        self.sigma_max = float(sigma_max)
 
     @property
     def horizon(self) -> float:
@@ -113,12 +117,16 @@ class VE(AbstractPath):
 class FlowMatching(AbstractPath):
     """`u_t = (1 − t) u_0 + t n`: the straight path of flow matching and rectified flow (Lipman et al. 2023, arXiv 2210.02747).
 
-    Nothing is left of the data at the horizon t = 1: samplers start there when they use the data prediction, others below.
-    Networks of this path predict the velocity `n − x_0`: see `as_denoiser`.
+    Nothing is left of the data at t = 1: samplers start there when they use the data prediction, others below. Networks of
+    this path predict the velocity `n − x_0`: see `as_denoiser`. Raises `ValueError` for a horizon outside (0, 1].
     """
 
-    k: ClassVar[int] = 1
-    horizon: ClassVar[float] = 1.0
+    horizon: float = eqx.field(default=1.0, static=True, converter=float)
+    """T, the time at which sampling starts, in (0, 1]."""
+
+    def __check_init__(self) -> None:
+        if not 0 < self.horizon <= 1:
+            raise ValueError(f"FlowMatching: horizon={self.horizon} must lie in (0, 1]")
 
     def alpha_sigma(self, xp: Any, t: Array) -> tuple[Array, Array]:
         return 1 - t, t

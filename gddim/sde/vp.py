@@ -34,7 +34,7 @@ class VP(AbstractLinearSDE):
     @staticmethod
     def cosine(offset: float = 0.008, horizon: float = 0.9946) -> CosineVP:
         """The cosine schedule: `α_t = cos((t+s)/(1+s)·π/2) / cos(s/(1+s)·π/2)`, s the offset, on [0, horizon]."""
-        return CosineVP(offset, horizon)
+        return CosineVP(offset=offset, horizon=horizon)
 
     @staticmethod
     def from_betas(betas: Any, horizon: float | None = None) -> DiscreteVP:
@@ -105,4 +105,4 @@ def _check_betas(sde: VP | SubVP) -> None:
 
 
 def _discrete(log_alphas: np.ndarray, horizon: float | None) -> DiscreteVP:
-    return DiscreteVP(tuple(log_alphas), len(log_alphas) if horizon is None else horizon)
+    return DiscreteVP(log_alphas=tuple(log_alphas), horizon=len(log_alphas) if horizon is None else horizon)
