@@ -62,7 +62,8 @@ def log_density(
         F, half = sde.velocity_factors(t)
         noise, pull = jax.vjp(lambda u: product(half, model(u, t).astype(u.dtype)), state[0])
         divergence = jax.vmap(lambda sign: jnp.vdot(sign, pull(sign)[0]))(signs).sum() / probes
-        linear = jnp.broadcast_to(jnp.trace(F, axis1=-2, axis2=-1), u.shape[:-2]).sum() * u.shape[-1]
+        trace = sum(F[..., i, i] for i in range(sde.k))
+        linear = jnp.broadcast_to(trace, u.shape[:-2]).sum() * u.shape[-1]
         return product(F, state[0]) + noise, linear + divergence
 
     solution = diffrax.diffeqsolve(

@@ -1,7 +1,9 @@
 """Algebra of coefficient arrays `(*#dims, k, k)` with k ≤ a few, the same code for NumPy and JAX.
 
-Products on devices are written as broadcast, multiply and sum: exact in the array's own precision on every backend (a
-`dot_general` would run in TF32 or bfloat16 on accelerators) and fused by XLA into their surroundings.
+Products on devices are sums of outer products of slices: exact in the array's own precision on every backend (a
+`dot_general` would run in TF32 or bfloat16 on accelerators), fused by XLA into their surroundings, and without reductions
+over axes of length k, forward or backward: those are slower on XLA:CPU, and at rank 7 its fusion of them ends the process
+with a segmentation fault (jaxlib 0.10.2).
 """
 
 from __future__ import annotations
@@ -50,7 +52,16 @@ def product(A: Array, B: Array) -> Array:
     if isinstance(B, jax.Array) and not isinstance(A, jax.Array):
         A = jnp.asarray(A, B.dtype)
     A, B = aligned(A, B)
-    return A @ B if namespace(A, B) is np else (A[..., :, :, None] * B[..., None, :, :]).sum(-2)
+    if namespace(A, B) is np:
+        return A @ B
+    # rows are stacked rather than broadcast, which is the same forward, but transposes to a sum of slices
+    rows = [jnp.stack([B[..., j, :]] * A.shape[-2], -2) for j in range(A.shape[-1])]
+    return sum(A[..., :, j, None] * row for j, row in enumerate(rows))
+
+
+def dot(x: Array, y: Array) -> Array:
+    """`Σ_i x_i y_i` over the last axis, which is short."""
+    return sum(x[..., i] * y[..., i] for i in range(x.shape[-1]))
 
 
 def transpose(A: Array) -> Array:
@@ -68,10 +79,10 @@ def lq(A: Array) -> tuple[Array, Array]:
     for i in range(k):
         residual, entries = A[..., i, :], []
         for direction in directions:
-            entry = (residual * direction).sum(-1)
+            entry = dot(residual, direction)
             residual = residual - entry[..., None] * direction
             entries.append(entry)
-        norm = xp.sqrt((residual * residual).sum(-1))
+        norm = xp.sqrt(dot(residual, residual))
         directions.append(residual / norm[..., None])
         rows.append([*entries, norm, *[xp.zeros_like(norm)] * (k - 1 - i)])
     return matrix(xp, rows), xp.stack(directions, -2)
