@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from gddim.samplers import GDDIM, Coefficients
 from gddim.samplers.base import Calls, calls, run
-from gddim.samplers.gddim import history_nodes
+from gddim.samplers.gddim import count, history_nodes
 from gddim.samplers.grids import check_grid
 from gddim.samplers.quadrature import Panels
 from gddim.sde import AbstractLinearSDE
@@ -32,7 +32,10 @@ def encoding_table(sde: AbstractLinearSDE, ts: Any, order: int = 3) -> Coefficie
     weights = -panels.stieltjes(nodes, Q, psi @ R[1:], R[:-1])
     one = np.broadcast_to(np.eye(sde.k), (len(ts), *psi.shape[1:]))
     rising = ts[::-1]
-    return Coefficients(rising, rising[:-1], psi[::-1], weights[::-1], 0 * psi, record_u=0 * one, record_eps=one)
+    return Coefficients(
+        rising, rising[:-1], psi[::-1], weights[::-1], 0 * psi, record_u=0 * one, record_eps=one,
+        orders=count(nodes)[::-1],
+    )  # fmt: skip
 
 
 class Coder(eqx.Module):
