@@ -1,4 +1,4 @@
-"""Processes without a closed form, written down from F and GGᵀ: ten lines each, checked by
+"""Processes without a closed form: two of the package, and a blurred CLD, written down from F and GGᵀ. Each is checked by
 
 python -m gddim.check experiments.processes:phase_space_langevin
 """
@@ -6,29 +6,15 @@ python -m gddim.check experiments.processes:phase_space_langevin
 import jax.numpy as jnp
 import numpy as np
 
-from gddim.sde import LinearSDE
+from gddim.sde import PSLD, CriticallyDamped, LinearSDE
 from gddim.sde.blurring import dct2, frequencies, idct2
 
-
-def phase_space_langevin(
-    beta: float = 8.0, m_inv: float = 4.0, gamma_x: float = 0.01, gamma_v: float = 4.01, gamma: float = 0.04
-) -> LinearSDE:
-    """PSLD, noise on position and velocity (Pandey, Mandt 2023, arXiv 2303.01748):
-    `F = ½β [[−Γ_x, M⁻¹], [−1, −Γ_v]]`, `GGᵀ = β diag(Γ_x, M Γ_v)`.
-    """
-    F = beta / 2 * np.array([[-gamma_x, m_inv], [-1.0, -gamma_v]])
-    GG = beta * np.diag([gamma_x, gamma_v / m_inv])
-    return LinearSDE(lambda t: F, lambda t: GG, np.diag([1e-6, gamma / m_inv]))
+phase_space_langevin = PSLD  # the names under which results were stored
 
 
 def third_order_langevin(beta: float = 4.0, epsilon: float = 1e-4, gamma: float = 0.04) -> LinearSDE:
-    """Position, velocity and acceleration, noise on the last (Shi, Liu 2024), critically damped: F/β has −√3 three times.
-
-    `F = β [[0, 1, 0], [−1, 0, √8], [0, −√8, −√27]]`, `GGᵀ = 2β√27 diag(0, 0, 1)`; it settles at N(0, I).
-    """
-    F = beta * np.array([[0, 1, 0], [-1, 0, np.sqrt(8)], [0, -np.sqrt(8), -np.sqrt(27)]])
-    GG = 2 * beta * np.sqrt(27) * np.diag([0.0, 0.0, 1.0])
-    return LinearSDE(lambda t: F, lambda t: GG, np.diag([epsilon, gamma, gamma]))
+    """Position, velocity and acceleration, noise on the last (Shi, Liu 2024)."""
+    return CriticallyDamped(3, beta, gamma, epsilon)
 
 
 def blurred_langevin(

@@ -1,5 +1,7 @@
 """Fast sampling and TPU-scale training for diffusion models driven by any linear SDE."""
 
+from gddim.denoiser import as_denoiser as as_denoiser
+from gddim.denoiser import through as through
 from gddim.errors import UserError as UserError
 from gddim.loss import denoising_loss as denoising_loss
 from gddim.model import Denoiser as Denoiser
@@ -21,9 +23,15 @@ from gddim.samplers import sample as sample
 from gddim.samplers import two_phase_grid as two_phase_grid
 from gddim.samplers import uniform_grid as uniform_grid
 from gddim.sde import CLD as CLD
+from gddim.sde import PSLD as PSLD
+from gddim.sde import VE as VE
 from gddim.sde import VP as VP
 from gddim.sde import AbstractLinearSDE as AbstractLinearSDE
 from gddim.sde import Blurring as Blurring
+from gddim.sde import CriticallyDamped as CriticallyDamped
+from gddim.sde import FlowMatching as FlowMatching
+from gddim.sde import GaussianPath as GaussianPath
 from gddim.sde import LinearSDE as LinearSDE
+from gddim.sde import SubVP as SubVP
 
 __version__ = "0.1.0"

@@ -11,12 +11,13 @@ one that was interrupted counts as damaged).
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree, Shaped, UInt32
 
-from gddim.errors import UserError
+from gddim.errors import UserError, harmless
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,8 @@ log = logging.getLogger(__name__)
 class Checkpointer:
     """The checkpoints of one run in a folder of their own.
 
-    Keeps the newest `keep_last` steps and every multiple of `keep_every`. Nothing is written before the first `save`.
+    Keeps the newest `keep_last` steps and, for good, the first at or after each multiple of `keep_every`: every manifest
+    lists those, so that no later run deletes them, whatever it keeps itself. Nothing is written before the first `save`.
     With several processes every process makes the same calls, and the folder is one that all of them see.
     Raises `UserError` when the folder holds anything but checkpoints.
     """
@@ -43,13 +45,15 @@ class Checkpointer:
         self.directory = epath.Path(directory)
         if "://" not in str(self.directory):  # `resolve` takes a URL for a relative path
             self.directory = self.directory.resolve()
-        self._keep = keep_last, keep_every
+        self._last, self._every = keep_last, keep_every
+        self._for_good: set[int] = set()
         self._manager: Any = None
         self._damaged: set[int] = set()
         if self.directory.exists():
             if not self.directory.is_dir():
                 raise UserError(f"checkpoints: {self.directory} is a file, not a folder")
-            other = [child.name for child in self.directory.iterdir() if not child.name.split(".")[0].isdigit()]
+            names = [child.name for child in self.directory.iterdir()]
+            other = [name for name in names if not (name.split(".")[0].isdigit() or harmless(name))]
             if other:
                 raise UserError(f"checkpoints: {self.directory} holds {other[0]}, no checkpoint: use another folder")
 
@@ -79,8 +83,10 @@ class Checkpointer:
             for path, leaf in arrays.items():
                 if not isinstance(leaf, jax.Array) or leaf.size == 0:  # Orbax would raise in a thread and hang at exit
                     raise TypeError(f"{name}: {path} is {leaf!r:.60}; only arrays with elements can be saved")
-        manifest = _seal({"config": config, "items": {name: _summary(arrays) for name, arrays in flat.items()}})
         manager = self._open()
+        self._for_good |= self._firsts({*manager.all_steps()} - self._damaged | {step})
+        summaries = {name: _summary(arrays) for name, arrays in flat.items()}
+        manifest = _seal({"config": config, "items": summaries, "kept": sorted(self._for_good)})
         if step in self._damaged:  # it stands where its successor has to go; another one may only have been unreadable
             self._damaged.remove(step)
             manager.delete(step)
@@ -116,7 +122,7 @@ class Checkpointer:
             if problem is None:
                 return {name: _unflatten(tree, restored[name]) for name, tree in items.items()}, candidate
             self._damaged.add(candidate)
-            if jax.process_index() == 0:
+            if jax.process_index() == 0 and candidate in self.steps():  # a run beside this one may have deleted it
                 log.warning("checkpoint %s is damaged: %s", self.directory / str(candidate), problem)
 
     def config(self, step: int) -> dict[str, Any]:
@@ -165,16 +171,24 @@ class Checkpointer:
     def _open(self):
         """The manager that writes; made late, since it makes the folder."""
         import orbax.checkpoint as ocp
-        from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
+        from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
         if self._manager is None:
-            last, every = self._keep
-            keep = [LatestN(last)] + ([EveryNSteps(every)] if every else [])
+            for step in self.steps():
+                with contextlib.suppress(Exception):  # of a damaged manifest; the others list what it did
+                    self._for_good |= set(self._manifest(step).get("kept", [step]))  # without a list it may be for good
             options = ocp.CheckpointManagerOptions(
-                preservation_policy=AnyPreservationPolicy(keep), cleanup_tmp_directories=True, save_root_metadata=False
+                preservation_policy=AnyPreservationPolicy([LatestN(self._last), _Steps(self._for_good)]),
+                cleanup_tmp_directories=True,
+                save_root_metadata=False,
             )
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         return self._manager
+
+    def _firsts(self, steps: set[int]) -> set[int]:
+        """Those of `steps` that are the first at or after a multiple of `keep_every`."""
+        pairs = itertools.pairwise([0, *sorted(steps)])
+        return {step for before, step in pairs if step // self._every > before // self._every} if self._every else set()
 
     def _manifest(self, step: int) -> dict[str, Any]:
         manifest = json.loads((self.directory / str(step) / "manifest" / "metadata").read_text())
@@ -201,6 +215,16 @@ class Checkpointer:
             if bad := [path for path in found if found[path] != sums[name][path]]:
                 return {}, f"{name}: the checksum of {bad[0]} and {len(bad) - 1} other array(s) does not match"
         return restored, None
+
+
+class _Steps:
+    """Orbax's policy that preserves these steps, to which more may be added."""
+
+    def __init__(self, steps: set[int]):
+        self._steps = steps
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        return [checkpoint.step in self._steps for checkpoint in checkpoints]
 
 
 def _flatten(tree: PyTree) -> dict[str, Any]:

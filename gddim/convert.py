@@ -24,8 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from gddim.errors import UserError
+from gddim.errors import UserError, place, printable
 from gddim.nn import NCSNpp
+from gddim.parallel import check_backend
 
 if TYPE_CHECKING:
     from gddim.experiment import Experiment
@@ -226,6 +227,7 @@ def _module(name: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    printable()
     parser = argparse.ArgumentParser(
         "python -m gddim.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False, epilog="Options of the experiment: see python -m experiments.NAME --help",
@@ -238,12 +240,13 @@ def main(arguments: list[str] | None = None) -> int:
     from gddim.experiment import cli
 
     try:
+        check_backend()
         experiment = load_experiment(options.experiment)
         command = cli.parse(experiment, ["sample", "--workdir", options.workdir, *rest])
         if command.dry_run or command.step is not None:
             raise UserError("--dry-run and --step are for the command that samples")
         experiment = command.experiment
-        step = convert(options.source, options.workdir, experiment, options.weights)
+        step = convert(place(options.source), place(options.workdir), experiment, options.weights)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 FLUSH = 60.0  # seconds from one flush of the events to the next: a bucket takes the whole file each time
 
@@ -133,8 +135,8 @@ class _Events:
         self._file = EventsWriter(os.path.join(folder, "events"))
         self._flushed, self._lost = -math.inf, False
         self._thread = ThreadPoolExecutor(1, "tensorboard")
-        if step:
-            self._put(step, session_log={"status": "START"})
+        # What a life that ended beyond `step` told after it is void, also where it saved nothing; what it told at it holds.
+        self._put(step + 1, session_log={"status": "START"})
 
     def add(self, step: int, kind: str, name: str, value: Any) -> None:
         """Append a `"scalar"`, a `"text"` or an `"image"`, of shape `(C, H, W)`."""
@@ -164,3 +166,24 @@ class _Events:
         except Exception as error:  # of the file system, or whatever a bucket's client raises
             self._lost = True
             self._say(f"{self._folder}: no more events for TensorBoard: {type(error).__name__}: {error}")
+
+
+def read_scalars(folder: epath.Path, tag: str) -> dict[int, float]:
+    """A curve by step, as the events of all lives of a run tell it: from where a later one began, it alone counts."""
+    from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+
+    found: dict[int, float] = {}
+    for file in sorted(folder.glob("events.out.tfevents.*")):
+        data, at, first = file.read_bytes(), 0, True
+        while at + 16 <= len(data):  # the length of a record, its checksum, the record, its checksum
+            (length,) = struct.unpack_from("<Q", data, at)
+            record, at = data[at + 12 : at + 12 + length], at + 16 + length
+            if at > len(data):  # a run that was killed leaves its last record cut short
+                break
+            event = Event.FromString(record)
+            for value in event.summary.value:
+                if value.tag == tag:
+                    if first:
+                        found = {step: kept for step, kept in found.items() if step < event.step}
+                    found[event.step], first = value.simple_value, False
+    return found

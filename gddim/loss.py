@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, PRNGKeyArray, Scalar
+from jaxtyping import Float, PRNGKeyArray, Scalar, Shaped
 
 from gddim.sde import AbstractLinearSDE
 from gddim.sde.linalg import Array
@@ -24,10 +24,13 @@ def draw_noise(
     return t, eps, jax.random.split(net_key, batch)
 
 
-def denoising_loss(model: Any, x0: Float[Array, "batch *dims C"], key: PRNGKeyArray, power: float = 1.0) -> Scalar:
+def denoising_loss(model: Any, x0: Shaped[Array, "batch *dims C"], key: PRNGKeyArray, power: float = 1.0) -> Scalar:
     """The batch's mean of `model.loss(x0, t, ε)` over the draws of `draw_noise`, in float32.
 
     `x0` is data in pixels, scaled; `model` an `EpsModel` or a `Denoiser`. Power 1 is the published `t ~ U[1e-5, T]`.
+    Raises `ValueError` for data that are not floating, as bytes of images are.
     """
     x0 = jnp.asarray(x0)
+    if not jnp.issubdtype(x0.dtype, jnp.floating):
+        raise ValueError(f"x0 is {x0.dtype}: scale to [−1, 1] first, images by gddim.data.to_unit")
     return jnp.mean(jax.vmap(model.loss)(x0, *draw_noise(model.sde, x0, key, power)))

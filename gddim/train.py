@@ -39,8 +39,9 @@ class TrainState(eqx.Module):
 
     @classmethod
     def create(cls, model: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
-        """The state before the first step of a model, whose static half is dropped."""
-        params = eqx.filter(model, eqx.is_inexact_array)
+        """The state before the first step of a model, whose static half is dropped; in float32 where JAX makes float64."""
+        narrow = lambda x: x.astype(jnp.float32) if x.dtype == jnp.float64 else x
+        params = jax.tree.map(narrow, eqx.filter(model, eqx.is_inexact_array))
         return cls(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
 
 
@@ -102,7 +103,7 @@ def make_update(
         def add(total, part):
             return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, *part)), None
 
-        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
         unroll = accumulate if jax.default_backend() == "cpu" else 1  # XLA:CPU runs convolutions in loops slowly
         total, _ = jax.lax.scan(add, zero, jax.tree.map(strided, arrays), unroll=unroll)
         return jax.tree.map(lambda x: x / accumulate, total)
@@ -112,7 +113,8 @@ def make_update(
         value, grads = gradient(state.model, prepare(batch, key))
         directions, opt_state = optimizer.update(grads, state.opt_state, state.model)
         pace = schedule(state.step)
-        params = jax.tree.map(lambda p, d: p - pace * d, state.model, directions)
+        # optax's Adam corrects its bias in float64 under JAX_ENABLE_X64
+        params = jax.tree.map(lambda p, d: p - pace * d.astype(p.dtype), state.model, directions)
         step = state.step.astype(jnp.float32)
         rate = jnp.maximum(1.0 - ema, 9.0 / (10.0 + step))  # a young average forgets its random start faster
         average = jax.tree.map(lambda e, p: e + rate * (p - e), state.ema, params)

@@ -10,9 +10,7 @@ import pytest
 
 from gddim.check import laws, main
 from gddim.sde import CLD, VP, AbstractLinearSDE, Blurring
-from gddim.sde.linalg import matrix, namespace, transpose
-
-Member = Callable[..., Any]
+from gddim.sde.linalg import matrix, namespace, product, transpose
 
 
 def broken(good: AbstractLinearSDE, **members: Callable[..., Any]) -> AbstractLinearSDE:
@@ -22,7 +20,8 @@ def broken(good: AbstractLinearSDE, **members: Callable[..., Any]) -> AbstractLi
         name: (lambda self, *args, fn=fn: fn(good, *args)) for name, fn in (abstract | members).items()
     }
     body |= dict(k=good.k, horizon=good.horizon, __annotations__={"k": ClassVar[int], "horizon": ClassVar[float]})
-    return type(AbstractLinearSDE)("Broken", (AbstractLinearSDE,), {**body, "__module__": __name__})()
+    kind: Any = type(AbstractLinearSDE)
+    return kind("Broken", (AbstractLinearSDE,), {**body, "__module__": __name__})()
 
 
 ABSTRACT = ("transition", "noise_factor", "to_pixels", "from_pixels")
@@ -83,8 +82,11 @@ MISTAKES: dict[str, tuple[AbstractLinearSDE, str, Callable[..., Any]]] = {
     "lift moves": (CLD(), "lift", lambda sde, x: sde.lift(x) + 0.1 * sde.lift(x)[..., ::-1, :]),
     "project takes the velocity": (CLD(), "project", lambda sde, u: u[..., 1, :]),
     "project is not to pixels": (Blurring(8), "project", lambda sde, u: u[..., 0, :]),
-    "perturb forgets the signal": (VP(), "perturb", lambda sde, u0, t, eps: u0 + sde.noise_factor(t) * eps),
-    "perturb takes Σ": (VP(), "perturb", lambda sde, u0, t, eps: sde.transition(t, 0.0) * u0 + sde.covariance(t) * eps),
+    "perturb forgets the signal": (VP(), "perturb", lambda sde, u0, t, eps: u0 + product(sde.noise_factor(t), eps)),
+    "perturb takes Σ": (
+        VP(), "perturb",
+        lambda sde, u0, t, eps: product(sde.transition(t, 0.0), u0) + product(sde.covariance(t), eps),
+    ),
     "the prior is too wide": (VP(), "sample_prior", lambda sde, key, shape: 1.03 * sde.sample_prior(key, shape)),
     "the prior has a mean": (VP(), "sample_prior", lambda sde, key, shape: 0.3 + sde.sample_prior(key, shape)),
     "the prior is uniform": (

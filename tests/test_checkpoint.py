@@ -234,15 +234,6 @@ def test_a_damaged_step_does_not_crowd_out_a_whole_one(folder):
     assert Checkpointer(folder).restore(asked_of(make(), mesh_of(1, 1)))[1] == 15
 
 
-def test_the_newest_and_every_kth_are_kept(tmp_path):
-    saved = Checkpointer(tmp_path / "run", keep_last=2, keep_every=4)
-    for step in range(1, 10):
-        saved.save(step, {"ema": jnp.float32(step)}, {})
-    saved.wait()
-    assert saved.steps() == [4, 8, 9]
-    saved.close()
-
-
 def test_a_step_is_never_overwritten(folder):
     saved = Checkpointer(folder)
     saved.save(20, on(mesh_of(2, 4)), CONFIG)  # the same state once more, from another mesh
@@ -285,7 +276,7 @@ def test_a_half_written_step_is_passed_over_and_cleared_away(folder):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda s: {**s, "ema": {"weights": s["ema"]["weights"].astype(jnp.bfloat16)}}, "ema.*float32.*bfloat16"),
+        (lambda s: {**s, "ema": {"weights": s["ema"]["weights"].astype(jnp.bfloat16)}}, "ema.*float(32|64).*bfloat16"),
         (lambda s: {**s, "ema": {"weights": s["ema"]["weights"][:32]}}, r"\[64, 48\].*\[32, 48\]"),
         (lambda s: {**s, "ema": {**s["ema"], "bias": jnp.zeros(3)}}, "bias.*nowhere"),
         (lambda s: {**s, "ema": {}}, "wanted nowhere"),

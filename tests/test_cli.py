@@ -63,43 +63,6 @@ def test_help_documents_every_option(module, capsys):
     assert not [words for words in options if not any(word.strip(".,").isalpha() and word.islower() for word in words)]
 
 
-WRONG = {
-    "--train.stepz=3": "unknown option --train.stepz; accepted: --train.steps, ",
-    "--nonsense": "unknown option --nonsense; accepted: ",
-    "trian": "invalid choice 'trian' for argument 'verb'. Expected one of ('run', 'train', 'sample', 'evaluate', ",
-    "--train.steps=many": "--train.steps: invalid literal for int() with base 10: 'many' (accepted: --train.steps INT)",
-    "--train.steps=-3": "train: steps must be at least 1, not -3",
-    "--train.batch=0": "train: batch must be at least 1, not 0",
-    "--train.accumulate=3": "batch 512 must be a multiple of accumulate 3",
-    "--train.ema=1.5": "train: ema must be in [0, 1), not 1.5",
-    "--train.learning-rate=nan": "learning_rate must be > 0, not nan",
-    "--sampler=gddim:0": "order=0 must be 1, 2, 3 or 4",
-    "--eval.samplers gddim:2 ddim": "'ddim' is none; accepted are gddim",
-    "--sampler=ddim": "'ddim' is none; accepted are gddim",
-    "--sampling.t-min=1.5": "t_min must be below the horizon 1.0 of the process, not 1.5",
-    "--eval.every=5 --sampler=heun --sampling.nfe=1": "nfe: 1 given, but heun",
-    "--sampling.nfe=0": "nfe must be at least 1, not 0",
-    "--model.predicts=score": "Expected one of ('data', 'eps')",
-    "--sde.m-inv=-1": "m_inv=-1.0 must be > 0",
-    "--mesh.fsdp=3": "mesh.fsdp=3 do not fit 8 device(s)",
-    "--train.batch=6": "batch 6 cannot be split over 8 device(s): use a multiple of 8",
-    "--step=3": "--step is for what follows training",
-    "--net.width=0": "width: got 0",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("word", WRONG)
-def test_what_is_wrong_is_one_clear_line_and_nothing_is_written(word, capsys, tmp_path):
-    workdir = tmp_path / "w"
-    assert status_of(points.EXPERIMENT, f"--workdir={workdir}", *word.split()) == 2
-    said = capsys.readouterr()
-    assert WRONG[word] in said.err
-    assert said.err.startswith("error: ")
-    assert said.err.count("\n") == 1
-    assert said.out == ""
-    assert not workdir.exists()
-
-
 def test_a_size_that_the_network_cannot_halve_is_refused(tmp_path, capsys):
     argv = [f"--workdir={tmp_path / 'w'}", "--net.multipliers", "1", "1", "1", "1", "1"]
     assert status_of(cld_digits.EXPERIMENT, *argv) == 2
@@ -156,7 +119,8 @@ def test_a_run_leaves_samples_pictures_and_a_table(trained):
     names = {path.name for path in trained.iterdir()}
     assert names >= {
         *("config.json", "checkpoints", "tensorboard", "samples.npz", "samples.png", "trajectory.png", "denoise.png"),
-        *("results.jsonl", "results.md", "results.png"),
+        *("trajectory.svg", "trajectory.pdf", "report.html", "results.jsonl", "results.md"),
+        *("results.png", "results.svg", "results.pdf"),
     }
     assert json.loads((trained / "config.json").read_text())["train"]["steps"] == 24
     assert Checkpointer(trained / "checkpoints").steps() == [8, 16, 24]

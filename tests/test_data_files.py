@@ -8,7 +8,7 @@ import pytest
 from data_helpers import files_below, pixels, records
 from PIL import Image
 
-from gddim.data import CIFAR10, SVHN, ArrayFile, CelebA, Digits, ImageFolder, __main__, folders
+from gddim.data import CIFAR10, SVHN, ArrayFile, ArraySource, CelebA, Digits, ImageFolder, __main__, folders
 from gddim.errors import UserError
 
 # Folders of images.
@@ -92,6 +92,38 @@ def test_a_broken_image_is_named(photos, how):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("keep", [2**30, 0], ids=["kept", "read"])
+def test_all_damaged_images_are_listed_at_once_and_may_be_left_out(photos, keep, monkeypatch, capsys):
+    monkeypatch.setattr(folders, "_KEEP_DECODED", keep)
+    sound = records(ImageFolder(str(photos), 8, test_every=0).train())
+    for name in ("0.png", "sub/9.png"):
+        whole = (photos / name).read_bytes()
+        (photos / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError) as caught:
+        records(ImageFolder(str(photos), 8, test_every=0).train())
+    first, *others = str(caught.value).splitlines()
+    assert first.endswith(
+        "cannot read 2 of 11 images: mend or remove them, or go on without by the option skip-damaged:"
+    )
+    assert [line.split(" (")[0] for line in others] == ["  0.png", "  sub/9.png"]
+    for held_out in (False, True):  # of which one is damaged
+        data = ImageFolder(str(photos), 8, test_every=11)
+        with pytest.raises(UserError, match="cannot read 2 of 11 images"):
+            records(data.test() if held_out else data.train())
+    capsys.readouterr()
+    rest = ImageFolder(str(photos), 8, test_every=0, skip_damaged=True).train()
+    assert "going on without 2 of 11 images, which cannot be read:\n  0.png (" in capsys.readouterr().err
+    np.testing.assert_array_equal(records(rest), sound[1:-1])
+
+
+def test_an_array_of_the_users_code_is_not_taken_for_another_range():
+    images = np.linspace(0, 1, 240, dtype=np.float32).reshape(5, 4, 4, 3)
+    with pytest.raises(UserError, match="these are never negative: scale those of"):
+        ArraySource(images)
+    assert len(ArraySource(2 * images - 1)) == 5
+    assert len(ArraySource(images.reshape(5, -1))) == 5, "points may lie anywhere"
+
+
 def test_orientation_is_that_of_the_camera(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
@@ -148,8 +180,10 @@ def test_numpy_files(tmp_path):
     np.save(tmp_path / "a.npy", images)
     np.savez(tmp_path / "one.npz", anything=images)
     np.savez(tmp_path / "two.npz", train=images[:20], test=images[20:])
+    np.savez(tmp_path / "others.npz", images, np.arange(25))
+    np.savez(tmp_path / "ours.npz", samples=images, gddim=np.array("{}"))
     np.save(tmp_path / "points.npy", np.linspace(-7, 7, 40).reshape(20, 2))
-    for name in ("a.npy", "one.npz"):
+    for name in ("a.npy", "one.npz", "others.npz", "ours.npz"):
         data = ArrayFile(str(tmp_path / name))
         assert data.shape == (4, 4, 5)
         np.testing.assert_array_equal(records(data.test()), images[[9, 19]])
@@ -163,7 +197,12 @@ def test_numpy_files(tmp_path):
     [
         (np.array([{"a": 1}], dtype=object), "cannot read .*bad.npy"),
         (np.zeros((5, 4, 4, 3), np.int64), "must hold images .* not int64"),
-        (np.full((5, 4, 4, 3), 255.0), r"must lie in \[-1, 1\], found 0 to 255"),
+        (np.full((5, 4, 4, 3), 255.0), r"must lie in \[-1, 1\], found 255 to 255"),
+        (
+            np.linspace(0, 1, 240).reshape(5, 4, 4, 3),
+            r"must lie in \[-1, 1\], found 0 to 1: scale those of \[0, 1\] by 2x - 1",
+        ),
+        (np.zeros((5, 16, 16), np.uint8), r"not uint8 \(5, 16, 16\); of grey images make it \(5, 16, 16, 1\)"),
         (np.full((5, 2), np.nan), "not finite"),
         (np.zeros((1, 2)), "nothing to hold out"),
         (b"junk", "cannot read .*bad.npy"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from data_helpers import pixels, records
 
-from gddim.data import ArraySource, Shards, batches, prepare, shards
+from gddim.data import ArrayFile, ArraySource, Shards, batches, prepare, shards
 from gddim.data.files import locked
 from gddim.errors import UserError
 
@@ -145,6 +145,15 @@ def test_more_shards_than_a_thread_keeps_open(tmp_path, monkeypatch):
     before = len(os.listdir("/proc/self/fd"))
     np.testing.assert_array_equal(records(source), RECORDS[:-100])
     assert len(os.listdir("/proc/self/fd")) - before <= 4
+
+
+def test_prepare_goes_on_from_a_source_that_was_moved(tmp_path):
+    np.save(tmp_path / "a.npy", RECORDS)
+    prepare(ArrayFile(str(tmp_path / "a.npy")), tmp_path / "dest", SHARD_BYTES)
+    (tmp_path / "dest" / "train-00001.array_record").unlink()
+    (tmp_path / "a.npy").rename(tmp_path / "b.npy")
+    prepare(ArrayFile(str(tmp_path / "b.npy")), tmp_path / "dest", SHARD_BYTES)
+    np.testing.assert_array_equal(records(Shards(str(tmp_path / "dest")).test()), RECORDS[9::10])
 
 
 def test_two_at_once_are_refused(tmp_path):

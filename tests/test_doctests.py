@@ -7,7 +7,9 @@ import pytest
 
 import gddim
 
-MODULES = ("samplers.gddim", "samplers.grids", "samplers.base", "sde.cld", "sde.general", "model")
+MODULES = (
+    "samplers.gddim", "samplers.grids", "samplers.base", "sde.cld", "sde.general", "sde.path", "sde.vp", "model", "denoiser",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODULES)

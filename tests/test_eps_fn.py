@@ -25,7 +25,9 @@ GRID = [1.0, 0.5, 0.1]
     ],
 )
 def test_eps_fn_returns_one_array(sampler: Any, result: Any, name: str):
-    with pytest.raises(ValueError, match=f"^eps_fn returned a {name}; it must return ε alone, one array .*$"):
+    with pytest.raises(
+        ValueError, match=f"^eps_fn returned a {name}; it must return ε alone, one array of the shape of u"
+    ):
         gddim.sample(sampler, gddim.CLD(), lambda u, t: result(u), U, GRID)
 
 

@@ -43,9 +43,43 @@ def test_everything_that_was_told_can_be_read_back(tmp_path):
     assert found[0, "experiment/text_summary"].tensor.string_val == [b"    a\n    b"]
 
 
-def test_a_resumed_run_discards_what_is_beyond_its_step(tmp_path):
-    Log(str(tmp_path), step=40, steps=100, batch=4).close()
-    assert [event.step for event in told(tmp_path) if event.session_log.status == 1] == [40]
+def shown(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Step and value of what TensorBoard shows of each scalar: a START voids what was told before from its step on."""
+    try:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    except ImportError:
+        found: dict[str, list[tuple[int, float]]] = {}
+        for event in told(folder):
+            if event.session_log.status == 1:
+                found = {tag: [pair for pair in pairs if pair[0] < event.step] for tag, pairs in found.items()}
+            for value in event.summary.value:
+                if value.HasField("simple_value"):
+                    found.setdefault(value.tag, []).append((event.step, value.simple_value))
+        return found
+    reader = EventAccumulator(str(folder)).Reload()
+    return {tag: [(e.step, e.value) for e in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
+
+
+def live(folder: Path, step: int, until: int, loss: float) -> None:
+    """One life of a run, which reports and evaluates every ten steps until it dies."""
+    log = Log(str(folder), step=step, steps=100, batch=4)
+    for at in range(step + 10, until + 1, 10):
+        log.scalars(at, VALUES | {"loss": loss})
+        log.metrics(at, "20 samples", {"FID": loss})
+    log.close()
+    (file,) = folder.glob("events.*")
+    file.rename(folder / f"life{len(list(folder.iterdir()))}.tfevents.{file.name}")  # two of a second have one name
+
+
+def test_a_later_life_takes_the_place_of_what_earlier_ones_told_beyond_its_step_and_of_no_more(tmp_path):
+    live(tmp_path, 0, 30, 0.5)  # dies before its first checkpoint
+    live(tmp_path, 0, 60, 1.0)  # saves at 40
+    live(tmp_path, 40, 50, 2.0)  # dies before its next
+    live(tmp_path, 40, 80, 4.0)
+    expected = [(10, 1.0), (20, 1.0), (30, 1.0), (40, 1.0), (50, 4.0), (60, 4.0), (70, 4.0), (80, 4.0)]
+    found = shown(tmp_path)
+    assert found["train/loss"] == expected
+    assert found["evaluation_of_20_samples/FID"] == expected
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -122,3 +123,57 @@ with ending_on_sigterm():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 75
     assert "what is done is kept" in done.stderr
+
+
+FAILING = """
+import os, signal, sys, time
+from experiments import points
+from gddim.experiment import cli
+from gddim.parallel import processes
+
+processes.HEARTBEAT_SECONDS, processes.VERDICT_SECONDS = 10, 30
+rank, lost, error = int(os.environ["JAX_PROCESS_ID"]), sys.argv[1] == "lost", eval(sys.argv[2])
+
+def work(command):
+    processes.initialize()
+    if rank == 1 and lost:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(1 if rank == 0 else 60)
+    raise error
+
+cli.carry_out = work
+cli.main(points.EXPERIMENT, ["train"])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("other", "error", "status"),
+    [
+        ("lost", "OSError('the barrier of a save timed out')", -signal.SIGABRT),
+        ("lost", "ValueError('UNKNOWN: Gloo all-gather failed')", -signal.SIGABRT),
+        ("there", "OSError('disk quota exceeded')", 1),
+        ("there", "ValueError('of its own')", 1),
+    ],
+)
+def test_an_error_of_any_kind_ends_with_the_status_of_a_lost_process_where_one_was_lost(other, error, status):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    env = os.environ | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "XLA_FLAGS": ""}
+    first, second = (
+        subprocess.Popen(
+            [sys.executable, "-c", FAILING, other, error],
+            env=env | {"JAX_PROCESS_ID": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    )
+    try:
+        said = first.communicate(timeout=120)[1]
+        assert first.returncode == status, said
+        assert error.split("'")[1] in said
+    finally:
+        second.kill()
+        second.communicate()

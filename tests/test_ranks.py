@@ -54,7 +54,7 @@ EVERYTHING = (eps, loss_gradient, sampled, density, encoded)
 CASES = [
     pytest.param(sde, what, id=f"{name}-{what.__name__}", marks=[] if what in quick else pytest.mark.slow)
     for name, sde, quick in (
-        ("CLD", CLD(), (eps, loss_gradient, sampled, encoded)),
+        ("CLD", CLD(), EVERYTHING),
         ("third order", THIRD, (eps,)),
         ("VP", VP(), ()),
         ("Blurring", Blurring(8), ()),

@@ -196,6 +196,27 @@ def test_statistics_are_read_by_other_programs_and_files_of_samples_as_one(
     assert "Fréchet distance 0.0000" in capsys.readouterr().out
 
 
+def test_images_of_any_proportion_are_those_of_the_same_pixels_as_an_array(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    pixels, wide = ("--features", "pixels"), np.random.default_rng(0).integers(0, 256, (12, 4, 6, 3), dtype=np.uint8)
+    (tmp_path / "wide").mkdir()
+    for i, x in enumerate(wide):
+        Image.fromarray(x).save(tmp_path / "wide" / f"{i:02d}.png")
+    np.savez(tmp_path / "others.npz", wide, np.arange(12))
+    assert command(monkeypatch, "fid", tmp_path / "wide", tmp_path / "others.npz", *pixels) == 0
+    assert "Fréchet distance 0.0000 (12 and 12" in capsys.readouterr().out
+    np.savez(tmp_path / "samples.npz", samples=(wide / 255).astype(np.float32))
+    np.save(tmp_path / "flat.npy", wide[..., 0])
+    for file, says in (
+        ("samples.npz", "found 0 to 1: scale"),
+        ("flat.npy", "uint8 (12, 4, 6); of grey images make it"),
+    ):
+        assert says in refused(monkeypatch, capsys, "fid", tmp_path / "wide", tmp_path / file, *pixels)
+    (tmp_path / "wide" / "00.png").write_bytes(b"no image")
+    assert "cannot read 00.png" in refused(monkeypatch, capsys, "stats", tmp_path / "wide", tmp_path / "s.npz", *pixels)
+
+
 def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     pixels = ("--features", "pixels")
     images = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)

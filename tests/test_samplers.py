@@ -72,8 +72,6 @@ def test_l_is_not_exact_in_one_step_and_float32_is_close():
 @pytest.mark.parametrize("sampler", STOCHASTIC, ids=str)
 @pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 6])
 def test_marginals_are_exact_for_one_data_point_at_any_lam(sde, sampler, steps):
-    if steps == 1 and sampler.corrector and sampler.interpolate == "eps" and not isinstance(sde, gddim.VP):
-        pytest.skip("ill-posed over one step from T to t_min: see the docstring of GDDIM")
     with jax.enable_x64(True):
         u0, grid, n = (
             jnp.asarray(sde.lift(jnp.asarray(data_point(sde)))),

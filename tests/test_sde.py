@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import gddim
-from experiments.processes import blurred_langevin, phase_space_langevin, third_order_langevin
+from experiments.processes import blurred_langevin
 from gddim.check import laws, main
 from gddim.sde.blurring import dct2, idct2
 from gddim.sde.linalg import inverse, lq, symmetric_root
@@ -19,8 +19,8 @@ PROCESSES = {
     "CLD": gddim.CLD(),
     "CLD, time-dependent": gddim.CLD(m_inv=9.0, beta0=0.0, beta1=8.0, gamma=0.5, epsilon=1e-4),
     "Blurring": gddim.Blurring(4),
-    "PSLD": phase_space_langevin(),
-    "third order": third_order_langevin(),
+    "PSLD": gddim.PSLD(),
+    "third order": gddim.CriticallyDamped(3),
     "blurred CLD": blurred_langevin(4),
 }
 

@@ -98,7 +98,7 @@ def test_what_is_no_standard_deviation_is_refused(tmp_path, monkeypatch, wrong):
     written(tmp_path / "zero.npz", np.zeros((32, 32)))
     written(tmp_path / "small.npz", np.ones((8, 8)))
     with pytest.raises(gddim.UserError, match=r"data.std"):
-        swapped("blurred", wrong)
+        swapped("blurred", wrong).build(jax.random.key(0))
 
 
 def test_a_spectrum_needs_a_process_by_frequency():

@@ -2,6 +2,10 @@
 
 import dataclasses
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import chex
 import equinox as eqx
@@ -11,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 
+from gddim import EpsModel, denoising_loss
 from gddim.data import FiveRings, batches
 from gddim.experiment import Experiment, Training
 from gddim.experiment.plan import Plan
@@ -81,6 +86,22 @@ def test_how_the_work_is_cut_changes_nothing_but_rounding(plain, other):
         chex.assert_trees_all_close(getattr(found, part), getattr(plain, part), atol=1e-5)
 
 
+def test_the_state_is_the_same_under_a_flag_that_makes_float64_the_default(plain):
+    with jax.enable_x64(True):
+        found = run(EXPERIMENT)
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, plain)
+    chex.assert_trees_all_close(found, plain, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_core_of_the_suite_passes_under_that_flag():
+    core = [f"tests/test_{name}.py" for name in ("train", "checkpoint", "nn", "verbs")]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *core]
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(command, env=os.environ | {"JAX_ENABLE_X64": "1"}, capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
 def test_a_step_is_a_function_of_seed_and_step():
     plan = Plan(EXPERIMENT)
     step = jax.jit(plan.step(flip=False))
@@ -115,7 +136,7 @@ def toy(ema: float = 0.9, accumulate: int = 1, peak: float = 0.1):
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 def test_an_update_is_the_gradient_of_the_whole_batch(accumulate):
     state, update = toy(accumulate=accumulate)
-    batch = jax.random.normal(jax.random.key(1), (8, 2))
+    batch = jax.random.normal(jax.random.key(1), (8, 2), jnp.float32)
     state, metrics = update(state, batch)
     gradient = -batch.mean(0)
     np.testing.assert_allclose(state.model, -0.1 * gradient, rtol=1e-5)
@@ -125,9 +146,9 @@ def test_an_update_is_the_gradient_of_the_whole_batch(accumulate):
 
 def test_the_average_forgets_its_start_and_then_follows_its_decay():
     state, update = toy(ema=0.9)
-    expected = jnp.zeros(2)
+    expected = jnp.zeros(2, jnp.float32)
     for step in range(120):
-        state, _ = update(state, jnp.ones((4, 2)) * jnp.float32(step % 3))
+        state, _ = update(state, jnp.ones((4, 2), jnp.float32) * jnp.float32(step % 3))
         decay = min(0.9, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * state.model
         np.testing.assert_allclose(state.ema, expected, rtol=1e-4, atol=1e-6)
@@ -177,13 +198,15 @@ def loop(state, update, rows, steps, tmp_path, **settings) -> tuple[Recorder, in
 
 
 def test_saves_at_the_interval_and_at_the_end(tmp_path):
-    recorder, step = loop(*toy(), itertools.repeat(jnp.ones((4, 2))), 10, tmp_path)
+    recorder, step = loop(*toy(), itertools.repeat(jnp.ones((4, 2), jnp.float32)), 10, tmp_path)
     assert step == 10
     assert [at for at, _ in recorder.saved] == [4, 8, 10]
 
 
 def test_a_stop_saves_the_step_that_was_reached(tmp_path):
-    recorder, step = loop(*toy(), itertools.repeat(jnp.ones((4, 2))), 10, tmp_path, stop=lambda step: step == 6)
+    recorder, step = loop(
+        *toy(), itertools.repeat(jnp.ones((4, 2), jnp.float32)), 10, tmp_path, stop=lambda step: step == 6
+    )
     assert step == 6
     assert [at for at, _ in recorder.saved] == [4, 6]
 
@@ -192,7 +215,7 @@ def test_a_stop_saves_the_step_that_was_reached(tmp_path):
 def test_nothing_is_saved_after_a_step_that_is_not_finite(tmp_path, bad):
     state, update = toy()
     recorder = Recorder()
-    rows = [jnp.full((4, 2), jnp.nan if step == bad else 1.0) for step in range(10)]
+    rows = [jnp.full((4, 2), jnp.nan if step == bad else 1.0, jnp.float32) for step in range(10)]
     with pytest.raises(Diverged, match=f"^step {bad}: loss nan"):
         loop(state, update, rows, 10, tmp_path, save=recorder)
     assert [at for at, _ in recorder.saved] == [at for at in (4, 8) if at <= bad]
@@ -207,7 +230,7 @@ def test_an_infinite_gradient_of_a_finite_loss_counts(tmp_path):
     )  # fmt: skip
     state = TrainState.create(jnp.zeros(2), optax.identity())
     with pytest.raises(Diverged, match=r"^step 0: loss 0\.0"):
-        loop(state, update, itertools.repeat(jnp.ones((4, 2))), 10, tmp_path)
+        loop(state, update, itertools.repeat(jnp.ones((4, 2), jnp.float32)), 10, tmp_path)
 
 
 def test_a_diverged_step_inside_a_fused_dispatch_is_named():
@@ -246,7 +269,7 @@ def test_fused_dispatches_end_at_the_same_steps_wherever_a_run_resumes():
 
 def test_several_steps_in_one_dispatch_are_those_steps():
     state, update = toy()
-    rows = [jax.random.normal(jax.random.key(i), (4, 2)) for i in range(3)]
+    rows = [jax.random.normal(jax.random.key(i), (4, 2), jnp.float32) for i in range(3)]
     together, metrics = jax.jit(fuse(update))(state, rows)
     losses = []
     for row in rows:
@@ -254,3 +277,9 @@ def test_several_steps_in_one_dispatch_are_those_steps():
         losses.append(float(one["loss"]))
     chex.assert_trees_all_close(together, state, rtol=1e-6)
     np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-6)
+
+
+def test_bytes_of_images_are_no_data_in_pixels():
+    model = EpsModel(CLD(), lambda x, label, key=None: x)
+    with pytest.raises(ValueError, match=r"x0 is uint8: scale to \[−1, 1\] first, images by gddim.data.to_unit"):
+        denoising_loss(model, np.zeros((2, 4, 4, 3), np.uint8), jax.random.key(0))

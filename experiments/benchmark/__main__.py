@@ -19,8 +19,9 @@ import jax
 
 from experiments.benchmark import ahead, data, evaluation, mathematics, peers, training
 from experiments.benchmark.table import HEADER, Row, line
-from gddim.errors import UserError
+from gddim.errors import UserError, printable
 from gddim.evaluation.provenance import hardware, software
+from gddim.parallel import check_backend
 
 BENCHES: dict[str, Callable[[], Iterator[Row]]] = {
     "coefficients": mathematics.coefficients,
@@ -49,7 +50,7 @@ def measure(names: Sequence[str], rows: list[dict[str, Any]], missing: list[str]
 
 def run(names: Sequence[str], path: Path, command: str) -> None:
     """Measure, print, and write `path`, which is taken at once so that nothing is measured in vain."""
-    with path.open("x") as file:
+    with path.open("x", encoding="utf-8") as file:
         began = time.perf_counter()
         origin = {
             "command": command,
@@ -70,6 +71,7 @@ def run(names: Sequence[str], path: Path, command: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line. Ends with status 2 for a name or a path that cannot be."""
+    printable()
     parser = argparse.ArgumentParser(
         "python -m experiments.benchmark", description="What the system costs, measured here."
     )
@@ -79,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = options.json or Path("runs", time.strftime("benchmark-%Y%m%d-%H%M%S.json"))
     arguments = sys.argv[1:] if argv is None else argv
     try:
+        check_backend()
         if unknown := [name for name in options.names if name not in BENCHES]:
             raise UserError(f"no benchmark {unknown[0]!r}; accepted: {', '.join(BENCHES)}")
         if path.exists():

@@ -1,6 +1,7 @@
 """Data sets as random-access sources, and the batches drawn from them (design §5: batch i is a function of i)."""
 
-from gddim.data.folders import CelebA, ImageFolder
+from gddim.data.content import identity
+from gddim.data.folders import CelebA, ImageFolder, whole_images
 from gddim.data.images import random_flip, to_uint8, to_unit
 from gddim.data.moments import moments, spectrum
 from gddim.data.official import CIFAR10, SVHN
@@ -22,6 +23,7 @@ __all__ = [
     "Source",
     "batch_indices",
     "batches",
+    "identity",
     "moments",
     "prefetch",
     "prepare",
@@ -29,4 +31,5 @@ __all__ = [
     "spectrum",
     "to_uint8",
     "to_unit",
+    "whole_images",
 ]

@@ -10,7 +10,7 @@ import numpy as np
 from gddim.data import CIFAR10, SVHN, ArrayFile, CelebA, Dataset, Digits, FiveRings, ImageFolder, Shards
 from gddim.data.moments import moments, spectrum
 from gddim.data.shards import prepare
-from gddim.errors import UserError
+from gddim.errors import UserError, printable
 
 _NAMED = {"digits": Digits, "five-rings": FiveRings, "cifar10": CIFAR10, "svhn": SVHN, "celeba": CelebA}
 _OPTIONS = {
@@ -18,6 +18,7 @@ _OPTIONS = {
     "size": dict(type=int, metavar="PIXELS", help="for image files and celeba: height and width to resize to"),
     "channels": dict(type=int, metavar="N", help="for image files: 1 grey, 3 colour (default); 2, 4 with alpha"),
     "flip": dict(action="store_true", default=None, help="a mirrored image is as good as the image"),
+    "skip_damaged": dict(action="store_true", default=None, help="go on without the image files that cannot be read"),
     "test_every": dict(type=int, metavar="N", help="hold out every N-th record (default 10); 0: none, and test on all"),
 }
 _SOURCE = f"{', '.join(_NAMED)}, or the path of a folder or zip of images, of a .npy or .npz file, or of shards"
@@ -71,6 +72,7 @@ def _std(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    printable()
     parser = argparse.ArgumentParser("python -m gddim.data", description=__doc__)
     verbs = parser.add_subparsers(required=True, metavar="prepare|std")
     for name, action, text in (

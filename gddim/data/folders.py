@@ -1,65 +1,118 @@
 """Images as files, in a folder or a zip archive: any folder of the user's, and CelebA."""
 
-import io
+import hashlib
 import os
 import zipfile
-from collections.abc import Callable, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import IO, Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
 from tqdm import tqdm
 
+from gddim.data.decoding import MODES, decoded, is_image, resized, suffixes
 from gddim.data.sources import ArraySource, Source, data_folder, every_nth
 from gddim.errors import UserError
+from gddim.parallel import tell
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
-_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _KEEP_DECODED = 2**30  # bytes: smaller sets are decoded once, and a broken image is found before training begins
 _CHUNK = 1024
+_SHOWN = 3  # names of files passed over
+_LISTED = 1000  # damaged images
 
 
 class _Files:
-    """The image files of a folder (with its subfolders) or zip archive, in the order of their names."""
+    """The image files of a folder (with its subfolders, and those that are linked) or zip archive, in the order of their
+    names; tells what else is there."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.read: Callable[[str], bytes]
+        self.open: Callable[[str], IO[bytes]]
+        self.mark: Callable[[str], Any]  # changes when the file does
+        aside: dict[str, list[str]] = defaultdict(list)
         if path.is_dir():
-            names = (file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
-            self.read = lambda name: (path / name).read_bytes()
+            names = list(_below(path, aside))
+            self.open = lambda name: (path / name).open("rb")
+            self.mark = lambda name: ((status := os.stat(path / name)).st_size, status.st_mtime_ns)
         elif zipfile.is_zipfile(path):
             archive = zipfile.ZipFile(path)
-            names = (info.filename for info in archive.infolist() if not info.is_dir())
-            self.read = archive.read
+            names = [info.filename for info in archive.infolist() if not info.is_dir()]
+            self.open = archive.open
+            self.mark = lambda name: archive.getinfo(name).CRC
         elif not path.exists():
             raise UserError(f"{path} does not exist")
         else:
             damaged = "; it may be damaged" if path.suffix == ".zip" else ""
             raise UserError(f"{path} is neither a folder nor a zip archive of images{damaged}")
-        self.names = sorted(name for name in names if _is_image(PurePosixPath(name)))
+        self.names: list[str] = []
+        for name in sorted(names):
+            if any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(name).parts):
+                aside["hidden"].append(name)  # or, in an archive, on a path out of it
+            elif PurePosixPath(name).suffix.lower() in suffixes() or is_image(self.open, name):
+                self.names.append(name)
+            else:
+                aside["no image that Pillow reads"].append(name)
+        passed = "; ".join(f"{len(found):,} {why} ({_few(found)})" for why, found in aside.items())
         if not self.names:
-            raise UserError(f"{path} holds no images ({', '.join(_SUFFIXES)})")
+            raise UserError(f"{path} holds no images" + (f", but {passed}" if passed else ""))
+        if passed:
+            tell(f"{path}: {len(self.names):,} images; passed over: {passed}")
 
 
-def _is_image(name: PurePosixPath) -> bool:
-    """Whether a name is that of an image, not hidden and not (in an archive) a path out of it."""
-    hidden = any(part.startswith((".", "__MACOSX")) for part in name.parts)
-    return name.suffix.lower() in _SUFFIXES and not hidden
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + ", …" * (len(names) > _SHOWN)
+
+
+def _below(root: Path, aside: Mapping[str, list[str]]) -> Iterator[str]:
+    """The files below a folder by relative path, each folder read once, those that are linked after the others."""
+    folders, seen = deque([root]), set()
+    while folders:
+        folder = folders.popleft()
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+            place = os.stat(folder)
+        except OSError as error:
+            raise UserError(f"{folder} cannot be read ({error.strerror})") from error
+        if (place.st_dev, place.st_ino) in seen:
+            aside["linked again"].append(folder.relative_to(root).as_posix())
+            continue
+        seen.add((place.st_dev, place.st_ino))
+        for entry in entries:
+            path = folder / entry.name
+            if entry.is_dir():
+                (folders.append if entry.is_symlink() else folders.appendleft)(path)
+            elif entry.is_file():
+                yield path.relative_to(root).as_posix()
+            else:
+                aside["no file, or a link to none"].append(path.relative_to(root).as_posix())
 
 
 class ImageFiles:
-    """Decoded when asked for: the centre, `crop` pixels or the shorter side wide, resized to `size`."""
+    """Decoded when asked for, and resized to `shape`: the whole image, or its centre, `crop` pixels or the shorter side
+    wide.
+
+    Where one cannot be read all of the folder are tried, and UserError lists those that cannot, with `advice`.
+    """
 
     def __init__(
-        self, files: _Files, names: Sequence[str], size: int, channels: int, flip: bool, crop: int | None = None
+        self,
+        files: _Files,
+        names: Sequence[str],
+        shape: tuple[int, int, int],
+        flip: bool = False,
+        crop: int | None = None,
+        whole: bool = False,
+        advice: str = "",
     ):
-        self.shape = (size, size, channels)
+        self.shape = shape
         self.dtype = np.dtype(np.uint8)
         self.flip = flip
-        self._files, self._names, self._crop = files, names, crop
+        self._files, self._names, self._crop, self._whole, self._advice = files, names, crop, whole, advice
         self._pool = ThreadPoolExecutor(os.cpu_count(), "gddim-decode")
 
     def __len__(self) -> int:
@@ -67,30 +120,56 @@ class ImageFiles:
 
     def __getitem__(self, indices: Int[np.ndarray, " b"], /) -> UInt8[np.ndarray, "b h w c"]:
         out = np.empty((len(indices), *self.shape), np.uint8)
-        for row, image in enumerate(self._pool.map(self._decode, indices.tolist())):
+        names = [self._names[int(index)] for index in indices]
+        for row, image in enumerate(self._pool.map(self._decode, names)):
+            if isinstance(image, str):
+                raise UserError(self._refusal(self._damaged(self._files.names) | {names[row]: image}))
             out[row] = image
         return out
 
-    def _decode(self, index: int) -> UInt8[np.ndarray, "h w c"]:
-        from PIL import Image, ImageOps, UnidentifiedImageError
+    @cached_property
+    def stamp(self) -> str:
+        """Changes when a file does, or is another."""
+        return hashlib.sha256(repr([self.shape, *map(self._files.mark, self._names)]).encode()).hexdigest()[:32]
 
-        name = self._names[index]
-        size, _, channels = self.shape
+    def _damaged(self, names: Sequence[str]) -> dict[str, str]:
+        """Those of these images that cannot be read, and why."""
+        tried = self._pool.map(self._decode, names)
+        tried = tqdm(tried, "looking for damaged images", len(names), unit="img", disable=None)
+        return {name: why for name, why in zip(names, tried, strict=True) if isinstance(why, str)}
+
+    def without_damaged(self) -> "ImageFiles":
+        """The others. Raises UserError if there are none."""
+        found = self._damaged(self._names)
+        told = "\n  ".join([f"{len(found):,} of {len(self):,} images, which cannot be read:", *self._each(found)])
+        if len(found) == len(self):
+            raise UserError(f"{self._files.path} holds {told}")
+        if found:
+            tell(f"{self._files.path}: going on without {told}")
+        names = [name for name in self._names if name not in found]
+        return ImageFiles(self._files, names, self.shape, self.flip, self._crop, self._whole, self._advice)
+
+    def _refusal(self, damaged: Mapping[str, str]) -> str:
+        each = self._each(damaged)
+        if len(each) == 1:
+            return f"{self._files.path}: cannot read {each[0]}: mend or remove it{self._advice}"
+        which = f"{len(damaged):,} of {len(self._files.names):,} images"
+        return "\n  ".join([f"{self._files.path}: cannot read {which}: mend or remove them{self._advice}:", *each])
+
+    def _each(self, damaged: Mapping[str, str]) -> list[str]:
+        listed = [f"{name} ({why})" for name, why in sorted(damaged.items())]
+        return [*listed[:_LISTED], *([f"and {len(listed) - _LISTED:,} more"] if len(listed) > _LISTED else [])]
+
+    def _decode(self, name: str) -> UInt8[np.ndarray, "h w c"] | str:
+        """The pixels of an image, or why they cannot be had."""
+        height, width, channels = self.shape
         try:
-            with Image.open(io.BytesIO(self._files.read(name))) as opened:
-                if opened.mode.startswith(("I", "F")):
-                    raise ValueError(f"its mode is {opened.mode}, but only 8 bits a channel are read")
-                image = ImageOps.exif_transpose(opened).convert(_MODES[channels])
-            side = self._crop or min(image.size)
-            if side > min(image.size):
-                raise ValueError(f"it is {image.width}×{image.height}, smaller than {side}×{side}")
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            box = (left, top, left + side, top + side)
-            small = image.crop(box).resize((size, size), Image.Resampling.BILINEAR)  # the filter sees the crop alone
+            with self._files.open(name) as file:
+                image = decoded(file.read(), channels, str(self._files.path))
+            small = resized(image, width, height, None if self._whole else self._crop or min(image.size))
+            return np.asarray(small).reshape(self.shape)
         except Exception as error:  # decoders of damaged bytes raise nearly anything
-            reason = "no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
-            raise UserError(f"{self._files.path}: cannot read {name} ({reason}): mend or remove it") from error
-        return np.asarray(small).reshape(self.shape)
+            return " ".join(str(error).split()) or type(error).__name__
 
 
 def _kept_if_small(files: ImageFiles) -> Source:
@@ -104,12 +183,27 @@ def _kept_if_small(files: ImageFiles) -> Source:
     return ArraySource(array, files.flip)
 
 
+def whole_images(path: Path, size: int | None = None) -> Source:
+    """All images of a folder or zip archive in colour, none of them cut: stretched to the height and width of the first,
+    or to `size`, as programs that measure FID do."""
+    files = _Files(path)
+    height = width = size
+    if height is None or width is None:
+        with files.open(files.names[0]) as file:
+            try:
+                width, height = decoded(file.read(), 3, str(path)).size
+            except Exception:  # whatever is wrong, it is told below with the others
+                width = height = 1
+    return _kept_if_small(ImageFiles(files, files.names, (height, width, 3), whole=True))
+
+
 @dataclass(frozen=True)
 class ImageFolder:
     """All images of a folder (with its subfolders) or zip archive: centre square, resized with antialiasing.
 
-    Up to 1 GiB of pixels is decoded at the start and kept; more is decoded as it is read, which `python -m gddim.data
-    prepare` does once for all.
+    Read is what Pillow reads with 8 bits a channel, whatever the name; where no alpha is asked for, transparent pixels are
+    shown on white. Up to 1 GiB of pixels is decoded at the start and kept; more is decoded as it is read, which
+    `python -m gddim.data prepare` does once for all.
     """
 
     path: str
@@ -122,6 +216,8 @@ class ImageFolder:
     """Whether training may mirror images left to right."""
     test_every: int = 10
     """Of the images in order of name every n-th is held out; 0 holds out none, and tests on all."""
+    skip_damaged: bool = False
+    """Go on without the images that cannot be read, which are listed; all are read to find them."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -134,11 +230,13 @@ class ImageFolder:
         return self._read(1)
 
     def _read(self, part: int) -> Source:
-        if self.size < 1 or self.channels not in _MODES:
+        if self.size < 1 or self.channels not in MODES:
             raise UserError(f"size must be positive and channels 1 to 4, not {self.size} and {self.channels}")
         files = _Files(Path(self.path).expanduser())
         names = [files.names[row] for row in every_nth(len(files.names), self.test_every)[part]]
-        return _kept_if_small(ImageFiles(files, names, self.size, self.channels, self.flip))
+        shape, advice = (self.size, self.size, self.channels), ", or go on without by the option skip-damaged"
+        images = ImageFiles(files, names, shape, self.flip, advice=advice)
+        return _kept_if_small(images.without_damaged() if self.skip_damaged else images)
 
 
 @dataclass(frozen=True)
@@ -179,4 +277,4 @@ class CelebA:
         names = [name for name, stem in numbers.items() if stem.isdecimal() and first <= int(stem) <= last]
         if not names:
             raise UserError(f"{path} holds none of the images {first:06}.jpg to {last:06}.jpg")
-        return _kept_if_small(ImageFiles(files, names, self.size, 3, flip=True, crop=140))
+        return _kept_if_small(ImageFiles(files, names, (self.size, self.size, 3), flip=True, crop=140))

@@ -19,5 +19,5 @@ def to_uint8(x: Float[Array, "*shape"]) -> UInt8[Array, "*shape"]:
 
 def random_flip(x: Shaped[Array, "b h w c"], key: PRNGKeyArray) -> Shaped[Array, "b h w c"]:
     """Each image of the batch mirrored left to right with probability ½."""
-    mirrored = jax.random.bernoulli(key, shape=x.shape[:1])
+    mirrored = jax.random.bernoulli(key, jnp.float32(0.5), x.shape[:1])
     return jnp.where(mirrored[:, None, None, None], x[:, :, ::-1], x)

@@ -13,9 +13,10 @@ import numpy as np
 from jaxtyping import Int, Shaped
 from tqdm import tqdm
 
+from gddim.data.content import digest_of, spell
 from gddim.data.files import digest, locked
 from gddim.data.sources import Dataset, Source
-from gddim.errors import UserError
+from gddim.errors import UserError, harmless
 
 _FORMAT = "gddim shards 1"
 _MANIFEST = "manifest.json"
@@ -56,6 +57,8 @@ class ShardSource:
         self.shape = tuple(manifest["shape"])
         self.dtype = np.dtype(manifest["dtype"])
         self.flip = manifest["flip"]
+        parts = [shard.get("records") for shard in shards]  # shards of earlier versions tell nothing
+        self.digest = None if None in parts else spell(sum(int(part, 16) for part in parts))
         self._paths = [folder / shard["file"] for shard in shards]
         self._begins = np.cumsum([0, *(shard["count"] for shard in shards)])
         self._local = threading.local()
@@ -96,7 +99,11 @@ def prepare(dataset: Dataset, dest: Path, shard_bytes: int = 2**30) -> None:
     """
     if dest.exists() and not dest.is_dir():
         raise UserError(f"{dest} is a file: name a folder")
-    if dest.is_dir() and _read_manifest(dest) is None and {entry.name for entry in dest.iterdir()} - {_LOCK}:
+    if (
+        dest.is_dir()
+        and _read_manifest(dest) is None
+        and [entry for entry in dest.iterdir() if not harmless(entry.name)]
+    ):
         raise UserError(f"{dest} holds other files, which are left alone: name a new or empty folder")
     sources = {"train": dataset.train(), "test": dataset.test()}
     plan = _plan(dataset, sources, shard_bytes)
@@ -111,7 +118,7 @@ def prepare(dataset: Dataset, dest: Path, shard_bytes: int = 2**30) -> None:
                     for shard in manifest["splits"][split]:
                         path, rows = dest / shard["file"], range(begin, begin + shard["count"])
                         if not _is_whole(dest, shard) or digest(path, "sha256") != shard["sha256"]:
-                            _write_shard(path, source, rows, bar)
+                            shard["records"] = spell(_write_shard(path, source, rows, bar))
                             shard["bytes"], shard["sha256"] = path.stat().st_size, digest(path, "sha256")
                             _write_manifest(dest, manifest)
                         begin = rows.stop
@@ -150,7 +157,7 @@ def _continued(plan: dict, old: dict | None, dest: Path) -> dict:
     """The manifest to go on from: the old one, if it began the same plan."""
     if old is None:
         return plan
-    for key in ("source", "shape", "dtype", "flip", "counts", "content"):
+    for key in ("shape", "dtype", "flip", "counts", "content"):  # wherever the source lies now
         if old.get(key) != plan[key]:
             raise UserError(
                 f"{dest} was begun with {key} {old.get(key)}, not {plan[key]}: delete it or name another folder"
@@ -164,20 +171,23 @@ def _sample(source: Source) -> str:
     return hashlib.sha256(np.ascontiguousarray(source[rows]).tobytes()).hexdigest()[:16]
 
 
-def _write_shard(path: Path, source: Source, rows: range, bar: tqdm) -> None:
+def _write_shard(path: Path, source: Source, rows: range, bar: tqdm) -> int:
+    """Writes the records of these rows, and returns what they add to the digest of all."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     part = path.with_name(path.name + ".part")
-    writer = ArrayRecordWriter(str(part), "group_size:1,uncompressed")  # photographs hardly compress
+    writer, found = ArrayRecordWriter(str(part), "group_size:1,uncompressed"), 0  # photographs hardly compress
     try:
         for begin in rows[::_CHUNK]:
             records = source[np.arange(begin, min(begin + _CHUNK, rows.stop))]
             for record in records:
                 writer.write(record.tobytes())
+            found += digest_of(records, begin)
             bar.update(len(records))
     finally:
         writer.close()
     part.replace(path)
+    return found
 
 
 def _is_whole(folder: Path, shard: dict) -> bool:
@@ -201,7 +211,7 @@ def _read_manifest(folder: Path) -> dict | None:
 
 def _write_manifest(folder: Path, manifest: dict) -> None:
     part = folder / (_MANIFEST + ".part")
-    with open(part, "w") as file:
+    with open(part, "w", encoding="utf-8") as file:
         json.dump(manifest, file, indent=1)
         file.flush()
         os.fsync(file.fileno())

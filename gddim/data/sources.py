@@ -12,6 +12,10 @@ from jaxtyping import Float, Int, Shaped
 
 from gddim.errors import UserError
 
+_CHUNK = 1024
+_LARGE = 2**30  # bytes of a file that is not read at every start to see whether it is the same
+_SCALE = "scale those of [0, 1] by 2x - 1, or store uint8"
+
 
 @runtime_checkable
 class Source(Protocol):
@@ -48,16 +52,27 @@ class Dataset(Protocol):
 
 
 class ArraySource:
-    """Records in memory or in a memory map: `array[rows]`, or all of `array` (N, *dims, C), uint8 or float32."""
+    """Records in memory or in a memory map: `array[rows]`, or all of `array` (N, *dims, C), uint8 or float32.
+
+    `stamp` may tell versions of a large array apart without reading it. Raises UserError for floating images of which
+    none is ever negative: they are not in [-1, 1].
+    """
 
     def __init__(
-        self, array: Shaped[np.ndarray, "n *shape"], flip: bool = False, rows: Int[np.ndarray, " m"] | None = None
+        self,
+        array: Shaped[np.ndarray, "n *shape"],
+        flip: bool = False,
+        rows: Int[np.ndarray, " m"] | None = None,
+        stamp: str | None = None,
     ):
         if array.ndim < 2 or array.dtype not in (np.uint8, np.float32):
             raise UserError(f"records must be uint8 or float32 (N, *dims, C), not {array.dtype} {array.shape}")
+        if _never_negative(array):
+            raise UserError(f"floating images must lie in [-1, 1], but these are never negative: {_SCALE}")
         self.array = array
         self.flip = flip
         self.rows = rows
+        self.stamp = stamp
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -72,6 +87,13 @@ class ArraySource:
 
     def __getitem__(self, indices: Int[np.ndarray, " b"], /) -> Shaped[np.ndarray, "b ..."]:
         return self.array[indices if self.rows is None else self.rows[indices]]
+
+
+def _never_negative(array: Shaped[np.ndarray, "n *shape"]) -> bool:
+    """Whether these are floating images in [0, 1], or [0, 255]; those in [-1, 1] show it in the first few."""
+    if array.ndim != 4 or array.dtype == np.uint8 or not array.size:
+        return False
+    return all(array[begin : begin + _CHUNK].min() >= 0 for begin in range(0, len(array), _CHUNK))
 
 
 def data_folder(root: str | None) -> Path:
@@ -166,10 +188,10 @@ class FiveRings:
 
 @dataclass(frozen=True)
 class ArrayFile:
-    """A `.npy` file, or a `.npz` file with one array or with `train` and `test`.
+    """A `.npy` file, or a `.npz` file with one array, with `train` and `test`, or as other programs write samples.
 
-    Images are uint8 `(N, H, W, C)`, or floating in [-1, 1]; points are floating `(N, C)`. A uint8 or float32 `.npy` is
-    mapped, not read, and may be larger than memory.
+    These have `arr_0`, beside which there may be labels, or `samples`. Images are uint8 `(N, H, W, C)`, or floating in
+    [-1, 1]; points are floating `(N, C)`. A uint8 or float32 `.npy` is mapped, not read, and may be larger than memory.
     """
 
     path: str
@@ -200,7 +222,9 @@ class ArrayFile:
         if self.flip and array.ndim != 4:
             raise UserError(f"{self.path} holds records {array.shape[1:]}: only images (H, W, C) can be mirrored")
         rows = None if len(arrays) > 1 else every_nth(len(array), self.test_every)[part]
-        return ArraySource(array, self.flip, rows)
+        large = status.st_size > _LARGE
+        stamp = f"{status.st_size} {status.st_mtime_ns} {self.test_every} {name}" if large else None
+        return ArraySource(array, self.flip, rows, stamp)
 
 
 @functools.lru_cache(maxsize=1)  # an experiment asks for the shape of its data again and again
@@ -212,20 +236,25 @@ def _load(path: Path, stamp: tuple[int, int]) -> Mapping[str, np.ndarray]:
     except Exception as error:  # zip, zlib, header and object errors alike
         raise UserError(f"cannot read {path} ({error}): a .npy or .npz file of numbers is needed") from error
     if len(arrays) != 1 and not {"train", "test"} <= set(arrays):
-        raise UserError(f"{path} has arrays {', '.join(arrays) or 'none'}: keep one, or name two train and test")
+        samples = [array for name, array in arrays.items() if name == "samples" or name.startswith("arr_")]
+        if not samples:
+            raise UserError(f"{path} has arrays {', '.join(arrays) or 'none'}: keep one, or name two train and test")
+        arrays = {"": max(samples, key=np.ndim)}  # labels have fewer axes
     return {name: _checked(path, array) for name, array in arrays.items()}
 
 
 def _checked(path: Path, array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "n *shape"]:
-    if array.ndim < 2 or not (array.dtype == np.uint8 or np.issubdtype(array.dtype, np.floating)):
+    flat = array.ndim == 3 and array.dtype == np.uint8
+    if array.ndim < 2 or flat or not (array.dtype == np.uint8 or np.issubdtype(array.dtype, np.floating)):
         kinds = "images (N, H, W, C) or points (N, C), uint8 or floating"
-        raise UserError(f"{path} must hold {kinds}, not {array.dtype} {array.shape}")
+        grey = f"; of grey images make it {(*array.shape, 1)}" if flat else ""
+        raise UserError(f"{path} must hold {kinds}, not {array.dtype} {array.shape}{grey}")
     if array.dtype == np.uint8:
         return array
     array = array.astype(np.float32, copy=False)
-    low, high = array.min(initial=0), array.max(initial=0)
+    low, high = (array.min(), array.max()) if array.size else (-1, 1)
     if not np.isfinite(low + high):
         raise UserError(f"{path} holds values that are not finite")
-    if array.ndim == 4 and max(-low, high) > 1:
-        raise UserError(f"{path}: floating images must lie in [-1, 1], found {low:g} to {high:g}; or store uint8")
+    if array.ndim == 4 and not -1 <= low < 0 <= 1 - high:
+        raise UserError(f"{path}: floating images must lie in [-1, 1], found {low:g} to {high:g}: {_SCALE}")
     return array

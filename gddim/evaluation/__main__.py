@@ -1,15 +1,12 @@
 """`python -m gddim.evaluation stats|fid|report`: statistics of a data set, distances of two, tables of results."""
 
 import argparse
-import io
 import sys
-import zipfile
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
 from gddim.data import (
     CIFAR10,
@@ -19,20 +16,21 @@ from gddim.data import (
     CelebA,
     Digits,
     FiveRings,
-    ImageFolder,
     Shards,
     Source,
     to_uint8,
+    whole_images,
 )
-from gddim.errors import UserError
+from gddim.errors import UserError, place, printable
 from gddim.evaluation.cell import LEAST
 from gddim.evaluation.features import FeatureSpace, PixelFeatures
 from gddim.evaluation.inception import CONVENTIONS, PRECISIONS, InceptionFeatures
 from gddim.evaluation.metrics import Gaussian, frechet_distance
+from gddim.evaluation.page import REPORT, check_page, write_page
 from gddim.evaluation.report import plot, table
 from gddim.evaluation.statistics import FEW, Statistics, check_writable, compare, source_statistics, write_whole
-from gddim.evaluation.sweep import read_rows
-from gddim.parallel import batch_sharding, make_mesh
+from gddim.evaluation.sweep import RESULTS, read_rows
+from gddim.parallel import batch_sharding, check_backend, make_mesh
 
 _NAMED = {"digits": Digits, "five-rings": FiveRings, "cifar10": CIFAR10, "svhn": SVHN, "celeba": CelebA}
 _SOURCE = (
@@ -42,6 +40,7 @@ _SOURCE = (
 
 
 def main() -> None:
+    printable()
     parser = argparse.ArgumentParser("python -m gddim.evaluation", description=__doc__)
     verbs = parser.add_subparsers(required=True, metavar="stats|fid|report")
     stats = verbs.add_parser("stats", help="write mean, covariance and a subset of SOURCE's features to OUT.npz")
@@ -57,10 +56,17 @@ def main() -> None:
         verb.add_argument("--convention", choices=CONVENTIONS, default=CONVENTIONS[0], help="how images are resized")
         verb.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="of the Inception network")
         verb.add_argument("--weights", type=Path, help="Inception weights; by default those in the data folder")
-        verb.add_argument("--size", type=int, help="resize images of a folder to this; by default to that of the first")
-    report = verbs.add_parser("report", help="write the tables of RESULTS to OUT.md and the plot to OUT.png")
-    report.add_argument("results", metavar="RESULTS.jsonl")
-    report.add_argument("out", metavar="OUT")
+        verb.add_argument(
+            "--size", type=int, help="stretch images of a folder to this; by default to those of the first"
+        )
+    report = verbs.add_parser(
+        "report",
+        help="write the tables of RESULTS to OUT.md, the plot to OUT.png, .svg and .pdf, and with all else that a run has "
+        "left beside RESULTS a page to OUT.html",
+    )
+    report.add_argument("results", metavar="RESULTS", help="a file of results, or the folder of a run")
+    help = "without it, for the folder of a run: its own results.md, results.png, … and report.html"
+    report.add_argument("out", metavar="OUT", nargs="?", help=help)
     report.set_defaults(action=_report)
     options = parser.parse_args()
     try:
@@ -74,7 +80,8 @@ def main() -> None:
 
 
 def _stats(options: argparse.Namespace) -> None:
-    out = epath.Path(options.out).expanduser()
+    check_backend()
+    out = place(options.out)
     if out.exists() or out.suffix != ".npz":
         raise UserError(f"{out} {'exists' if out.exists() else 'is no .npz file'}: name a new .npz file")
     check_writable(out)
@@ -111,6 +118,7 @@ def _sides(options: argparse.Namespace) -> list[Statistics | Gaussian]:
     saved = [_saved(name) for name in names]
     if None not in saved:
         return [side for side in saved if side]
+    check_backend()
     space = _space(options)
     sides = [side or _source(name, options.size, space) for side, name in zip(saved, names, strict=True)]
     for side, other in (sides, sides[::-1]):
@@ -128,13 +136,22 @@ def _sides(options: argparse.Namespace) -> list[Statistics | Gaussian]:
 
 
 def _report(options: argparse.Namespace) -> None:
-    rows = read_rows(Path(options.results).expanduser())
-    out = epath.Path(options.out).expanduser()
+    results = place(options.results)
+    if not results.is_dir() and options.out is None:
+        raise UserError("OUT is missing: only what belongs into the folder of a run has a name")
+    folder = results if results.is_dir() else results.parent
+    out = place(options.out) if options.out else folder / "results"
+    page = out.with_name(f"{out.name}.html") if options.out else folder / REPORT
+    path = folder / RESULTS if results.is_dir() else results
+    rows = read_rows(path) if path.exists() or not (folder / "config.json").exists() else []
     check_writable(out)
-    text = table(rows)
-    plot(rows, out.with_name(f"{out.name}.png"))
-    write_whole(out.with_name(f"{out.name}.md"), text.encode())
-    print(text)
+    check_page(page)
+    if rows or not results.is_dir():
+        plot(rows, out.with_name(f"{out.name}.png"))
+        write_whole(out.with_name(f"{out.name}.md"), table(rows).encode())
+        print(table(rows))
+    write_page(folder, rows, page)
+    print(page)
 
 
 def _space(options: argparse.Namespace) -> FeatureSpace:
@@ -167,35 +184,13 @@ def _records(text: str, size: int | None) -> Source:
     if not path.exists():
         raise UserError(f"no data set {text}: give {_SOURCE}")
     if path.suffix in (".npy", ".npz"):
-        samples = _arrays(path).get("samples") if path.suffix == ".npz" else None
-        return ArrayFile(str(path), test_every=0).train() if samples is None else ArraySource(samples)
+        return ArrayFile(str(path), test_every=0).train()
     if path.is_dir() and (files := sorted(path.glob("*.npz"))):  # as --eval.keep-samples writes them
         parts = [_records(str(file), size) for file in files]
         return ArraySource(np.concatenate([part[np.arange(len(part))] for part in parts]))
     if (path / "manifest.json").is_file():
         return Shards(str(path)).train()
-    return ImageFolder(str(path), size or _first_size(path), test_every=0).train()
-
-
-def _first_size(path: Path) -> int:
-    """The shorter side of the first image of a folder or zip archive."""
-    from PIL import Image
-
-    known = Image.registered_extensions()
-    if path.is_dir():
-        files = (file for file in sorted(path.rglob("*")) if file.suffix.lower() in known)
-        content = next((file.read_bytes() for file in files), b"")
-    elif zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = (name for name in sorted(archive.namelist()) if Path(name).suffix.lower() in known)
-            content = next((archive.read(name) for name in names), b"")
-    else:
-        raise UserError(f"{path} is no data set: give {_SOURCE}")
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return min(image.size)
-    except OSError as error:
-        raise UserError(f"{path}: its first image cannot be read: {error}") from error
+    return whole_images(path, size)
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:

@@ -84,8 +84,8 @@ class Evaluator:
     """What the cells of a sweep share: a model with a `.sde`, the shape of a record, a reference, a feature space.
 
     `provenance` says where the model comes from (checkpoint digest, step, EMA or raw). `batch` samples are drawn at a
-    time, sharded by `sharding`; neither changes a sample. Images are rounded to uint8 before features are taken, as
-    saving and reading them would. Raises `UserError` when the reference was taken in another feature space.
+    time, sharded by `sharding`; either changes samples by rounding alone. Images are rounded to uint8 before features
+    are taken, as saving and reading them would. Raises `UserError` when the reference was taken in another feature space.
     """
 
     model: Any

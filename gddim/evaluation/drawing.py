@@ -1,4 +1,7 @@
-"""Samples by their number: sample i follows from the model, the sampler, the seed and i alone."""
+"""Samples by their number: sample i follows from the model, the sampler, the seed and i alone.
+
+To rounding: XLA compiles a program for each number of samples at a time and devices, and may add in another order.
+"""
 
 from typing import Any
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from gddim.samplers import GDDIM, Coefficients
 from gddim.samplers.base import Calls, calls, run
-from gddim.samplers.gddim import history_nodes
+from gddim.samplers.gddim import count, history_nodes
 from gddim.samplers.grids import check_grid
 from gddim.samplers.quadrature import Panels
 from gddim.sde import AbstractLinearSDE
@@ -32,7 +32,10 @@ def encoding_table(sde: AbstractLinearSDE, ts: Any, order: int = 3) -> Coefficie
     weights = -panels.stieltjes(nodes, Q, psi @ R[1:], R[:-1])
     one = np.broadcast_to(np.eye(sde.k), (len(ts), *psi.shape[1:]))
     rising = ts[::-1]
-    return Coefficients(rising, rising[:-1], psi[::-1], weights[::-1], 0 * psi, record_u=0 * one, record_eps=one)
+    return Coefficients(
+        rising, rising[:-1], psi[::-1], weights[::-1], 0 * psi, record_u=0 * one, record_eps=one,
+        orders=count(nodes)[::-1],
+    )  # fmt: skip
 
 
 class Coder(eqx.Module):
@@ -65,7 +68,7 @@ class Coder(eqx.Module):
     def noised(self, x: Float[Array, "*dims C"], key: PRNGKeyArray) -> Float[Array, "*dims k C"]:
         """The state of data at `t_min`."""
         u = self.model.sde.lift(x)
-        psi, R = self.at_end
+        psi, R = (jnp.asarray(matrix, u.dtype) for matrix in self.at_end)
         return product(psi, u) + product(R, jax.random.normal(key, u.shape, u.dtype))
 
     def encode(self, u: Float[Array, "*dims k C"]) -> Float[Array, "*dims k C"]:
@@ -83,7 +86,7 @@ class Coder(eqx.Module):
 
         `(sin((1−s)θ) a + sin(sθ) b) / sin θ`, θ the angle of the whitened latents.
         """
-        white_a, white_b = product(self.whiten, a), product(self.whiten, b)
+        white_a, white_b = (product(jnp.asarray(self.whiten, x.dtype), x) for x in (a, b))
         norms = jnp.sqrt(jnp.vdot(white_a, white_a) * jnp.vdot(white_b, white_b))
         angle = jnp.arccos(jnp.clip(jnp.vdot(white_a, white_b) / norms, -0.9999, 0.9999))
         mix = lambda share: (jnp.sin((1 - share) * angle) * a + jnp.sin(share * angle) * b) / jnp.sin(angle)
@@ -117,7 +120,7 @@ def interpolate(
     coder: Coder, a: Float[Array, "n *dims C"], b: Float[Array, "n *dims C"], steps: int, keys: Key[Array, " n"]
 ) -> Float[Array, "n steps *dims C"]:
     """Rows of a picture: from each record of `a` to its partner in `b`, decoded from between their latents."""
-    shares = jnp.linspace(0.0, 1.0, steps)
+    shares = jnp.linspace(0.0, 1.0, steps, dtype=a.dtype)
 
     def one(a: Array, b: Array, key: Array) -> Array:
         first, second = jax.random.split(key)

@@ -1,5 +1,6 @@
 """Likelihood of data under a model's probability flow, exact for one field, bounded for several, with standard errors."""
 
+import math
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -74,7 +75,7 @@ def log_density(
     whitened = product(table.whiten, end)
     normal = -0.5 * (jnp.vdot(whitened, whitened) - jnp.vdot(xi, xi))  # of the prior, less that of ξ
     volume = jnp.broadcast_to(jnp.asarray(table.log_volume, x.dtype), u.shape[:-2]).sum() * u.shape[-1]
-    return normal + change + volume - 0.5 * np.log(2 * np.pi) * x.size
+    return normal + change + volume - 0.5 * math.log(2 * math.pi) * x.size
 
 
 class _Table(NamedTuple):
@@ -128,8 +129,8 @@ def _bits(
         noise_key, key = jax.random.split(jax.random.fold_in(jax.random.key(seed), number))
         offset = 0.0
         if x.dtype == jnp.uint8:
-            x = to_unit(x) + jax.random.uniform(noise_key, x.shape, minval=-0.5, maxval=0.5) / 127.5
-            offset = np.log2(127.5)
-        return offset - log_density(model, x, key, **options) / (x.size * np.log(2))
+            x = to_unit(x) + jax.random.uniform(noise_key, x.shape, jnp.float32, -0.5, 0.5) / 127.5
+            offset = math.log2(127.5)
+        return offset - log_density(model, x, key, **options) / (x.size * math.log(2))
 
     return jax.vmap(one)(x, numbers)

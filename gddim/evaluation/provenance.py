@@ -5,6 +5,7 @@ import functools
 import hashlib
 import platform
 import subprocess
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,15 @@ def spell(value: Any) -> str:
         return repr(value)
     fields = (f"{field.name}={spell(getattr(value, field.name))}" for field in dataclasses.fields(value) if field.init)
     return f"{type(value).__name__}({', '.join(fields)})"
+
+
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The fields of a description by their dotted names."""
+    if not isinstance(value, dict):
+        yield prefix, value
+        return
+    for name, item in value.items():
+        yield from flatten(item, f"{prefix}.{name}" if prefix else name)
 
 
 def hardware() -> str:

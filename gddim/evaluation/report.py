@@ -1,9 +1,10 @@
 """Results as tables in the layout of the papers, and as a plot of distance against network calls."""
 
-import io
+import itertools
 import json
 import math
 import os
+import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,18 @@ from etils import epath
 
 from gddim.errors import UserError
 from gddim.evaluation.cell import Row
+from gddim.evaluation.figures import (
+    LEGEND,
+    MARKERS,
+    SUFFIXES,
+    Look,
+    encode,
+    label_in_words,
+    looks,
+    new_figure,
+    number,
+    process_in_words,
+)
 from gddim.evaluation.published import TABLES, Published
 from gddim.evaluation.statistics import FEW, write_whole
 from gddim.evaluation.sweep import FLOOR
@@ -52,7 +65,9 @@ def _digits(value: float) -> str:
 
 
 class Group(NamedTuple):
-    """Rows that may stand in one table: the same model, reference, feature space and number of samples."""
+    """Rows that may stand in one table: the same model, reference, feature space and number of samples. They may be of
+    several processes, which one network can serve.
+    """
 
     rows: list[Row]
     floor: Row | None
@@ -70,8 +85,23 @@ class Group(NamedTuple):
         return {row["cell"]["seed"] for row in self.rows}
 
     @property
-    def process(self) -> str:
-        return self.provenance["process"].split("(")[0]
+    def processes(self) -> list[str]:
+        """As they are spelled, `CLD(m_inv=4.0, …)`, in order."""
+        return list(dict.fromkeys(row["provenance"]["process"] for row in self.rows))
+
+    @property
+    def heading(self) -> str:
+        """The name of the run, its step, and the process in words."""
+        name, step = (self.provenance.get(key) for key in ("experiment", "step"))
+        run = ", ".join([name, *([f"step {step}"] if step is not None else [])]) + ": " if name else ""
+        return run + " and ".join(dict.fromkeys(map(process_in_words, self.processes)))
+
+    @property
+    def against(self) -> str:
+        """What is compared with what."""
+        return (
+            f"{self.samples:,} samples against {self.provenance['reference']['source']}, {self.provenance['features']}"
+        )
 
     def title(self, metric: str) -> str:
         """What a metric is called here: a Fréchet distance of few samples says how few."""
@@ -84,7 +114,8 @@ class Group(NamedTuple):
         """Other people's rows for the same process, where the metric is theirs: Inception features of CIFAR-10."""
         source = str(self.provenance["reference"]["source"]).lower().replace("-", "")
         same = self.provenance["features"].startswith("inception") and "cifar10" in source
-        return [row for row in TABLES if same and row.process == self.process]
+        processes = {process.split("(")[0] for process in self.processes}
+        return [row for row in TABLES if same and row.process in processes]
 
     def entries(self, metric: str) -> dict[str, dict[int | None, Entry]]:
         """By sampler, then by budget of calls (None: adaptive)."""
@@ -100,12 +131,14 @@ class Group(NamedTuple):
         }
 
     def _label(self, row: Row) -> str:
-        """The sampler, with what else differs between the rows of this group."""
+        """The sampler, with what else differs between the rows of this group, the process after a semicolon."""
         words = [row["cell"]["sampler"]]
         for name in ("last", "power", "t_min"):
             if len({other["cell"].get(name) for other in self.rows}) > 1:
                 words.append(f"{name}={row['cell'].get(name)}")
-        return ", ".join(words)
+        spelled, short = row["provenance"]["process"], [process.split("(")[0] for process in self.processes]
+        process = spelled.split("(")[0] if len(set(short)) == len(short) else spelled
+        return ", ".join(words) + (f"; {process}" if len(short) > 1 else "")
 
 
 def _entry(rows: list[Row], metric: str, error: str | None) -> Entry:
@@ -121,7 +154,7 @@ def groups(rows: Sequence[Row]) -> list[Group]:
     found: dict[str, list[Row]] = {}
     floors: dict[str, Row] = {}
     for row in rows:
-        origin = json.dumps(row["provenance"], sort_keys=True)
+        origin = json.dumps(row["provenance"] | {"process": None}, sort_keys=True)
         if row["cell"]["sampler"] == FLOOR:
             floors[origin] = row
         else:
@@ -135,45 +168,52 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _section(group: Group) -> list[str]:
-    origin = group.provenance
-    known = ("experiment", "checkpoint", "step", "weights", "features", "commit")
-    lines = [
-        f"## {group.process}: {group.samples:,} samples against {origin['reference']['source']}",
-        "",
-        ", ".join(f"{name} {origin[name]}" for name in known if origin.get(name) is not None) + ".",
-        "",
-    ]
-    if len(group.seeds) > 1:
-        lines += [f"Mean ± standard deviation over {len(group.seeds)} seeds.", ""]
-    elif told := [words for error, words in ERRORS.values() if any(error in row["metrics"] for row in group.rows)]:
-        lines += [f"{', '.join(told)}.", ""]
-    for metric in ("frechet", *TITLES):
-        lines += _metric_table(group, metric)
+    lines = [f"## {group.heading}: {group.against}", ""]
+    for paragraph in about(group):
+        lines += [paragraph, ""]
+    for cells in tables(group):
+        rule = ["---", *["---:"] * (len(cells[0]) - 1)]
+        lines += [*(f"| {' | '.join(row)} |" for row in [cells[0], rule, *cells[1:]]), ""]
     return lines
 
 
-def _metric_table(group: Group, metric: str) -> list[str]:
+def about(group: Group) -> list[str]:
+    """Where the numbers of a group come from, and what their ± means; a paragraph each."""
+    known = ("checkpoint", "weights", "commit")
+    told = [f"{name} {group.provenance[name]}" for name in known if group.provenance.get(name) is not None]
+    found = [f"{', '.join(told)}."] if told else []
+    if len(group.seeds) > 1:
+        found.append(f"Mean ± standard deviation over {len(group.seeds)} seeds.")
+    elif errors := [words for error, words in ERRORS.values() if any(error in row["metrics"] for row in group.rows)]:
+        found.append(f"{', '.join(errors)}.")
+    return found
+
+
+def tables(group: Group) -> list[list[list[str]]]:
+    """For each metric the samplers against the network calls, as rows of cells, the first its header."""
+    return [found for metric in ("frechet", *TITLES) if (found := _metric_table(group, metric))]
+
+
+def _metric_table(group: Group, metric: str) -> list[list[str]]:
     entries = group.entries(metric)
     columns = sorted({nfe for cells in entries.values() for nfe in cells if nfe is not None})
     adaptive = any(None in cells for cells in entries.values())
     if not entries:
         return []
-    header = [group.title(metric), *(f"NFE {nfe}" for nfe in columns), *(["adaptive"] if adaptive else [])]
-    body = []
+    found = [[group.title(metric), *(f"NFE {nfe}" for nfe in columns), *(["adaptive"] if adaptive else [])]]
     for label, cells in entries.items():
         line = [label, *(_told(cells[nfe], nfe) if nfe in cells else "" for nfe in columns)]
         if adaptive:
             line.append(_told(cells[None], None) if None in cells else "")
-        body.append(line)
+        found.append(line)
     for row in group.published() if metric == "frechet" else []:
         if set(row.values) & set(columns):
             values = [_published(row.values.get(nfe, "")) for nfe in columns]
-            body.append([f"*{row.label}*", *values, *([""] if adaptive else [])])
+            found.append([f"*{row.label}*", *values, *([""] if adaptive else [])])
     if group.floor and metric in group.floor["metrics"]:
         value = _digits(group.floor["metrics"][metric])
-        body.append([f"{group.floor['cell']['source']} (floor)", *[value] * (len(header) - 1)])
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return [*(f"| {' | '.join(cells)} |" for cells in [header, rule, *body]), ""]
+        found.append([f"{group.floor['cell']['source']} (floor)", *[value] * (len(found[0]) - 1)])
+    return found
 
 
 def _told(entry: Entry, budget: int | None) -> str:
@@ -186,35 +226,62 @@ def _published(value: float | str) -> str:
 
 
 def plot(rows: Sequence[Row], path: os.PathLike, metric: str = "frechet") -> None:
-    """A PNG of the metric against the network calls made, log axes: one line a sampler, a floor, published rows."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """The metric against the network calls made, as `path`, a PNG, and beside it as SVG and PDF. Raises `UserError` for
+    no rows.
+    """
+    figure = draw(rows, metric)
+    for suffix in SUFFIXES:
+        write_whole(epath.Path(path).with_suffix(suffix), encode(figure, suffix))
 
-    found = groups(rows)
+
+def draw(rows: Sequence[Row], metric: str = "frechet") -> Any:
+    """A panel for each group, log axes: one line a sampler, its floor, published rows; one legend for all, beside them.
+
+    Of groups that differ by no more than a commit or a version the last is drawn.
+    """
+    found = list({(group.heading, group.against): group for group in groups(rows)}.values())
     if not found:
         raise UserError("there are no results yet to plot")
-    figure = Figure(figsize=(6.5 * len(found), 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, group in zip(figure.subplots(1, len(found), squeeze=False).flat, found, strict=True):
-        _draw(axes, group, metric)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    write_whole(epath.Path(path), buffer.getvalue())
+    columns = min(2, len(found))
+    height = -(-len(found) // columns)
+    figure, panels = new_figure(height, columns, (4.4 * columns + 1.9, 3.4 * height))
+    shared = looks(label for group in found for label in group.entries(metric))
+    for axes, group in zip(panels, found, strict=False):
+        _draw(axes, group, metric, shared)
+    for axes in panels[len(found) :]:
+        axes.remove()
+    lines = {line.get_label(): line for axes in figure.axes for line in axes.get_lines() if line.get_label()[0] != "_"}
+    ours = {label_in_words(label): look.family for label, look in shared.items()}
+    names = [*sorted(ours, key=ours.__getitem__), *(name for name in lines if name not in ours)]
+    figure.legend([lines[name] for name in names], names, **LEGEND)
+    return figure
 
 
-def _draw(axes: Any, group: Group, metric: str) -> None:
-    entries = group.entries(metric)
-    for label, cells in entries.items():
-        points = sorted((entry for entry in cells.values() if math.isfinite(entry.mean)), key=lambda entry: entry.nfe)
-        nfe, mean = [entry.nfe for entry in points], [entry.mean for entry in points]
-        axes.errorbar(nfe, mean, [entry.spread for entry in points], marker="o", markersize=3, label=label)
-    for row in group.published():
+def _draw(axes: Any, group: Group, metric: str, shared: dict[str, Look]) -> None:
+    budgets: set[int] = set()
+    for label, cells in group.entries(metric).items():
+        look, points = shared[label], sorted(cells.values(), key=lambda entry: entry.nfe)
+        whole = [entry for entry in points if math.isfinite(entry.mean)]
+        nfe, mean, spread = ([getattr(entry, name) for entry in whole] for name in ("nfe", "mean", "spread"))
+        style = {"color": look.color, "marker": look.marker, "linestyle": look.line}
+        axes.plot(nfe, mean, label=label_in_words(label), **style, markersize=4.5, linewidth=1.3)
+        if any(spread):
+            axes.errorbar(nfe, mean, spread, fmt="none", ecolor=look.color, capsize=2)
+        budgets |= {budget for budget in cells if budget is not None}
+        if lost := [entry.nfe for entry in points if not math.isfinite(entry.mean)]:
+            edge = {"transform": axes.get_xaxis_transform(), "clip_on": False, "color": look.color}
+            axes.plot(lost, [1.0] * len(lost), "x", label="diverged", **edge)
+    for row, marker in zip(group.published() if metric == "frechet" else [], itertools.cycle(MARKERS)):
         values = {nfe: value for nfe, value in row.values.items() if not isinstance(value, str)}
-        axes.plot(list(values), list(values.values()), "--", marker=".", linewidth=0.8, label=row.label)
+        if len(values) > 1:  # of a single one the table tells
+            style = {"color": looks([row.sampler])[row.sampler].color, "marker": marker, "markersize": 4.5}
+            axes.plot([*values], [*values.values()], "--", label=row.label, **style, fillstyle="none", linewidth=0.8)
+            budgets |= set(values)
     if group.floor and metric in group.floor["metrics"]:
-        axes.axhline(group.floor["metrics"][metric], color="grey", linestyle=":", label="floor")
-    ticks = sorted({round(entry.nfe) for cells in entries.values() for entry in cells.values()})
-    axes.set(xscale="log", yscale="log", xlabel="network calls", ylabel=group.title(metric), title=group.process)
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.minorticks_off()
-    axes.legend(fontsize=7)
+        label = f"{group.floor['cell']['source']} (floor)"
+        axes.axhline(group.floor["metrics"][metric], color="black", linestyle=(0, (1, 1.5)), label=label)
+    axes.set(xscale="log", yscale="log", xlabel="network calls", ylabel=group.title(metric))
+    title = "\n".join(line for words in (group.heading, group.against) for line in textwrap.wrap(words, 64))
+    axes.set_title(title, loc="left", fontsize=8)
+    number(axes.xaxis, budgets)
+    number(axes.yaxis)

@@ -82,6 +82,8 @@ class Statistics:
         try:
             with np.load(io.BytesIO(epath.Path(path).read_bytes()), allow_pickle=False) as file:
                 arrays = dict(file)
+            if "moments.mean" not in arrays:
+                raise ValueError(f"its arrays are {', '.join(arrays)}, not those of python -m gddim.evaluation stats")
             parts = {
                 part: {key.removeprefix(f"{part}."): v for key, v in arrays.items() if key.startswith(f"{part}.")}
                 for part in ("moments", "scores")

@@ -8,9 +8,10 @@ import json
 import jax
 from etils import epath
 
+from gddim.evaluation.page import REPORT, check_page, write_page
 from gddim.evaluation.report import plot, table
 from gddim.evaluation.statistics import write_whole
-from gddim.evaluation.sweep import sweep
+from gddim.evaluation.sweep import RESULTS, read_rows, sweep
 from gddim.experiment.classes import Labelled, classify, told
 from gddim.experiment.drawing import draw_samples
 from gddim.experiment.measure import Measure, cells
@@ -19,16 +20,18 @@ from gddim.experiment.training import restore_ema
 
 
 def evaluate(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
-    """Compare samplers on a checkpoint's averaged model; writes results.jsonl, results.md and results.png."""
+    """Compare samplers on a checkpoint's averaged model; writes results.jsonl, and tables and plot of all that it holds."""
     experiment, settings = plan.experiment, plan.experiment.eval
+    check_page(workdir / REPORT)
     params, step = restore_ema(plan, workdir, step)
     measure = Measure(plan, workdir)
     rows = sweep(
         measure.evaluator(params, step), cells(experiment), workdir, measure.floor, keep_samples=settings.keep_samples
     )
     if jax.process_index() == 0:
-        write_whole(workdir / "results.md", table(rows).encode())
-        plot(rows, workdir / "results.png")
+        every = read_rows(workdir / RESULTS)  # also of other checkpoints, and in other features
+        write_whole(workdir / "results.md", table(every).encode())
+        plot(every, workdir / "results.png")
         print(table(rows), flush=True)
     if isinstance(experiment.data, Labelled):
         more = dataclasses.replace(experiment.sampling, samples=settings.samples, batch=settings.batch)
@@ -36,3 +39,5 @@ def evaluate(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
         if jax.process_index() == 0:
             write_whole(workdir / "classes.json", json.dumps(found, indent=2).encode())
             print(told(found), flush=True)
+    if jax.process_index() == 0:
+        write_page(workdir)

@@ -8,16 +8,19 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from jaxtyping import PyTree
 
 from gddim.checkpoint import checksums
 from gddim.data import Source
-from gddim.errors import UserError
-from gddim.evaluation.cell import Cell, Evaluator, check
+from gddim.errors import UserError, place
+from gddim.evaluation.cell import LEAST, Cell, Evaluator, check
 from gddim.evaluation.features import FeatureSpace, PixelFeatures
 from gddim.evaluation.inception import InceptionFeatures
 from gddim.evaluation.statistics import Statistics, cached_statistics
+from gddim.evaluation.sweep import RESULTS, read_rows
+from gddim.experiment.classes import Labelled
 from gddim.experiment.config import Evaluation, Experiment
 from gddim.experiment.plan import Plan
 from gddim.parallel import batch_sharding
@@ -59,6 +62,53 @@ def checkpoint_digest(params: PyTree) -> str:
     return hashlib.sha256(json.dumps(checksums(jax.tree.leaves(params))).encode()).hexdigest()[:16]
 
 
+def check_measurable(experiment: Experiment, workdir: epath.Path, train: Source | None = None) -> None:
+    """Raise `UserError` for what a `Measure` and the table made with it would fail with; measures nothing.
+
+    The data are looked at where `train`, those to train on, are given: they are measured much later, otherwise at once.
+    """
+    load_reference(experiment, feature_space(experiment.eval))
+    if (workdir / RESULTS).exists():
+        read_rows(workdir / RESULTS)
+    if train is not None:
+        measured_against(experiment, train)
+        if isinstance(experiment.data, Labelled):
+            experiment.data.labels()
+            experiment.data.test()
+
+
+def load_reference(experiment: Experiment, space: FeatureSpace) -> Statistics | None:
+    """Those of `--eval.reference`. Raises `UserError` unless samples can be compared with them in this space."""
+    text, shape = experiment.eval.reference, experiment.data.shape
+    if text is None:
+        return None
+    try:
+        found = Statistics.load(place(text))
+        found.check_space(space.name)
+    except UserError as error:
+        raise UserError(f"--eval.reference: {error}") from error
+    sample = jax.ShapeDtypeStruct((1, *shape), np.uint8 if len(shape) == 3 else np.float32)
+    width, theirs = jax.eval_shape(space, sample).shape[1], len(found.moments.mean)
+    if width != theirs:
+        raise UserError(f"--eval.reference {text} has features of dimension {theirs}, samples {shape} have {width}")
+    return found
+
+
+def measured_against(experiment: Experiment, train: Source | None = None) -> dict[str, Source]:
+    """The parts of the data that an evaluation reads, by name. Raises `UserError` where they are too few records."""
+    pixels, given = experiment.eval.features == "pixels", experiment.eval.reference
+    found = {}
+    if pixels or not given:
+        found["training"] = experiment.data.train() if train is None else train
+    if pixels and not given:
+        found["held out"] = experiment.data.test()
+    for part, source in found.items():
+        if len(source) < LEAST:
+            more = ": hold out more, or give --eval.reference" if part == "held out" else ""
+            raise UserError(f"{len(source)} records are {part}, an evaluation needs at least {LEAST}{more}")
+    return found
+
+
 class Measure:
     """Feature space and reference statistics, kept in the workdir once they are computed.
 
@@ -70,17 +120,15 @@ class Measure:
         data, settings = plan.experiment.data, plan.experiment.eval
         self.plan, self.space = plan, feature_space(settings)
 
-        def statistics(source: Source, part: str) -> Statistics:
-            name, place = f"{type(data).__name__}, {part}", batch_sharding(plan.mesh)
-            return cached_statistics(source, self.space, name, workdir / "statistics", place)
+        given, sources = load_reference(plan.experiment, self.space), measured_against(plan.experiment)
+
+        def statistics(part: str) -> Statistics:
+            name, sharding = f"{type(data).__name__}, {part}", batch_sharding(plan.mesh)
+            return cached_statistics(sources[part], self.space, name, workdir / "statistics", sharding)
 
         pixels = settings.features == "pixels"
-        self.floor = statistics(data.train(), "training") if pixels else None
-        if settings.reference:
-            self.reference = Statistics.load(epath.Path(settings.reference).expanduser())
-            self.reference.check_space(self.space.name)
-        else:
-            self.reference = statistics(*((data.test(), "held out") if pixels else (data.train(), "training")))
+        self.floor = statistics("training") if pixels else None
+        self.reference = given or statistics("held out" if pixels else "training")
 
     def evaluator(self, params: PyTree, step: int) -> Evaluator:
         """What draws samples of these averaged parameters and measures them."""

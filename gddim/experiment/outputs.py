@@ -8,25 +8,20 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Shaped, UInt8
+from jaxtyping import Shaped
 
 from gddim.errors import UserError
+from gddim.evaluation.figures import KEY, SUFFIXES, encode, told_by
+from gddim.evaluation.page import REPORT, check_page
 from gddim.evaluation.statistics import write_whole
 
-KEY = "gddim"
 
-
-def write_png(path: epath.Path, picture: UInt8[np.ndarray, "h w 3"], origin: dict[str, Any]) -> None:
-    """A picture; see `make_room` for what happens to one that is there."""
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
-
-    told = PngInfo()
-    told.add_text(KEY, json.dumps(origin))
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG", pnginfo=told)
-    make_room(path, origin)
-    write_whole(path, buffer.getvalue())
+def write_figure(path: epath.Path, figure: Any, origin: dict[str, Any]) -> None:
+    """A figure as `path`.png, and a plot as .svg and .pdf too; see `make_room` for what happens to files that are there."""
+    for suffix in SUFFIXES[:1] if figure.images else SUFFIXES:
+        content = encode(figure, suffix, json.dumps(origin))
+        make_room(path.with_suffix(suffix), origin)
+        write_whole(path.with_suffix(suffix), content)
 
 
 def write_npz(path: epath.Path, samples: Shaped[np.ndarray, "n ..."], origin: dict[str, Any]) -> None:
@@ -53,12 +48,17 @@ def origin_of(path: epath.Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        if path.suffix == ".png":
-            from PIL import Image
-
-            with Image.open(io.BytesIO(path.read_bytes())) as image:
-                return json.loads(image.info[KEY])
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-            return json.loads(str(file[KEY]))
+        content = path.read_bytes()
+        if path.suffix == ".npz":
+            with np.load(io.BytesIO(content), allow_pickle=False) as file:
+                return json.loads(str(file[KEY]))
+        return json.loads(told_by(content, path.suffix))
     except Exception as error:  # whatever a reader makes of a file that is not what its name says
         raise UserError(f"{path} was not written by this program and is not overwritten: move it away") from error
+
+
+def check_names(workdir: epath.Path, arrays: str, *figures: str) -> None:
+    """Raise `UserError` if one of these, an .npz file and figures, or the page of the run is there and no verb wrote it."""
+    for path in (workdir / f"{arrays}.npz", *(workdir / f"{name}{suffix}" for name in figures for suffix in SUFFIXES)):
+        origin_of(path)
+    check_page(workdir / REPORT)

@@ -1,8 +1,10 @@
-"""Pictures of samples and of the way to them; each function returns an image `(H, W, 3)` in uint8."""
+"""Pictures of samples and of the way to them; each function returns a figure, `title` above it in one or two lines."""
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,104 +13,154 @@ import numpy as np
 from jaxtyping import Shaped, UInt8
 
 from gddim.data import to_uint8
+from gddim.evaluation.figures import LEGEND, LINES, PALETTE, new_figure
 from gddim.experiment.drawing import Paths
 from gddim.sde import AbstractLinearSDE
 from gddim.sde.linalg import inverse, product, transpose
 
 Picture = UInt8[np.ndarray, "height width 3"]
 
+DPI = 100  # of sheets of images, in which a pixel of an image is a whole number of pixels
+WIDTH = 640  # of the images on a sheet, which they are enlarged to where they are narrower
+GAP = 2  # between images
+FIELDS = ("position", "velocity", "acceleration")
 
-def gallery(samples: Shaped[np.ndarray, "n ..."]) -> Picture:
+
+def gallery(samples: Shaped[np.ndarray, "n ..."], title: str = "") -> Any:
     """Images `(n, H, W, C)` in a grid, or points `(n, C)` as a scatter of their first two coordinates."""
     if samples.ndim == 2:
-        figure, axes = _figure(1, 1, size=(5, 5))
+        figure, axes = new_figure(1, 1, (4.5, 4.5), title)
         _scatter(axes[0], samples)
-        return _render(figure)
-    return _tile(samples, columns=math.ceil(math.sqrt(len(samples))))
+        return figure
+    return _sheet(samples, math.ceil(math.sqrt(len(samples))), title)
 
 
-def rows(samples: Shaped[np.ndarray, "n m ..."]) -> Picture:
-    """Images `(n, m, H, W, C)` in n rows of m, or points `(n, m, C)` joined to n lines."""
+def rows(samples: Shaped[np.ndarray, "n m ..."], title: str = "", left: Sequence[str] = ()) -> Any:
+    """Images `(n, m, H, W, C)` in n rows of m, each named on the `left`, or points `(n, m, C)` joined to n lines."""
     if samples.ndim == 3:
-        figure, axes = _figure(1, 1, size=(5, 5))
+        figure, axes = new_figure(1, 1, (4.5, 4.5), title)
         for points in samples:
             axes[0].plot(points[:, 0], points[:, min(1, points.shape[1] - 1)], marker=".")
         axes[0].set_aspect("equal")
-        return _render(figure)
-    return _tile(samples.reshape(-1, *samples.shape[2:]), columns=samples.shape[1])
+        return figure
+    return _sheet(samples.reshape(-1, *samples.shape[2:]), samples.shape[1], title, left=left)
 
 
-def film(paths: Paths, frames: int = 9, shown: int = 4) -> Picture:
-    """From noise to data in a strip of frames: for each sample what it is, and below it the data foreseen there.
-
-    All points of a set share one frame.
+def film(paths: Paths, title: str = "", frames: int = 9, shown: int = 4) -> Any:
+    """From noise to data in a strip of frames, each with its time: for each sample what it is, and below it the data
+    foreseen there. All points of a set share one frame.
     """
     chosen = np.linspace(0, len(paths.ts) - 1, frames).round().astype(int)
     strips = np.stack([np.asarray(part[chosen]) for part in (paths.data, paths.foreseen)])  # (2, frames, n, *data)
+    above, left = [f"t = {t:.2g}" for t in paths.ts[chosen]], ("state", "prediction")
     if strips.ndim == 4:
-        figure, axes = _figure(2, frames, size=(2 * frames, 4))
+        figure, axes = new_figure(2, frames, (1.3 * frames, 3.2), title)
         for ax, points in zip(axes, strips.reshape(-1, *strips.shape[2:]), strict=True):
             _scatter(ax, points)
             ax.set(xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[])
-        return _render(figure)
-    rows = np.moveaxis(strips[:, :, :shown], 2, 0)  # (n, 2, frames, H, W, C)
-    return _tile(rows.reshape(-1, *rows.shape[3:]), columns=frames)
+        for ax, words in zip(axes, above, strict=False):
+            ax.set_title(words, fontsize=9)
+        for ax, words in zip(axes[::frames], left, strict=True):
+            ax.set_ylabel(words)
+        return figure
+    images = np.moveaxis(strips[:, :, :shown], 2, 0)  # (n, 2, frames, H, W, C)
+    return _sheet(images.reshape(-1, *images.shape[3:]), frames, title, above, left * len(images))
 
 
-def trajectory(sde: AbstractLinearSDE, paths: Paths, lines: int = 6) -> Picture:
+def trajectory(sde: AbstractLinearSDE, paths: Paths, title: str = "", lines: int = 6) -> Any:
     """For a few random pixels: x(t), and along the same path ε in L and in R coordinates, `L⁻ᵀε_L = R⁻ᵀε_R`.
 
     In R coordinates ε hardly moves, and few steps follow it; a field of the state has its own kind of line.
     """
+    from matplotlib.lines import Line2D
+
     ts = paths.ts
     to_L = transpose(product(inverse(sde.noise_factor(ts)), sde.cholesky_factor(ts)))  # Lᵀ R⁻ᵀ
     to_L = jnp.asarray(to_L, paths.eps.dtype)
     eps_L = jax.vmap(lambda A, eps: jax.vmap(lambda e: product(A, e))(eps))(to_L, paths.eps)
-    figure, axes = _figure(1, 3, size=(13, 4))
+    figure, axes = new_figure(1, 3, (11.0, 3.2), title)
     numbers = np.asarray(paths.data).reshape(len(ts), -1)
-    chosen = np.random.default_rng(0).permutation(numbers.shape[1])[:lines]
-    axes[0].plot(ts, numbers[:, chosen])
+    chosen = np.random.default_rng(0).permutation(numbers.shape[1])[:lines].tolist()
+    for ax in axes:
+        ax.set_prop_cycle(color=PALETTE)
+    drawn = axes[0].plot(ts, numbers[:, chosen], linewidth=1.2)
     for ax, eps in ((axes[1], eps_L), (axes[2], paths.eps)):
         for field in range(sde.k):
             values = jax.vmap(jax.vmap(sde.to_pixels))(eps[..., field, :])
-            ax.set_prop_cycle(None)
-            ax.plot(ts, np.asarray(values).reshape(len(ts), -1)[:, chosen], linestyle=("-", "--", ":")[field % 3])
-    for ax, title in zip(axes, ("x(t)", "ε in L coordinates", "ε in R coordinates"), strict=True):
-        ax.set(title=title, xlabel="t")
+            ax.set_prop_cycle(color=PALETTE)
+            ax.plot(ts, np.asarray(values).reshape(len(ts), -1)[:, chosen], LINES[field % len(LINES)], linewidth=1.2)
+    for ax, words in zip(axes, ("x(t)", "ε in L coordinates", "ε in R coordinates"), strict=True):
+        ax.set_title(words, fontsize=9)
+        ax.set_xlabel("t")
         ax.invert_xaxis()
     axes[2].sharey(axes[1])
-    return _render(figure)
+    names = [_place(number, paths.data.shape[1:]) for number in chosen]
+    kinds = [*FIELDS, *(f"field {i + 1}" for i in range(len(FIELDS), sde.k))][: sde.k] if sde.k > 1 else []
+    drawn += [
+        Line2D([], [], color="black", linestyle=line) for line, _ in zip(itertools.cycle(LINES), kinds, strict=False)
+    ]
+    figure.legend(drawn, names + kinds, **LEGEND)
+    return figure
+
+
+def pixels(figure: Any) -> Picture:
+    """A figure as an image."""
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+
+
+def _place(number: int, shape: tuple[int, ...]) -> str:
+    """Which of the numbers of samples `(n, *dims, C)` this is."""
+    sample, *position, channel = (int(i) for i in np.unravel_index(number, shape))
+    if not position:
+        return f"sample {sample}, coordinate {channel + 1}"
+    colour = f", channel {channel + 1}" if shape[-1] > 1 else ""
+    return f"sample {sample}, pixel ({', '.join(map(str, position))}){colour}"
 
 
 def _scatter(ax: Any, points: Shaped[np.ndarray, "n c"]) -> None:
-    ax.scatter(points[:, 0], points[:, min(1, points.shape[1] - 1)], s=1, linewidths=0)
+    ax.scatter(
+        points[:, 0], points[:, min(1, points.shape[1] - 1)], s=1, linewidths=0, color=PALETTE[0], rasterized=True
+    )
     ax.set_aspect("equal")
 
 
-def _tile(images: Shaped[np.ndarray, "n h w c"], columns: int, least: int = 32) -> Picture:
-    """Images row by row with a pixel between them, enlarged by a whole number to at least `least` pixels."""
-    pixels = images if images.dtype == np.uint8 else np.asarray(to_uint8(jnp.asarray(images)))
-    pixels = pixels if pixels.shape[-1] == 3 else np.repeat(pixels[..., :1], 3, axis=-1)
-    scale = max(1, least // pixels.shape[1])
-    pixels = pixels.repeat(scale, 1).repeat(scale, 2)
-    n, height, width, _ = pixels.shape
-    rows = -(-n // columns)
-    tiled = np.zeros((rows * columns, height + 1, width + 1, 3), np.uint8)
-    tiled[:n, :height, :width] = pixels
-    tiled = tiled.reshape(rows, columns, height + 1, width + 1, 3).swapaxes(1, 2)
-    return tiled.reshape(rows * (height + 1), columns * (width + 1), 3)
-
-
-def _figure(rows: int, columns: int, size: tuple[int, int]) -> tuple[Any, list[Any]]:
-    """A figure that needs no display and no global state, and its axes in reading order."""
+def _sheet(
+    images: Shaped[np.ndarray, "n h w c"], columns: int, title: str, above: Sequence[str] = (), left: Sequence[str] = ()
+) -> Any:
+    """Images row by row, enlarged by a whole number, not smoothed, with words `above` the columns and `left` of the rows."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, layout="constrained")
+    tiled, height, width = _tile(images, columns)
+    x0, y0 = 8 + 72 * bool(left), 8 + 20 * (title.count("\n") + 1) * bool(title) + 18 * bool(above)
+    across, down = x0 + tiled.shape[1] + 8, y0 + tiled.shape[0] + 8
+    figure: Any = Figure(
+        figsize=((across + 0.5) / DPI, (down + 0.5) / DPI), dpi=DPI
+    )  # half a pixel, against rounding down
     FigureCanvasAgg(figure)
-    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+    figure.figimage(tiled, x0, 8, origin="upper", resize=False)
+
+    def write(x: int, y: int, words: str, size: int, **align: Any) -> None:
+        figure.text(x / across, 1 - y / down, words, fontsize=size, **align)
+
+    write(8, 8, title, 10, va="top")
+    for i, words in enumerate(above):
+        write(x0 + i * width + (width - GAP) // 2, y0 - 4, words, 8, ha="center")
+    for i, words in enumerate(left):
+        write(x0 - 6, y0 + i * height + (height - GAP) // 2, words, 8, ha="right", va="center")
+    return figure
 
 
-def _render(figure: Any) -> Picture:
-    figure.canvas.draw()
-    return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+def _tile(images: Shaped[np.ndarray, "n h w c"], columns: int) -> tuple[Picture, int, int]:
+    """The images with white between them, and the distance from one to the next, down and across."""
+    shades = images if images.dtype == np.uint8 else np.asarray(to_uint8(jnp.asarray(images)))
+    shades = shades if shades.shape[-1] == 3 else np.repeat(shades[..., :1], 3, axis=-1)
+    scale = max(1, WIDTH // (columns * shades.shape[2]))
+    shades = shades.repeat(scale, 1).repeat(scale, 2)
+    n, height, width, _ = shades.shape
+    height, width, rows = height + GAP, width + GAP, -(-n // columns)
+    tiled = np.full((rows * columns, height, width, 3), 255, np.uint8)
+    tiled[:n, :-GAP, :-GAP] = shades
+    tiled = tiled.reshape(rows, columns, height, width, 3).swapaxes(1, 2)
+    return tiled.reshape(rows * height, columns * width, 3)[:-GAP, :-GAP], height, width

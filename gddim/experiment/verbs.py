@@ -10,14 +10,20 @@ import jax
 from etils import epath
 from tqdm import tqdm
 
+from gddim.evaluation.figures import label_in_words, process_in_words
+from gddim.evaluation.page import write_page
+from gddim.evaluation.provenance import spell
 from gddim.evaluation.samplers import sampler_name
 from gddim.experiment.drawing import draw_samples, follow
-from gddim.experiment.outputs import origin_of, write_npz, write_png
+from gddim.experiment.outputs import check_names, write_figure, write_npz
 from gddim.experiment.pictures import film, gallery, trajectory
 from gddim.experiment.plan import Plan
 from gddim.experiment.training import restore_ema
 from gddim.experiment.workdir import describe, flatten
 from gddim.parallel import bytes_per_device
+
+SAMPLES = ("samples", "samples", "trajectory", "denoise")  # the file of arrays, and the pictures
+"""What the verb `sample` writes."""
 
 
 def dry_run(plan: Plan) -> None:
@@ -46,9 +52,7 @@ def dry_run(plan: Plan) -> None:
 def sample(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
     """Write samples of a checkpoint's averaged model and pictures of how they come about; tell NFE and images/s."""
     experiment, sampling = plan.experiment, plan.experiment.sampling
-    names = ("samples.npz", "samples.png", "trajectory.png", "denoise.png")
-    for name in names:
-        origin_of(workdir / name)
+    check_names(workdir, *SAMPLES)
     params, step = restore_ema(plan, workdir, step)
     model = plan.model(params)
     origin = {"experiment": experiment.name, "step": step, **describe(sampling)}
@@ -65,12 +69,16 @@ def sample(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
     rate = f"{(after - before) / (ended - began):.4g} images/s" + ("" if compiled else ", compilation included")
     paths = follow(experiment, model, sampling, count=4 if data.ndim == 4 else 1000)
     if jax.process_index() == 0:
-        write_npz(workdir / names[0], data, origin)
-        write_png(workdir / names[1], gallery(data), origin)
-        write_png(workdir / names[2], trajectory(experiment.sde, paths), origin)
-        write_png(workdir / names[3], film(paths), origin)
+        run = f"{experiment.name}, step {step}"
+        by = f"{label_in_words(sampler_name(sampling.sampler))}, {calls:g} network calls"
+        on = f"{process_in_words(spell(experiment.sde))}, {len(paths.ts)} steps of order 1"
+        write_npz(workdir / "samples.npz", data, origin)
+        write_figure(workdir / "samples", gallery(data, f"{run}\n{by}"), origin)
+        write_figure(workdir / "trajectory", trajectory(experiment.sde, paths, f"{run}: {on}"), origin)
+        write_figure(workdir / "denoise", film(paths, f"{run}\n{on}"), origin)
+        write_page(workdir)
         print(
             f"{len(data)} samples of step {step} by {sampler_name(sampling.sampler)}: NFE {calls:g}, "
-            f"{rate}; {workdir}: {', '.join(names)}",
+            f"{rate}; {workdir}: samples.npz, samples.png, trajectory.png, denoise.png, report.html",
             flush=True,
         )

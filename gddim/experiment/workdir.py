@@ -10,33 +10,47 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from gddim.errors import UserError
+from gddim.data import Source, identity
+from gddim.errors import UserError, harmless
+from gddim.evaluation.provenance import flatten as flatten
 from gddim.evaluation.samplers import sampler_name
 from gddim.evaluation.statistics import write_whole
+from gddim.experiment.options import UNGROUPED
 from gddim.experiment.spectrum import Spectrum
+from gddim.parallel import tell
 from gddim.samplers import AbstractSampler
 from gddim.samplers.base import AbstractAdaptive
 
+if TYPE_CHECKING:
+    from gddim.experiment.config import Experiment
+
 CONFIG = "config.json"
+RECORDS = "records"  # in it, what the run was trained on, by content
 
 
 def describe(value: Any) -> Any:
-    """A dataclass tree as JSON: each object its type and its fields; a sampler its word, a function its name,
-    a spectrum its digest."""
+    """A dataclass tree as JSON: each object its type and its fields, by the names of the command line; a sampler its word,
+    a function its name, a spectrum its digest."""
     if isinstance(value, AbstractSampler | AbstractAdaptive):
         return sampler_name(value)
     if isinstance(value, Spectrum):
         return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
-        return {"type": type(value).__name__, **fields}
+        described: dict[str, Any] = {"type": type(value).__name__}
+        for field in dataclasses.fields(value):
+            if field.init:
+                inner = getattr(value, field.name)
+                described[field.name] = part = describe(inner)
+                parts = dataclasses.fields(inner) if isinstance(part, dict) else ()
+                described |= {each.name: part.pop(each.name) for each in parts if each.metadata.get(UNGROUPED)}
+        return described
     if isinstance(value, list | tuple):
         return [describe(item) for item in value]
     if isinstance(value, os.PathLike):
@@ -57,15 +71,6 @@ def differences(saved: dict, given: dict, free: tuple[str, ...] = ()) -> list[st
     return lines
 
 
-def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The fields of a description by their dotted names."""
-    if not isinstance(value, dict):
-        yield prefix, value
-        return
-    for name, item in value.items():
-        yield from flatten(item, f"{prefix}.{name}" if prefix else name)
-
-
 def _show(values: dict, name: str) -> str:
     return json.dumps(values[name]) if name in values else "none"
 
@@ -78,7 +83,7 @@ def read_config(path: epath.Path) -> dict | None:
         if not path.is_dir():
             raise UserError(f"--workdir {path} is a file, not a folder")
         if not (path / CONFIG).exists():
-            if foreign := sorted({p.name for p in path.iterdir()} - {f".{CONFIG}.new"}):
+            if foreign := sorted(p.name for p in path.iterdir() if not (harmless(p.name) or _is_log(p))):
                 raise UserError(
                     f"--workdir {path} holds something else ({', '.join(foreign[:3])}{', …' * (len(foreign) > 3)}) "
                     f"and no {CONFIG} of a run: give a new or an empty folder"
@@ -92,20 +97,82 @@ def read_config(path: epath.Path) -> dict | None:
     return config
 
 
+def _is_log(path: epath.Path) -> bool:
+    """Whether a file is what a job prints: by its name, or because this process prints into it."""
+    if path.suffix in (".log", ".out", ".err"):
+        return True
+    with contextlib.suppress(OSError):
+        return any(os.path.samestat(os.stat(path), os.fstat(stream)) for stream in (1, 2))
+    return False
+
+
 def check_config(path: epath.Path, given: dict, free: tuple[str, ...]) -> bool:
     """Whether a workdir holds a run of this configuration. Raises `UserError` if it holds another.
 
-    A run that has saved nothing yet is none: its configuration may be corrected.
+    A run that has saved nothing yet is none: its configuration may be corrected. Its data are told by `check_records`.
     """
     saved = read_config(path)
     if saved is None or not _saves(path):
         return False
-    if lines := differences(saved, given, free):
+    if lines := differences(saved, given, (*free, RECORDS, *(["data"] if RECORDS in saved else []))):
         raise UserError(
             f"--workdir {path} holds a run of another configuration; repeat its options or give another folder:\n"
             + "\n".join(lines)
         )
     return True
+
+
+def check_records(path: epath.Path, given: dict, source: Source) -> dict[str, Any]:
+    """What the records of a source are, to be kept in the configuration of the run that trains on them.
+
+    They may lie anywhere, and as files, archive, array or shards. Raises `UserError` if the run was trained on others.
+    """
+    saved = read_config(path) if _saves(path) else None
+    before = saved and saved.get(RECORDS)
+    found = identity(source, before)
+    if saved and before is None:
+        tell(
+            f"--workdir {path}: its {CONFIG} does not tell the records that it was trained on; they are taken for these"
+        )
+    if saved and before and differences(before, found, ("stamp",)):
+        names = ("data", RECORDS)
+        here, there = ({name: config.get(name) for name in names} for config in (given | {RECORDS: found}, saved))
+        raise UserError(
+            f"--workdir {path} holds a run on other records; bring those back, or give another folder:\n"
+            + "\n".join(differences(there, here, (f"{RECORDS}.stamp",)))
+        )
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Remembered:
+    """Data that are not there, of which a run remembers the shape."""
+
+    data: Any  # to ask whether it is a Dataset would be to ask for its shape
+    shape: tuple[int, ...]
+
+    def train(self) -> Source:
+        return self.data.train()
+
+    def test(self) -> Source:
+        return self.data.test()
+
+
+def remembering(experiment: Experiment, path: epath.Path) -> Experiment:
+    """The experiment, its records of the shape that the run in a workdir tells where the data are not there to be asked.
+
+    Raises `UserError` where they are, and of another shape.
+    """
+    shape = ((read_config(path) or {}).get(RECORDS) or {}).get("shape")
+    if shape is None or not _saves(path):
+        return experiment
+    try:
+        given = experiment.data.shape
+    except (UserError, OSError):
+        return dataclasses.replace(experiment, data=Remembered(experiment.data, tuple(shape)))
+    if list(given) != shape:
+        raise UserError(f"--workdir {path} holds a run on records {tuple(shape)}, and these are {tuple(given)}")
+    return experiment
 
 
 def _saves(path: epath.Path) -> int:
@@ -148,14 +215,17 @@ def check_shared(path: epath.Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: epath.Path) -> Iterator[None]:
-    """Hold a workdir for this process, which the system releases however it ends. Object stores have no locks."""
+def locked(path: epath.Path, training: bool = True, wait: bool = False) -> Iterator[None]:
+    """Hold a workdir for this process, which the system releases however it ends. Object stores have no locks.
+
+    What is made of checkpoints locks their folder alone: it goes on beside a training, but not two at a time.
+    """
     if "://" in os.fspath(path):
         yield
         return
     try:
         path.mkdir(parents=True, exist_ok=True)
-        folder = os.open(path, os.O_RDONLY)
+        folder = os.open(path if training else path / "checkpoints", os.O_RDONLY)
     except OSError as error:
         raise UserError(f"--workdir {path} cannot be used: {error}") from error
     try:
@@ -164,7 +234,13 @@ def locked(path: epath.Path) -> Iterator[None]:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"--workdir {path} is in use by another run: wait for it, or give another") from error
+            user = "run" if training else "command that samples or evaluates it"
+            if not wait:
+                raise UserError(
+                    f"--workdir {path} is in use by another {user}: wait for it, or give another"
+                ) from error
+            print(f"waiting for another {user}", flush=True)
+            fcntl.flock(folder, fcntl.LOCK_EX)
         yield
     finally:
         os.close(folder)

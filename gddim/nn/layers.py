@@ -35,7 +35,7 @@ class Draw:
                 parts.append(self._left)
             size -= self._left.size
             key, self._draws = jax.random.fold_in(self._key, self._draws), self._draws + 1
-            more = jax.random.uniform(key, (2**22,), minval=np.nextafter(np.float32(-1), np.float32(0)))
+            more = jax.random.uniform(key, (2**22,), jnp.float32, np.nextafter(np.float32(-1), np.float32(0)))
             self._left = more if isinstance(more, Tracer) else np.asarray(more)  # NumPy's slices compile nothing
         parts.append(self._left[:size])
         self._left = self._left[size:]

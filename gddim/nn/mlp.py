@@ -46,7 +46,7 @@ class MLP(eqx.Module):
 
     def __init__(self, config: MLPConfig, in_shape: tuple[int, ...], out_channels: int, *, key: Key[Array, ""]):
         if len(in_shape) != 1:
-            raise UserError(f"an MLP takes points (D,), not records of shape {in_shape}")
+            raise UserError(f"an MLP takes points (D,), not records of {len(in_shape)} axes")
         width, draw = config.width, Draw(key)
         self.time = Dense(width, width, draw=draw), Dense(width, width, draw=draw)
         self.first = Dense(in_shape[0], width, draw=draw)

@@ -174,7 +174,7 @@ class NCSNpp(eqx.Module):
 
     def __init__(self, config: NCSNppConfig, in_shape: tuple[int, ...], out_channels: int, *, key: Key[Array, ""]):
         if len(in_shape) != 3:
-            raise UserError(f"an NCSN++ takes images (H, W, C), not records of shape {in_shape}")
+            raise UserError(f"an NCSN++ takes images (H, W, C), not records of {len(in_shape)} axes")
         height, width, channels = in_shape
         factor = 2 ** (len(config.multipliers) - 1)
         if min(height, width) < 1 or height % factor or width % factor:

@@ -20,7 +20,10 @@ from gddim.parallel.mesh import state_shardings as state_shardings
 from gddim.parallel.processes import EXIT_LOST as EXIT_LOST
 from gddim.parallel.processes import EXIT_PREEMPTED as EXIT_PREEMPTED
 from gddim.parallel.processes import PreemptionGuard as PreemptionGuard
+from gddim.parallel.processes import await_verdict as await_verdict
+from gddim.parallel.processes import check_backend as check_backend
 from gddim.parallel.processes import ending_on_sigterm as ending_on_sigterm
 from gddim.parallel.processes import initialize as initialize
 from gddim.parallel.processes import leave as leave
 from gddim.parallel.processes import on_main as on_main
+from gddim.parallel.processes import tell as tell

@@ -1,6 +1,7 @@
 """Start-up on several hosts, and stopping all of them at the same step."""
 
 import contextlib
+import functools
 import glob
 import importlib.util
 import json
@@ -20,7 +21,7 @@ from gddim.errors import UserError
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the launchers start a run that ends with it again
 EXIT_LOST = 134  # SIGABRT, with which JAX ends a process whose job has lost another: idem
-HEARTBEAT_SECONDS = 30  # a host that has been silent for so long is lost, and JAX ends the others
+HEARTBEAT_SECONDS = 30  # a process that has been silent for so long is lost, and JAX ends the others
 VERDICT_SECONDS = 45  # by then it has
 
 # How each launcher says which process this is, out of how many; the first pair that is set counts.
@@ -88,21 +89,30 @@ def initialize() -> None:
     job = cluster(os.environ, on_tpu)
     if job is not None and not jax.distributed.is_initialized():
         _join(job)
-    if asked := os.environ.get("JAX_PLATFORMS"):
-        try:
-            there = jax.default_backend()
-        except RuntimeError as error:
-            raise UserError(f"JAX_PLATFORMS={asked}: {' '.join(str(error).split())}") from error
-        first = asked.split(",")[0]
-        if _BACKENDS.get(first, there) != there:
-            raise UserError(f"JAX_PLATFORMS={asked} asks for {first} first, but JAX finds no working one, only {there}")
+    check_backend()
+
+
+def check_backend() -> None:
+    """Raise `UserError` unless JAX runs on what JAX_PLATFORMS names first: it falls back without a word, or fails in pages."""
+    asked = os.environ.get("JAX_PLATFORMS")
+    if not asked:
+        return
+    first = asked.split(",")[0]
+    try:
+        there = jax.default_backend()
+    except (RuntimeError, AssertionError) as error:
+        why = " ".join(str(error).split()) or "JAX finds no plugin for it"
+        extra = {"cuda": "cuda", "gpu": "cuda", "tpu": "tpu"}.get(first)
+        how = f"pip install 'gddim[{extra}]', or another" if extra else f"accepted: {', '.join(_BACKENDS)}"
+        raise UserError(f"JAX_PLATFORMS={asked}: {why}; {how}") from error
+    if _BACKENDS.get(first, there) != there:
+        raise UserError(f"JAX_PLATFORMS={asked} asks for {first} first, but JAX finds no working one, only {there}")
 
 
 def _join(job: dict[str, Any]) -> None:
     """Joins the job that `cluster` found.
 
-    An exception that nobody catches then ends this process at once, so that the others learn of it; but a failed
-    computation waits, being perhaps the first sign of a lost host, of which JAX learns later and with more to tell.
+    An exception that nobody catches then ends this process without waiting for the others, so that they learn of it.
     """
     jax.distributed.initialize(**job, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     report = sys.excepthook
@@ -111,13 +121,23 @@ def _join(job: dict[str, Any]) -> None:
         report(kind, error, trace)
         if threading.current_thread() is not threading.main_thread():
             return  # tensorstore's threads report harmless errors here
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            verdict = f"JAX tells within {VERDICT_SECONDS} s and ends this one with status {EXIT_LOST}"
-            print(f"if another process was lost, {verdict}; otherwise it is 1", file=sys.stderr, flush=True)
-            time.sleep(VERDICT_SECONDS)
+        await_verdict()
         leave(1)
 
     sys.excepthook = end
+
+
+def await_verdict() -> None:
+    """Call it for an error before this process ends with status 1: does not return where another process was lost.
+
+    A lost process shows itself first as any error: a collective that fails (`JaxRuntimeError` or `ValueError`, by its
+    backend), the barrier of a save that times out (`OSError`). JAX learns of it later, and then ends this one with
+    EXIT_LOST, on which launchers start the job again.
+    """
+    if jax.distributed.is_initialized():
+        verdict = f"JAX tells within {VERDICT_SECONDS} s and ends this one with status {EXIT_LOST}"
+        print(f"if another process was lost, {verdict}; otherwise it is 1", file=sys.stderr, flush=True)
+        time.sleep(VERDICT_SECONDS)
 
 
 def leave(status: int) -> NoReturn:
@@ -147,6 +167,13 @@ def on_main(action: Callable[[], bool]) -> bool:
     if error:
         raise UserError(error)
     return value
+
+
+@functools.cache
+def tell(message: str) -> None:
+    """Prints a line to standard error, on process 0 alone, and the same line only once."""
+    if not jax.distributed.is_initialized() or jax.process_index() == 0:
+        print(message, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -32,7 +32,8 @@ class Coefficients(eqx.Module):
     A step from `t = ts[i]` to `s = ts[i+1]` calls ε once, records `h_0 = record_u u + record_eps ε(u, times[i])`, and sets
     `u_s = psi u + Σ_j weights_j h_j + noise ξ`, h_j the record of j calls before (those that do not exist have weight 0).
     A corrector then calls ε at s, records that as h_0, and sets `u_s = psi u + Σ_j corrector_j h_j + corrector_noise ξ`
-    instead, with the same ξ. Between steps `h ← carry h + shift ξ`. All but `ts` and `times` act as `A @ u`.
+    instead, with the same ξ; at a step that is not `corrected` the prediction stands, and the second call is for nothing.
+    Between steps `h ← carry h + shift ξ`. All but `ts`, `times`, `orders` and `corrected` act as `A @ u`.
     """
 
     ts: np.ndarray
@@ -57,6 +58,10 @@ class Coefficients(eqx.Module):
     """(n, q+1, *#dims, k, k)."""
     corrector_noise: np.ndarray | None = None
     """(n, *#dims, k, k)."""
+    orders: np.ndarray | None = None
+    """(n,), how many nodes a step's polynomial has: fewer than asked for where history is short or has times too close."""
+    corrected: np.ndarray | None = None
+    """(n,) bool, the steps at which the corrector acts; None for all of them."""
     start: tuple[np.ndarray, np.ndarray] | None = None
     """`psi` and `noise` of a transition before the first call (splitting methods)."""
 
@@ -125,17 +130,24 @@ def calls(table: Coefficients, sde: AbstractLinearSDE, last: Last = "none") -> C
     """Lay the table out as network calls, the final denoising call appended."""
     n, shape = len(table.times), table.psi.shape[1:]
     one, zero = np.broadcast_to(np.eye(shape[-1]), table.psi.shape), np.zeros(table.psi.shape)
-    steps, corrected = np.arange(n), np.full(n, table.corrector is not None)
+    steps, corrected = np.arange(n), table.corrected
+    if corrected is None:
+        corrected = np.full(n, table.corrector is not None)
     predictor: dict[str, Any] = dict(
         time=table.times, slot=steps % SLOTS, record_u=table.record_u[:-1], record_eps=table.record_eps[:-1],
         psi=table.psi, weights=table.weights, accept=~corrected, step=steps, noise=table.noise,
         carry=one if table.carry is None else table.carry, shift=zero if table.shift is None else table.shift,
     )  # fmt: skip
     parts = [predictor]
-    if table.corrector is not None:  # its record is overwritten by that of the next call, at the corrected state
+    if table.corrector is not None and table.corrector_noise is not None:
+        # its record is overwritten by that of the next call, at the corrected state;
+        # where it does not act it leaves an accepted prediction as it is, and calls ε at t: at s = 0 there may be none
+        acts = corrected.reshape(-1, *(1,) * len(shape))
         parts.append(predictor | dict(
-            time=table.ts[1:], slot=(steps + 1) % SLOTS, record_u=table.record_u[1:], record_eps=table.record_eps[1:],
-            weights=table.corrector, accept=corrected, noise=table.corrector_noise, carry=one, shift=zero,
+            time=np.where(corrected, table.ts[1:], table.times), slot=(steps + 1) % SLOTS,
+            record_u=table.record_u[1:], record_eps=table.record_eps[1:], psi=np.where(acts, table.psi, one),
+            weights=np.where(acts[:, None], table.corrector, 0), accept=np.full(n, True),
+            noise=np.where(acts, table.corrector_noise, 0), carry=one, shift=zero,
         ))  # fmt: skip
     rows = {name: np.stack([_pad(part[name], name) for part in parts], 1) for name in predictor}
     rows = {name: value.reshape(-1, *value.shape[2:]) for name, value in rows.items()}
@@ -255,7 +267,8 @@ def sample(
 ) -> Float[Array, "..."]:
     """Carry one state `u` `(*dims, k, C)` at `ts[0]` to `ts[-1]`, or to 0 with a `last` call ("euler" or "data").
 
-    `eps_fn(u, t)` takes and returns one state; its result is cast to the precision of `u`. The call runs under `jit`,
+    `eps_fn(u, t)` takes and returns one state; its result is cast to the precision of the loop, which is that of `u` but
+    at least float32 (CLD multiplies rounding by e^8): a state in half precision is cast back at the end. Runs under `jit`,
     `vmap` and `shard_map`; coefficients are computed on the host and are arguments of the compiled loop, which is one
     program for every sampler of this package on grids that make the same number of calls. An Equinox module as `eps_fn`
     (`EpsModel`, `Denoiser`, your own) or one function compiles once, whatever arrays the module holds; a fresh lambda at
@@ -275,9 +288,10 @@ def sample(
     sde.check_state(u)
     if not jnp.issubdtype(u.dtype, jnp.floating):
         raise ValueError(f"u has dtype {u.dtype}; a state is of floating-point numbers")
-    ts = check_grid(sde, ts)
+    ts, dtype = check_grid(sde, ts), u.dtype
+    u = u.astype(jnp.float32) if dtype.itemsize < 4 else u
     if isinstance(sampler, AbstractAdaptive):
-        return sampler.solve(sde, eps_fn, u, ts, last)[0]
+        return sampler.solve(sde, eps_fn, u, ts, last)[0].astype(dtype)
     table = sampler.coefficients(sde, ts)
     if key is None and table.stochastic:
         raise ValueError(f"{sampler} adds noise: sample needs a key")
@@ -285,4 +299,4 @@ def sample(
     if table.start is not None:
         psi, noise = table.start
         u = product(psi, u) + product(noise, jax.random.normal(first, u.shape, u.dtype))
-    return run(calls(table, sde, last), eps_fn, u, rest)
+    return run(calls(table, sde, last), eps_fn, u, rest).astype(dtype)

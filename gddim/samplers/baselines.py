@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gddim.samplers.base import AbstractAdaptive, AbstractSampler, Coefficients, EpsFn, Last, denoise, predict
-from gddim.samplers.gddim import history_nodes, triangular
+from gddim.samplers.gddim import count, history_nodes, triangular
 from gddim.samplers.grids import check_grid
 from gddim.samplers.quadrature import Panels, lagrange
 from gddim.sde.base import AbstractLinearSDE
@@ -47,7 +47,9 @@ class CholeskyMultistep(AbstractSampler):
             rotation = lq(panels.at(sde.noise_factor, ts))[1]
         rotation = np.where(np.isfinite(rotation), rotation, np.eye(sde.k))  # where R_0 = 0; no call follows
         one = np.broadcast_to(np.eye(sde.k), (len(ts), *psi.shape[1:]))
-        return Coefficients(ts, ts[:-1], psi, weights, 0 * psi, record_u=0 * one, record_eps=rotation @ one)
+        return Coefficients(
+            ts, ts[:-1], psi, weights, 0 * psi, record_u=0 * one, record_eps=rotation @ one, orders=count(nodes)
+        )
 
 
 class EulerMaruyama(AbstractSampler):

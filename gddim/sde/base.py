@@ -107,7 +107,7 @@ class AbstractLinearSDE(eqx.Module):
         """A state of `shape = (*dims, k, C)` from `N(0, Σ_T + ψψᵀ)`, `ψ = Ψ(T, 0) e_0`: what white data of variance 1
         become at T. For VP this is N(0, 1), for CLD N(0, 1) × N(0, M) up to e^{−2B(T)√m_inv}.
         """
-        xi = jax.random.normal(key, shape)
+        xi = jax.random.normal(key, shape, jnp.float32)
         self.check_state(xi, "shape")
         psi = self.transition(self.horizon, 0.0)[..., :, :1]
         signal, noise = aligned(product(psi, transpose(psi)), self.covariance(self.horizon))

@@ -10,6 +10,7 @@ NODES = 16
 X, W = np.polynomial.legendre.leggauss(NODES)
 TO_LEGENDRE = np.linalg.inv(np.polynomial.legendre.legvander(X, NODES - 1))
 _AT = np.polynomial.legendre.legval
+_BASIS = np.polynomial.legendre.legvander
 
 
 def _operator(of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
@@ -19,6 +20,21 @@ def _operator(of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
 
 DIFFERENTIATE = _operator(np.polynomial.legendre.legder)
 INTEGRATE = _operator(lambda c: np.polynomial.legendre.legint(c, lbnd=-1))  # from the left end
+
+# Gauss points of order 4 in every gap between two nodes, and between a node and an end of the panel: what is said to be a
+# polynomial is judged there, and integrals from the left end to each node are sums of positive terms over them.
+_ENDS = np.concatenate([[-1.0], X, [1.0]])
+_GAUSS = np.polynomial.legendre.leggauss(4)
+GAPS = len(_ENDS) - 1
+BETWEEN = (_ENDS[:-1, None] + np.diff(_ENDS)[:, None] * (1 + _GAUSS[0]) / 2).reshape(-1)
+BETWEEN_W = (np.diff(_ENDS)[:, None] / 2 * _GAUSS[1]).reshape(-1)
+TO_BETWEEN = _BASIS(BETWEEN, NODES - 1) @ TO_LEGENDRE
+TO_END = _BASIS(np.ones(1), NODES - 1) @ TO_LEGENDRE
+
+
+def at_points(operator: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """`operator` `(points, nodes)` on values `(panels, nodes, …)`. Returns `(panels, points, …)`."""
+    return np.einsum("qi,pi...->pq...", operator, values)
 
 
 def collocate(A: np.ndarray, *, backward: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -45,8 +61,15 @@ def collocate(A: np.ndarray, *, backward: bool = False) -> tuple[np.ndarray, np.
     return back(nodes, A.shape[:-2]), back(end, A.shape[:1] + A.shape[2:-2])
 
 
+def tail(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The last Legendre coefficients of `values` `(panels, nodes, …, k, k)`, `(panels, …, k, k)`, and the largest of their
+    row, `(panels, …, k, 1)`.
+    """
+    spectrum = np.abs(at_points(TO_LEGENDRE, values))
+    return spectrum[:, -2:].max(1), spectrum.max((1, -1))[..., None]
+
+
 def unresolved(values: np.ndarray) -> np.ndarray:
     """Which panels of `values` `(panels, nodes, …, k, k)` are no polynomials to TOLERANCE, row by row. Returns `(panels,)`."""
-    spectrum = np.abs(np.einsum("ni,mi...->mn...", TO_LEGENDRE, values))
-    tail, size = spectrum[:, -2:].max(1), spectrum.max((1, -1), keepdims=True)[:, 0]
-    return (tail > TOLERANCE * size).any(tuple(range(1, tail.ndim)))
+    last, size = tail(values)
+    return np.any(last > TOLERANCE * size, tuple(range(1, last.ndim)))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,14 @@ def as_index(value: Any) -> Any:
         return value
 
 
+@contextmanager
+def float64_on_cpu() -> Iterator[None]:
+    """What JAX computes within, while something else is being traced too."""
+    cpu = jax.local_devices(backend="cpu")[0]
+    with jax.ensure_compile_time_eval(), jax.enable_x64(True), jax.default_device(cpu):
+        yield
+
+
 def in_float64(fn: Callable[..., Any], *times: np.ndarray) -> Any:
     """`fn`, which JAX can trace, of scalar times, mapped over arrays of times of one shape: one program on the CPU.
 
@@ -28,8 +37,7 @@ def in_float64(fn: Callable[..., Any], *times: np.ndarray) -> Any:
     flat = [np.asarray(t, np.float64).reshape(-1) for t in times]
     count = flat[0].size
     padded = [np.pad(t, (0, 2 ** (count - 1).bit_length() - count), mode="edge") for t in flat]  # few shapes to compile
-    cpu = jax.local_devices(backend="cpu")[0]
-    with jax.ensure_compile_time_eval(), jax.enable_x64(True), jax.default_device(cpu):
+    with float64_on_cpu():
         values = _mapped(fn, *padded)
         reshaped = lambda v: np.asarray(v)[:count].reshape(np.shape(times[0]) + v.shape[1:])
         return tuple(map(reshaped, values)) if isinstance(values, tuple) else reshaped(values)

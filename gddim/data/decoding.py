@@ -1,0 +1,91 @@
+"""The bytes of an image file to a picture of 8 bits a channel, upright, on white."""
+
+import functools
+import io
+import re
+from collections.abc import Callable
+from typing import IO, TYPE_CHECKING
+
+import numpy as np
+
+from gddim.parallel import tell
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+_DOCUMENTS = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MCIDAS", "MPEG", "WMF"}  # Pillow opens them, and decodes none
+_DEEP = re.compile(r";16[BLN]")  # in the raw mode of 16 bits a channel, of which Pillow keeps the upper 8
+
+
+@functools.cache
+def _formats() -> frozenset[str]:
+    from PIL import Image
+
+    Image.init()
+    return frozenset(Image.OPEN) - _DOCUMENTS
+
+
+@functools.cache
+def suffixes() -> frozenset[str]:
+    """Those of the formats that Pillow decodes, in lower case and with their dots."""
+    from PIL import Image
+
+    known = _formats()
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in known)
+
+
+@functools.cache
+def _signed() -> tuple[str, ...]:
+    """The formats that are known by their first bytes; the others take nearly any file for an image."""
+    from PIL import Image
+
+    return tuple(name for name in _formats() if Image.OPEN[name][1])
+
+
+def is_image(read: Callable[[str], IO[bytes]], name: str) -> bool:
+    """Whether a file begins as an image does, whatever it is called."""
+    from PIL import Image
+
+    try:
+        with read(name) as file, Image.open(file, formats=_signed()):
+            return True
+    except Exception:  # decoders of other files raise nearly anything
+        return False
+
+
+def decoded(content: bytes, channels: int, where: str) -> "Image.Image":
+    """An image as its camera held it, in 1 to 4 channels; without alpha, what is transparent is shown on white, which is
+    told once of each place.
+
+    Raises ValueError for more than 8 bits a channel, which nobody can scale without knowing how many of them are used,
+    and whatever Pillow raises for damaged bytes.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        opened = Image.open(io.BytesIO(content))
+    except UnidentifiedImageError:
+        raise ValueError("no image that Pillow knows") from None
+    with opened:
+        if opened.mode.startswith(("I", "F")) or any(_DEEP.search(str(tile)) for tile in getattr(opened, "tile", ())):
+            raise ValueError("it has more than 8 bits a channel: scale it to 8")
+        image = ImageOps.exif_transpose(opened)
+        if channels in (1, 3) and image.has_transparency_data:
+            image = image.convert("RGBA")
+            if np.asarray(image)[..., 3].min() < 255:
+                tell(f"{where}: transparent pixels are shown on white")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert(MODES[channels])
+
+
+def resized(image: "Image.Image", width: int, height: int, crop: int | None) -> "Image.Image":
+    """The centre of an image, `crop` pixels wide and high, or all of it, brought to another size with antialiasing."""
+    from PIL import Image
+
+    if crop:
+        if crop > min(image.size):
+            raise ValueError(f"it is {image.width}×{image.height}, smaller than {crop}×{crop}")
+        left, top = (image.width - crop) // 2, (image.height - crop) // 2
+        image = image.crop((left, top, left + crop, top + crop))  # the filter sees the crop alone
+    return image.resize((width, height), Image.Resampling.BILINEAR)

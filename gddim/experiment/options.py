@@ -1,0 +1,174 @@
+"""The options of a command line, by the types of its dataclasses, and what is wrong with words that tyro refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+from collections import deque
+from collections.abc import Iterator, Sequence
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+import tyro
+
+from gddim.errors import UserError
+from gddim.sde import AbstractLinearSDE
+
+UNGROUPED = "ungrouped"
+"""Key in the metadata of a field whose options, and entry in a configuration, stand in no group of their own."""
+
+REGISTRY = tyro.constructors.ConstructorRegistry()
+
+
+@REGISTRY.struct_rule
+def _leave_alone(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
+    """A process made of functions has no options: what is not built from its fields stays as the experiment has it."""
+    if not (dataclasses.is_dataclass(info.type) and _made_of_functions(info.default)):
+        return None
+    return tyro.constructors.StructConstructorSpec(lambda: info.default, fields=())
+
+
+def _made_of_functions(value: Any) -> bool:
+    if not isinstance(value, AbstractLinearSDE):
+        return False
+    fields = {field.name for field in dataclasses.fields(value)}  # pyright: ignore[reportArgumentType]
+    return not fields >= set(inspect.signature(type(value)).parameters)
+
+
+def options(value: Any, group: str = "") -> Iterator[tuple[str, Any]]:
+    """Name and type of every option that a dataclass makes, `--group.field`; those without a value are of type bool."""
+    hints = get_type_hints(type(value), include_extras=True)
+    for field in dataclasses.fields(value):
+        kind, default = hints[field.name], getattr(value, field.name)
+        marks = getattr(kind, "__metadata__", ())
+        if not field.init or any(mark in (tyro.conf.Suppress, tyro.conf.Positional) for mark in marks):
+            continue
+        name = field.name.replace("_", "-")
+        if dataclasses.is_dataclass(default) and _spec(kind) is None:
+            if not _made_of_functions(default):
+                yield from options(default, group if field.metadata.get(UNGROUPED) else f"{group}{name}.")
+            continue
+        prefix = "" if field.metadata.get(UNGROUPED) else group
+        yield f"--{prefix}{name}", kind
+        if kind is bool:
+            yield f"--{prefix}no-{name}", kind
+
+
+def explain(argv: Sequence[str], known: dict[str, Any], verbs: Sequence[str]) -> None:
+    """Raise `UserError` for the first word of a command line that cannot be, as far as the names and types tell."""
+    words, verb = deque(argv), None
+    while words:
+        word = words.popleft()
+        if not word.startswith("--"):
+            if word not in verbs:
+                raise UserError(f"{word!r} is no verb, and no option's value; the verbs are {', '.join(verbs)}")
+            if verb:
+                raise UserError(f"one verb at a time, not both {verb} and {word}")
+            verb = word
+            continue
+        name, equals, value = word.partition("=")
+        name = name.replace("_", "-")
+        if name not in known:
+            _refuse(name, list(known))
+        kind = known[name]
+        if _is_flag(kind):
+            if equals:
+                raise UserError(f"{word}: {name} takes no value")
+            continue
+        given = [value] if equals else []
+        while words and not words[0].startswith("--") and (_many(kind) or not given):
+            given.append(words.popleft())
+        if not given and not _many(kind):
+            raise UserError(f"{name} needs a value{': ' * bool(what := _accepted(kind))}{what}")
+        for each in given:
+            _check(name, each, kind, given, verbs)
+
+
+def _check(name: str, word: str, kind: Any, given: list[str], verbs: Sequence[str]) -> None:
+    """Raise `UserError` for a word that an option does not take."""
+    fault = _fault(kind, word)
+    if fault is None:
+        return
+    if _many(kind) and word in verbs:
+        raise UserError(f"the verb comes first: {' '.join([word, name, *(each for each in given if each != word)])}")
+    if _many(kind) and "," in word and not any(_fault(kind, part) for part in word.split(",")):
+        raise UserError(f"{name} {word}: separate by spaces: {name} {word.replace(',', ' ')}")
+    raise UserError(f"{name} {word}: {fault}")
+
+
+def _refuse(name: str, known: list[str]) -> NoReturn:
+    """Raise `UserError` for an unknown option: it tells the nearest ones, and the others of its group."""
+    group, _, leaf = name.removeprefix("--").rpartition(".")
+
+    def likeness(option: str) -> tuple[bool, bool, float]:
+        theirs, _, word = option.removeprefix("--").rpartition(".")
+        initials = "".join(part[0] for part in word.split("-"))
+        same = leaf == word or (len(leaf) > 1 and leaf == initials)  # --sampling.sampler, --train.lr
+        return same, same and group == theirs, difflib.SequenceMatcher(None, name, option).ratio()
+
+    ranked = sorted(known, key=likeness, reverse=True)
+    near = [option for option in ranked if likeness(option)[0] or likeness(option)[2] >= 0.6][:3]
+    others = [option for option in known if option.removeprefix("--").rpartition(".")[0] == group]
+    raise UserError(f"unknown option {name}; accepted: {', '.join(dict.fromkeys(near + others))}; see --help")
+
+
+def _fault(kind: Any, word: str) -> str | None:
+    """What is wrong with a word for a value of this type, or for one of several; None where nothing is."""
+    if spec := _spec(kind):
+        try:
+            spec.instance_from_str([word])
+        except (ValueError, TypeError) as error:
+            return str(error)
+        return None
+    inner = [each for each in get_args(kind) if each is not Ellipsis]
+    match get_origin(kind):
+        case origin if origin is Annotated or _many(kind):
+            return _fault(inner[0], word)
+        case origin if origin in (Union, UnionType):
+            fits = any(_fault(each, word) is None for each in inner)
+        case origin if origin is Literal:
+            fits = word in map(str, inner)
+        case _ if kind is NoneType:
+            fits = word == "None"
+        case _ if kind in (int, float):
+            fits = _reads(kind, word)
+        case _:
+            fits = True
+    return None if fits else f"accepted is {_accepted(kind)}"
+
+
+def _accepted(kind: Any) -> str:
+    """In words, the values of a type; nothing for any text."""
+    if spec := _spec(kind):
+        return spec.metavar
+    inner = [each for each in get_args(kind) if each is not Ellipsis]
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join(filter(None, map(_accepted, inner)))
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, inner))}"
+    if inner:
+        return _accepted(inner[0])
+    return {int: "a whole number", float: "a number", NoneType: "None"}.get(kind, "")
+
+
+def _reads(kind: type, word: str) -> bool:
+    try:
+        kind(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _many(kind: Any) -> bool:
+    """Whether an option takes several words."""
+    return get_origin(kind) in (tuple, list, set, frozenset, Sequence)
+
+
+def _is_flag(kind: Any) -> bool:
+    return kind is bool or (get_origin(kind) is Annotated and get_args(kind)[0] is bool)
+
+
+def _spec(kind: Any) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    marks = getattr(kind, "__metadata__", ())
+    return next((mark for mark in marks if isinstance(mark, tyro.constructors.PrimitiveConstructorSpec)), None)
