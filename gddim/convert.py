@@ -187,7 +187,7 @@ def convert(
     with nothing written, for a source or a folder that will not do.
     """
     from gddim.experiment.plan import Plan
-    from gddim.experiment.training import checkpoints, items_of
+    from gddim.experiment.verbs.train import checkpoints, items_of
     from gddim.experiment.workdir import describe, locked, read_config, write_config
     from gddim.train import TrainState
 

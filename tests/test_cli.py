@@ -209,7 +209,7 @@ class Process:
 
 KILL = "import os, signal; die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
 BEFORE_STEP = f"""{KILL}
-import gddim.experiment.training as training
+import gddim.experiment.verbs.train as training
 group = training._group
 def _group(*arguments):
     for i, rows in enumerate(group(*arguments)):
@@ -224,7 +224,7 @@ AT_COMMIT = f"""{KILL}
 import orbax.checkpoint._src.path.atomicity as atomicity
 atomicity.AtomicRenameTemporaryPath.finalize = die"""
 SAY_WHEN_SWEEPING = """
-import gddim.experiment.evaluating as evaluating
+import gddim.experiment.verbs.evaluate as evaluating
 sweep = evaluating.sweep
 evaluating.sweep = lambda *arguments, **options: print("sweeping", flush=True) or sweep(*arguments, **options)"""
 

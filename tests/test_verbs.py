@@ -26,7 +26,7 @@ from gddim.evaluation.sweep import read_rows
 from gddim.experiment.cli import carry_out, main, parse
 from gddim.experiment.config import Experiment
 from gddim.experiment.plan import Plan
-from gddim.experiment.verbs import dry_run
+from gddim.experiment.verbs.sample import dry_run
 from gddim.experiment.workdir import describe
 from gddim.parallel import MeshConfig, default_rule
 

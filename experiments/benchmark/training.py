@@ -24,7 +24,7 @@ from gddim.checkpoint import Checkpointer
 from gddim.data import batches, prefetch
 from gddim.experiment import Experiment
 from gddim.experiment.plan import Plan
-from gddim.experiment.training import items_of
+from gddim.experiment.verbs.train import items_of
 from gddim.experiment.workdir import describe
 from gddim.logs import Log
 from gddim.nn import NCSNppConfig

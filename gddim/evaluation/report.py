@@ -25,7 +25,7 @@ from gddim.evaluation.figures import (
     number,
     process_in_words,
 )
-from gddim.evaluation.published import TABLES, Published
+from gddim.evaluation.paper_tables import TABLES, Published
 from gddim.evaluation.statistics import FEW, write_whole
 from gddim.evaluation.sweep import FLOOR
 

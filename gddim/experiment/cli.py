@@ -20,14 +20,14 @@ import tyro
 from gddim.errors import UserError, place, printable
 from gddim.evaluation.cell import check_samplers
 from gddim.experiment.config import MAY_CHANGE, MAY_CHANGE_AFTER, Experiment, require
-from gddim.experiment.encoding import encode, likelihood
-from gddim.experiment.evaluating import evaluate
 from gddim.experiment.measure import cells, check_measurable, watched
 from gddim.experiment.options import REGISTRY, UNGROUPED, explain, options
 from gddim.experiment.outputs import check_names
 from gddim.experiment.plan import Plan
-from gddim.experiment.training import Preempted, borrow, run_training
-from gddim.experiment.verbs import SAMPLES, dry_run, sample
+from gddim.experiment.verbs.encode import encode, likelihood
+from gddim.experiment.verbs.evaluate import evaluate
+from gddim.experiment.verbs.sample import SAMPLES, dry_run, sample
+from gddim.experiment.verbs.train import Preempted, borrow, run_training
 from gddim.experiment.workdir import (
     RECORDS,
     check_config,

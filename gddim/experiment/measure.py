@@ -16,11 +16,11 @@ from gddim.checkpoint import checksums
 from gddim.data import Source
 from gddim.errors import UserError, place
 from gddim.evaluation.cell import LEAST, Cell, Evaluator, check
+from gddim.evaluation.classes import Labelled
 from gddim.evaluation.features import FeatureSpace, PixelFeatures
 from gddim.evaluation.inception import InceptionFeatures
 from gddim.evaluation.statistics import Statistics, cached_statistics
 from gddim.evaluation.sweep import RESULTS, read_rows
-from gddim.experiment.classes import Labelled
 from gddim.experiment.config import Evaluation, Experiment
 from gddim.experiment.plan import Plan
 from gddim.parallel import batch_sharding

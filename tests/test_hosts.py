@@ -11,7 +11,7 @@ import pytest
 
 from gddim import UserError
 from gddim.parallel import PreemptionGuard
-from gddim.parallel.processes import cluster
+from gddim.parallel.hosts import cluster
 
 SLURM = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NODELIST": "node[1-2]"}
 MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}
@@ -129,13 +129,13 @@ FAILING = """
 import os, signal, sys, time
 from experiments import points
 from gddim.experiment import cli
-from gddim.parallel import processes
+from gddim.parallel import hosts
 
-processes.HEARTBEAT_SECONDS, processes.VERDICT_SECONDS = 10, 30
+hosts.HEARTBEAT_SECONDS, hosts.VERDICT_SECONDS = 10, 30
 rank, lost, error = int(os.environ["JAX_PROCESS_ID"]), sys.argv[1] == "lost", eval(sys.argv[2])
 
 def work(command):
-    processes.initialize()
+    hosts.initialize()
     if rank == 1 and lost:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(1 if rank == 0 else 60)

@@ -18,7 +18,7 @@ from gddim.experiment.drawing import draw_samples, follow
 from gddim.experiment.outputs import check_names, write_figure, write_npz
 from gddim.experiment.pictures import film, gallery, trajectory
 from gddim.experiment.plan import Plan
-from gddim.experiment.training import restore_ema
+from gddim.experiment.verbs.train import restore_ema
 from gddim.experiment.workdir import describe, flatten
 from gddim.parallel import bytes_per_device
 

@@ -8,15 +8,15 @@ import json
 import jax
 from etils import epath
 
+from gddim.evaluation.classes import Labelled, classify, told
 from gddim.evaluation.page import REPORT, check_page, write_page
 from gddim.evaluation.report import plot, table
 from gddim.evaluation.statistics import write_whole
 from gddim.evaluation.sweep import RESULTS, read_rows, sweep
-from gddim.experiment.classes import Labelled, classify, told
 from gddim.experiment.drawing import draw_samples
 from gddim.experiment.measure import Measure, cells
 from gddim.experiment.plan import Plan
-from gddim.experiment.training import restore_ema
+from gddim.experiment.verbs.train import restore_ema
 
 
 def evaluate(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:

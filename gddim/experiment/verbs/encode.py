@@ -27,7 +27,7 @@ from gddim.experiment.measure import checkpoint_digest
 from gddim.experiment.outputs import check_names, write_figure, write_npz
 from gddim.experiment.pictures import gallery, rows
 from gddim.experiment.plan import Plan
-from gddim.experiment.training import restore_ema
+from gddim.experiment.verbs.train import restore_ema
 from gddim.experiment.workdir import describe
 from gddim.parallel import batch_sharding
 from gddim.samplers import GDDIM
