@@ -8,8 +8,8 @@ import pytest
 import gddim
 from gddim import GDDIM
 from gddim.check import slope
+from gddim.samplers.adams import triangular
 from gddim.samplers.base import denoising_call
-from gddim.samplers.gddim import triangular
 from gddim.sde.linalg import inverse, product
 
 PROCESSES = [gddim.VP(), gddim.CLD(), gddim.Blurring(4)]

@@ -18,17 +18,17 @@ from PIL import Image
 from gddim.data import ArraySource, Digits, to_uint8
 from gddim.errors import UserError
 from gddim.evaluation.cell import Cell, Evaluator
-from gddim.evaluation.drawing import Solver, draw
 from gddim.evaluation.features import PixelFeatures
 from gddim.evaluation.provenance import software
 from gddim.evaluation.report import table
-from gddim.evaluation.samplers import parse_sampler
 from gddim.evaluation.statistics import Statistics, cached_statistics, compare, features_of, source_statistics
 from gddim.evaluation.sweep import read_rows, sweep
 from gddim.model import Denoiser
 from gddim.nn import NCSNppConfig
 from gddim.parallel import MeshConfig, batch_sharding, make_mesh
 from gddim.samplers import GDDIM, Heun, power_grid, sample
+from gddim.samplers.numbered import Solver, draw
+from gddim.samplers.words import parse_sampler
 from gddim.sde import CLD, VP
 from gddim.sde.linalg import inverse, product, transpose
 

@@ -17,12 +17,12 @@ from experiments.benchmark.training import resized
 from gddim.data import CIFAR10, Source, to_uint8
 from gddim.errors import UserError
 from gddim.evaluation.cell import Cell, Evaluator
-from gddim.evaluation.drawing import Solver, draw
 from gddim.evaluation.features import FeatureSpace, PixelFeatures
 from gddim.evaluation.inception import InceptionFeatures
 from gddim.evaluation.statistics import SUBSET, Statistics, compare, features_of, source_statistics
 from gddim.experiment import Experiment
 from gddim.samplers import GDDIM
+from gddim.samplers.numbered import Solver, draw
 
 FULL = 50_000  # samples of a published cell
 

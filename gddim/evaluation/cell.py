@@ -19,13 +19,13 @@ from jaxtyping import Array, Float
 
 from gddim.data import to_uint8
 from gddim.errors import UserError
-from gddim.evaluation.drawing import Solver, draw
 from gddim.evaluation.features import FeatureSpace
 from gddim.evaluation.provenance import hardware, software, spell
-from gddim.evaluation.samplers import sampler_name, steps_for
 from gddim.evaluation.statistics import Statistics, compare, features_of, to_host
 from gddim.samplers import AbstractSampler, power_grid
 from gddim.samplers.base import AbstractAdaptive, Last
+from gddim.samplers.numbered import Solver, draw
+from gddim.samplers.words import sampler_name, steps_for
 from gddim.sde import AbstractLinearSDE
 
 Row = dict[str, Any]

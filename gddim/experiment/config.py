@@ -10,13 +10,13 @@ import tyro
 from jaxtyping import PRNGKeyArray
 
 from gddim.errors import UserError
-from gddim.evaluation.samplers import parse_sampler, sampler_name
 from gddim.experiment.options import UNGROUPED
 from gddim.experiment.spectrum import DataStd, Spectrum
 from gddim.model import Denoiser, EpsModel
 from gddim.parallel import MeshConfig, Rule, default_rule
 from gddim.samplers import GDDIM, AbstractSampler, CholeskyMultistep, EulerMaruyama
 from gddim.samplers.base import AbstractAdaptive
+from gddim.samplers.words import parse_sampler, sampler_name
 from gddim.sde import AbstractLinearSDE
 
 if TYPE_CHECKING:

@@ -12,12 +12,12 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from gddim.data import to_uint8
-from gddim.evaluation.drawing import Solver, draw
-from gddim.evaluation.samplers import steps_for
 from gddim.evaluation.statistics import to_host
 from gddim.experiment.config import Experiment, Sampling
 from gddim.parallel import batch_sharding
 from gddim.samplers import GDDIM, AbstractSampler, power_grid
+from gddim.samplers.numbered import Solver, draw
+from gddim.samplers.words import steps_for
 from gddim.sde.linalg import product
 
 

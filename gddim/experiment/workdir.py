@@ -20,13 +20,13 @@ from jax.experimental import multihost_utils
 from gddim.data import Source, identity
 from gddim.errors import UserError, harmless
 from gddim.evaluation.provenance import flatten as flatten
-from gddim.evaluation.samplers import sampler_name
 from gddim.evaluation.statistics import write_whole
 from gddim.experiment.options import UNGROUPED
 from gddim.experiment.spectrum import Spectrum
 from gddim.parallel import tell
 from gddim.samplers import AbstractSampler
 from gddim.samplers.base import AbstractAdaptive
+from gddim.samplers.words import sampler_name
 
 if TYPE_CHECKING:
     from gddim.experiment.config import Experiment

@@ -1,5 +1,6 @@
 """Samplers: tables of float64 coefficients, and the one loop that reads them."""
 
+from gddim.samplers.adams import GDDIM as GDDIM
 from gddim.samplers.base import AbstractAdaptive as AbstractAdaptive
 from gddim.samplers.base import AbstractSampler as AbstractSampler
 from gddim.samplers.base import Coefficients as Coefficients
@@ -10,7 +11,6 @@ from gddim.samplers.baselines import SSCS as SSCS
 from gddim.samplers.baselines import CholeskyMultistep as CholeskyMultistep
 from gddim.samplers.baselines import EulerMaruyama as EulerMaruyama
 from gddim.samplers.baselines import Heun as Heun
-from gddim.samplers.gddim import GDDIM as GDDIM
 from gddim.samplers.grids import log_snr_grid as log_snr_grid
 from gddim.samplers.grids import power_grid as power_grid
 from gddim.samplers.grids import two_phase_grid as two_phase_grid

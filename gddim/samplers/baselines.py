@@ -8,8 +8,8 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
+from gddim.samplers.adams import count, history_nodes, triangular
 from gddim.samplers.base import AbstractAdaptive, AbstractSampler, Coefficients, EpsFn, Last, denoise, predict
-from gddim.samplers.gddim import count, history_nodes, triangular
 from gddim.samplers.grids import check_grid
 from gddim.samplers.quadrature import Panels, lagrange
 from gddim.sde.base import AbstractLinearSDE

@@ -15,11 +15,9 @@ from jaxtyping import Array, Int, Key
 from gddim.data import Source, to_unit
 from gddim.errors import UserError
 from gddim.evaluation.figures import label_in_words
-from gddim.evaluation.latents import Coder, interpolate, reconstruct
 from gddim.evaluation.likelihood import bits_per_dimension
 from gddim.evaluation.page import REPORT, check_page, write_page
 from gddim.evaluation.provenance import hardware, software
-from gddim.evaluation.samplers import sampler_name
 from gddim.evaluation.statistics import to_host, write_whole
 from gddim.experiment.config import Experiment, require
 from gddim.experiment.drawing import grid
@@ -31,6 +29,8 @@ from gddim.experiment.verbs.train import restore_ema
 from gddim.experiment.workdir import describe
 from gddim.parallel import batch_sharding
 from gddim.samplers import GDDIM
+from gddim.samplers.inversion import Coder, interpolate, reconstruct
+from gddim.samplers.words import sampler_name
 
 ROWS, COLUMNS = 8, 9  # of the picture of interpolations
 

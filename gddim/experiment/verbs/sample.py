@@ -13,7 +13,6 @@ from tqdm import tqdm
 from gddim.evaluation.figures import label_in_words, process_in_words
 from gddim.evaluation.page import write_page
 from gddim.evaluation.provenance import spell
-from gddim.evaluation.samplers import sampler_name
 from gddim.experiment.drawing import draw_samples, follow
 from gddim.experiment.outputs import check_names, write_figure, write_npz
 from gddim.experiment.pictures import film, gallery, trajectory
@@ -21,6 +20,7 @@ from gddim.experiment.plan import Plan
 from gddim.experiment.verbs.train import restore_ema
 from gddim.experiment.workdir import describe, flatten
 from gddim.parallel import bytes_per_device
+from gddim.samplers.words import sampler_name
 
 SAMPLES = ("samples", "samples", "trajectory", "denoise")  # the file of arrays, and the pictures
 """What the verb `sample` writes."""

@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float, Key, PRNGKeyArray
 
 from gddim.samplers import GDDIM, Coefficients
+from gddim.samplers.adams import count, history_nodes
 from gddim.samplers.base import Calls, calls, run
-from gddim.samplers.gddim import count, history_nodes
 from gddim.samplers.grids import check_grid
 from gddim.samplers.quadrature import Panels
 from gddim.sde import AbstractLinearSDE
