@@ -18,9 +18,8 @@ import jax
 import tyro
 
 from gddim.errors import UserError, place, printable
-from gddim.evaluation.cell import check_samplers
 from gddim.experiment.config import MAY_CHANGE, MAY_CHANGE_AFTER, Experiment, require
-from gddim.experiment.measure import cells, check_measurable, watched
+from gddim.experiment.measure import cells, check_measurable
 from gddim.experiment.options import REGISTRY, UNGROUPED, explain, options
 from gddim.experiment.outputs import check_names
 from gddim.experiment.plan import Plan
@@ -40,6 +39,7 @@ from gddim.experiment.workdir import (
     write_config,
 )
 from gddim.parallel import EXIT_PREEMPTED, await_verdict, ending_on_sigterm, initialize, leave, on_main
+from gddim.samplers.method import check_methods
 from gddim.train import Diverged
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -142,7 +142,7 @@ def carry_out(command: Command) -> None:
         if not training and not known:
             raise UserError(f"--workdir {workdir} holds no run: train it first")
         if command.verb in ("run", "sample") or (training and experiment.train.show_every):
-            check_samplers([watched(experiment)], experiment.sde)
+            check_methods([experiment.sampling.method], experiment.sde)
         measured = command.verb in ("run", "evaluate") or (training and experiment.eval.every > 0)
         if measured:
             cells(experiment)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -39,7 +40,7 @@ def cells(experiment: Experiment) -> list[Cell]:
     """Those of the table, each with its seeds. Raises `UserError` for one that cannot be."""
     settings, sampling = experiment.eval, experiment.sampling
     found = [
-        Cell(sampler, nfe, settings.samples, seed, sampling.power, sampling.t_min, sampling.last)
+        Cell(replace(sampling.method, sampler=sampler, nfe=nfe), settings.samples, seed)
         for nfe in settings.nfe
         for sampler in settings.samplers
         for seed in range(sampling.seed, sampling.seed + settings.seeds)
@@ -54,7 +55,7 @@ def cells(experiment: Experiment) -> list[Cell]:
 def watched(experiment: Experiment) -> Cell:
     """The cell of sampling's own sampler, which is evaluated while training."""
     sampling, count = experiment.sampling, min(WATCHED, experiment.eval.samples)
-    return Cell(sampling.sampler, sampling.nfe, count, sampling.seed, sampling.power, sampling.t_min, sampling.last)
+    return Cell(sampling.method, count, sampling.seed)
 
 
 def checkpoint_digest(params: PyTree) -> str:

@@ -25,7 +25,6 @@ from gddim.experiment.options import UNGROUPED
 from gddim.experiment.spectrum import Spectrum
 from gddim.parallel import tell
 from gddim.samplers import AbstractSampler
-from gddim.samplers.base import AbstractAdaptive
 from gddim.samplers.words import sampler_name
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ RECORDS = "records"  # in it, what the run was trained on, by content
 def describe(value: Any) -> Any:
     """A dataclass tree as JSON: each object its type and its fields, by the names of the command line; a sampler its word,
     a function its name, a spectrum its digest."""
-    if isinstance(value, AbstractSampler | AbstractAdaptive):
+    if isinstance(value, AbstractSampler):
         return sampler_name(value)
     if isinstance(value, Spectrum):
         return str(value)
