@@ -16,7 +16,7 @@ from test_report import cifar_row
 from experiments import points
 from gddim.evaluation import __main__ as command_line
 from gddim.evaluation.page import page
-from gddim.experiment.cli import carry_out, main, parse
+from gddim.experiment.cli import execute, main, parse
 from gddim.logs import Log, read_scalars
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -30,7 +30,7 @@ SECTIONS = ["Samples", "Results", "Trajectories", "Latents", "Likelihood", "Trai
 
 
 def do(workdir: Path, verb: str, *more: str) -> None:
-    carry_out(parse(points.EXPERIMENT, [verb, f"--workdir={workdir}", *SMALL, *more]))
+    execute(parse(points.EXPERIMENT, [verb, f"--workdir={workdir}", *SMALL, *more]))
 
 
 @pytest.fixture(scope="module")

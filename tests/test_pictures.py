@@ -12,7 +12,7 @@ from etils import epath
 from test_report import cifar_row
 
 from gddim.errors import UserError
-from gddim.evaluation.figures import PALETTE, encode, looks, told_by
+from gddim.evaluation.figures import PALETTE, description_in, encode, looks
 from gddim.evaluation.report import draw, plot, table
 from gddim.experiment.drawing import Paths
 from gddim.experiment.outputs import check_names, write_figure
@@ -207,7 +207,7 @@ def test_files_tell_what_they_are_and_those_of_others_are_kept(tmp_path: Path):
     origin = {"experiment": "a (b) \\ <c> & {d}", "step": 3}
     figure = trajectory(VP(), random_paths(VP(), (), 2))
     for suffix in (".png", ".svg", ".pdf"):
-        assert json.loads(told_by(encode(figure, suffix, json.dumps(origin)), suffix)) == origin
+        assert json.loads(description_in(encode(figure, suffix, json.dumps(origin)), suffix)) == origin
     folder = epath.Path(tmp_path)
     write_figure(folder / "t", figure, origin)
     write_figure(folder / "t", figure, origin)

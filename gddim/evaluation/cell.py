@@ -14,16 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Float
 
 from gddim.data import to_uint8
 from gddim.errors import UserError
 from gddim.evaluation.drawing import Solver, draw
 from gddim.evaluation.features import FeatureSpace
-from gddim.evaluation.provenance import hardware, software, spell
+from gddim.evaluation.provenance import hardware, software, stable_repr
 from gddim.evaluation.samplers import sampler_name, steps_for
-from gddim.evaluation.statistics import Statistics, compare, features_of, to_host
+from gddim.evaluation.statistics import Statistics, compare, features_of
+from gddim.parallel import agree, to_host
 from gddim.samplers import AbstractSampler, power_grid
 from gddim.samplers.base import AbstractAdaptive, Last
 from gddim.sde import AbstractLinearSDE
@@ -54,7 +54,7 @@ class Cell:
         """As JSON; an adaptive sampler makes the calls that it makes, whatever the budget."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         nfe = self.nfe if isinstance(self.sampler, AbstractSampler) else None
-        return fields | {"sampler": sampler_name(self.sampler), "parameters": spell(self.sampler), "nfe": nfe}
+        return fields | {"sampler": sampler_name(self.sampler), "parameters": stable_repr(self.sampler), "nfe": nfe}
 
 
 def check(cells: Sequence[Cell], sde: AbstractLinearSDE) -> None:
@@ -103,7 +103,7 @@ class Evaluator:
     def origin(self) -> Row:
         """All that decides the numbers of a cell but the cell itself."""
         return self.provenance | {
-            "process": spell(self.model.sde),
+            "process": stable_repr(self.model.sde),
             "model": type(self.model).__name__,
             "features": self.space.name,
             "reference": self.reference.origin | {"digest": self.reference.digest()},
@@ -192,11 +192,8 @@ def _resume(state: os.PathLike | None, origin: Row) -> tuple[Statistics | None, 
             calls, seconds = found.origin.pop("calls"), found.origin.pop("seconds")
             if found.origin == origin:
                 reached = found, calls, seconds
-    if jax.process_count() > 1:
-        counts = multihost_utils.process_allgather(np.int32(reached[0].count if reached[0] else 0))
-        if len(set(counts.tolist())) > 1:
-            return None, 0, 0.0
-    return reached
+    same = agree(reached[0].count if reached[0] else 0, lambda counts: len(set(counts.tolist())) == 1)
+    return reached if same else (None, 0, 0.0)
 
 
 class _Rate:

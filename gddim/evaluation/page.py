@@ -14,9 +14,9 @@ from gddim.evaluation.cell import Row
 from gddim.evaluation.figures import PALETTE, encode, new_figure, number, process_in_words
 from gddim.evaluation.provenance import flatten
 from gddim.evaluation.report import about, draw, groups, tables
-from gddim.evaluation.statistics import write_whole
 from gddim.evaluation.sweep import RESULTS, read_rows
 from gddim.logs import read_scalars
+from gddim.storage import write_whole
 
 REPORT = "report.html"
 _OURS = '<meta name="generator" content="gddim">'
@@ -157,15 +157,15 @@ def _facts(tree: dict[str, Any]) -> str:
 
 
 def _results(group: Any) -> str:
-    told = "".join(f"<p>{escape(words)}</p>" for words in about(group))
+    notes = "".join(f"<p>{escape(words)}</p>" for words in about(group))
     side_by_side = "\n".join(_table(cells[1:], cells[0]) for cells in tables(group))
-    return f'<h3>{escape(f"{group.heading}: {group.against}")}</h3>{told}<div class="tables">{side_by_side}</div>'
+    return f'<h3>{escape(f"{group.heading}: {group.against}")}</h3>{notes}<div class="tables">{side_by_side}</div>'
 
 
 def _origin(group: Any) -> str:
     devices = dict.fromkeys(row["measured"].get("devices") for row in group.rows)
-    told = group.provenance | {"process": " and ".join(group.processes), "devices": ", ".join(filter(None, devices))}
-    return f"<h3>{escape(group.against)}</h3>{_facts(told)}"
+    facts = group.provenance | {"process": " and ".join(group.processes), "devices": ", ".join(filter(None, devices))}
+    return f"<h3>{escape(group.against)}</h3>{_facts(facts)}"
 
 
 def _curve(losses: dict[int, float]) -> str:

@@ -14,9 +14,8 @@ from jaxtyping import Array, Float, Shaped
 from gddim.data import to_uint8
 from gddim.evaluation.drawing import Solver, draw
 from gddim.evaluation.samplers import steps_for
-from gddim.evaluation.statistics import to_host
 from gddim.experiment.config import Experiment, Sampling
-from gddim.parallel import batch_sharding
+from gddim.parallel import batch_sharding, round_up, to_host
 from gddim.samplers import GDDIM, AbstractSampler, power_grid
 from gddim.sde.linalg import product
 
@@ -29,21 +28,25 @@ def grid(experiment: Experiment, sampling: Sampling) -> Float[np.ndarray, " n"]:
 
 
 def draw_samples(
-    experiment: Experiment, mesh: jax.sharding.Mesh, model: Any, sampling: Sampling, each: Callable[[int], Any] = id
+    experiment: Experiment,
+    mesh: jax.sharding.Mesh,
+    model: Any,
+    sampling: Sampling,
+    progress: Callable[[int], object] = lambda count: None,
 ) -> tuple[Shaped[np.ndarray, "n ..."], float]:
     """Samples 0, …, n − 1 as the data set would hold them (images in uint8), and the mean number of network calls.
 
-    `each` is told how many are there.
+    `progress` is called with how many are there.
     """
     solver = Solver.of(sampling.sampler, experiment.sde, grid(experiment, sampling), sampling.last)
-    size = -(-min(sampling.batch, sampling.samples) // mesh.size) * mesh.size
+    size = round_up(min(sampling.batch, sampling.samples), mesh.size)
     parts, calls = [], []
     for first in range(0, sampling.samples, size):
         numbers = jax.device_put(np.arange(first, first + size, dtype=np.int32), batch_sharding(mesh))
         found, count = draw(model, solver, experiment.data.shape, jnp.asarray(sampling.seed), numbers)
         parts.append(to_host(to_uint8(found) if found.ndim == 4 else found))
         calls.append(to_host(count))
-        each(min(first + size, sampling.samples))
+        progress(min(first + size, sampling.samples))
     return np.concatenate(parts)[: sampling.samples], float(np.mean(np.concatenate(calls)))
 
 
