@@ -26,7 +26,7 @@ _STYLE = """
   :root { --ink: #e7e7e7; --paper: #17191c; --faint: #a8a8a8; --line: #3d4147; --link: #7cb8f2; }
 }
 body { max-width: 68rem; margin: 0 auto; padding: 1rem 1.5rem 4rem; font: 16px/1.5 system-ui, sans-serif;
-  background: var(--paper); color: var(--ink); }
+  background: var(--paper); color: var(--ink); overflow-wrap: anywhere; }
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); padding-bottom: .3rem; }
 h3 { margin: 1.5rem 0 .3rem; font-size: 1rem; }
 a { color: var(--link); } nav a { margin-right: 1rem; } p, figcaption { color: var(--faint); }
