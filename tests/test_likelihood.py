@@ -12,9 +12,9 @@ from jaxtyping import Array
 from scipy.stats import norm
 
 from gddim.data import ArraySource
-from gddim.evaluation.latents import Coder, encoding_table, interpolate, reconstruct
 from gddim.evaluation.likelihood import bits_per_dimension
 from gddim.samplers import power_grid
+from gddim.samplers.inversion import Coder, encoding_table, interpolate, reconstruct
 from gddim.sde import CLD, VP, AbstractLinearSDE, Blurring
 from gddim.sde.linalg import aligned, inverse, product, transpose
 

@@ -158,7 +158,7 @@ def test_a_plot_is_written_as_png_svg_and_pdf_the_same_bytes_each_time(tmp_path:
 def random_paths(sde: Any, dims: tuple[int, ...], channels: int, count: int = 3) -> Paths:
     ts = power_grid(sde.horizon, 1e-3, 64)[:-1]
     draw = lambda *shape: jax.random.normal(jax.random.key(0), (len(ts), count, *dims, *shape))
-    return Paths(ts, draw(sde.k, channels), draw(sde.k, channels), draw(channels), draw(channels))
+    return Paths(ts, draw(sde.k, channels), draw(channels), draw(channels))
 
 
 @pytest.mark.parametrize(

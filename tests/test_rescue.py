@@ -54,7 +54,10 @@ def trained(tmp_path_factory) -> Path:
 
 def test_a_new_run_goes_on_from_a_checkpoint_of_another_as_that_one_did(trained, tmp_path, capsys):
     do("train", tmp_path / "w", "--train.steps=16", f"--train.init={trained}@8")
-    assert f"from {trained}, step 8: nothing is changed\ntraining from step 8 to 16 on 100 records" in capsys.readouterr().out
+    assert (
+        f"from {trained}, step 8: nothing is changed\ntraining from step 8 to 16 on 100 records"
+        in capsys.readouterr().out
+    )
     assert Checkpointer(tmp_path / "w" / "checkpoints").steps() == [12, 16]
     assert sums(tmp_path / "w", 16) == sums(trained, 16)
 

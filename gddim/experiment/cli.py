@@ -18,10 +18,9 @@ import jax
 import tyro
 
 from gddim.errors import UserError, place, printable
-from gddim.evaluation.cell import check_samplers
 from gddim.experiment.checkpoints import borrow
 from gddim.experiment.config import Experiment, require
-from gddim.experiment.measure import cells, check_measurable, periodic_cell
+from gddim.experiment.measure import cells, check_measurable
 from gddim.experiment.options import REGISTRY, UNGROUPED, explain, options
 from gddim.experiment.outputs import check_names
 from gddim.experiment.plan import Plan
@@ -44,6 +43,7 @@ from gddim.experiment.workdir import (
     write_config,
 )
 from gddim.parallel import EXIT_PREEMPTED, await_verdict, ending_on_sigterm, initialize, leave, on_main
+from gddim.samplers.method import check_methods
 from gddim.train import Diverged
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -151,7 +151,7 @@ def execute(command: Command) -> None:
         if not training and not known:
             raise UserError(f"--workdir {workdir} holds no run: train it first")
         if "sample" in verbs or (training and experiment.train.show_every):
-            check_samplers([periodic_cell(experiment)], experiment.sde)
+            check_methods([experiment.sampling.method], experiment.sde)
         measured = "evaluate" in verbs or (training and experiment.eval.every > 0)
         if measured:
             cells(experiment)

@@ -10,13 +10,12 @@ import tyro
 from jaxtyping import PRNGKeyArray
 
 from gddim.errors import UserError
-from gddim.evaluation.samplers import parse_sampler, sampler_name
 from gddim.experiment.options import UNGROUPED
 from gddim.experiment.spectrum import DataStd, Spectrum
 from gddim.model import Denoiser, EpsModel
 from gddim.parallel import MeshConfig, Rule, default_rule
-from gddim.samplers import GDDIM, AbstractSampler, CholeskyMultistep, EulerMaruyama
-from gddim.samplers.base import AbstractAdaptive
+from gddim.samplers import GDDIM, AbstractSampler, CholeskyMultistep, EulerMaruyama, Method
+from gddim.samplers.words import parse_sampler, sampler_name
 from gddim.sde import AbstractLinearSDE
 from gddim.settings import MAY_CHANGE, MAY_CHANGE_AFTER
 
@@ -26,12 +25,12 @@ else:
     Dataset = Any  # tyro narrows a field to the type of its default, but not from a protocol with attributes
 
 Sampler = Annotated[
-    AbstractSampler | AbstractAdaptive,
+    AbstractSampler,
     tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="SAMPLER",
         instance_from_str=lambda words: parse_sampler(words[0]),
-        is_instance=lambda value: isinstance(value, AbstractSampler | AbstractAdaptive),
+        is_instance=lambda value: isinstance(value, AbstractSampler),
         str_from_instance=lambda sampler: [sampler_name(sampler)],
     ),
 ]
@@ -149,6 +148,11 @@ class Sampling:
     """One more network call, from t_min to 0: an Euler step of the reverse SDE without noise, or the predicted data."""
     seed: int = 0
     """Sample i depends on the checkpoint, the sampler, this and i."""
+
+    @property
+    def method(self) -> Method:
+        """How, whichever and however many samples."""
+        return Method(self.sampler, self.nfe, self.power, self.t_min, self.last)
 
     def __post_init__(self):
         for name in ("nfe", "samples", "batch"):

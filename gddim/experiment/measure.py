@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -37,7 +38,7 @@ def cells(experiment: Experiment) -> list[Cell]:
     """Those of the table, each with its seeds. Raises `UserError` for one that cannot be."""
     settings, sampling = experiment.eval, experiment.sampling
     found = [
-        Cell(sampler, nfe, settings.samples, seed, sampling.power, sampling.t_min, sampling.last)
+        Cell(replace(sampling.method, sampler=sampler, nfe=nfe), settings.samples, seed)
         for nfe in settings.nfe
         for sampler in settings.samplers
         for seed in range(sampling.seed, sampling.seed + settings.seeds)
@@ -52,7 +53,7 @@ def cells(experiment: Experiment) -> list[Cell]:
 def periodic_cell(experiment: Experiment) -> Cell:
     """The cell of sampling's own sampler, which is evaluated while training."""
     sampling, count = experiment.sampling, min(PERIODIC, experiment.eval.samples)
-    return Cell(sampling.sampler, sampling.nfe, count, sampling.seed, sampling.power, sampling.t_min, sampling.last)
+    return Cell(sampling.method, count, sampling.seed)
 
 
 def check_measurable(experiment: Experiment, workdir: epath.Path, train: Source | None = None) -> None:

@@ -16,12 +16,11 @@ from etils import epath
 from gddim.data import Source, identity
 from gddim.errors import UserError, harmless
 from gddim.evaluation.provenance import flatten as flatten
-from gddim.evaluation.samplers import sampler_name
 from gddim.experiment.options import UNGROUPED
 from gddim.experiment.spectrum import Spectrum
 from gddim.parallel import agree, tell
 from gddim.samplers import AbstractSampler
-from gddim.samplers.base import AbstractAdaptive
+from gddim.samplers.words import sampler_name
 from gddim.settings import MAY_CHANGE, MAY_CHANGE_AFTER, WHEN
 from gddim.storage import free_bytes, is_local, locked, write_whole
 
@@ -35,7 +34,7 @@ RECORDS = "records"  # in it, what the run was trained on, by content
 def describe(value: Any) -> Any:
     """A dataclass tree as JSON: each object its type and its fields, by the names of the command line; a sampler its word,
     a function its name, a spectrum its digest."""
-    if isinstance(value, AbstractSampler | AbstractAdaptive):
+    if isinstance(value, AbstractSampler):
         return sampler_name(value)
     if isinstance(value, Spectrum):
         return str(value)

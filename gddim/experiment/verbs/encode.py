@@ -14,11 +14,8 @@ from jaxtyping import Array, Int, Key
 from gddim.data import to_unit
 from gddim.errors import UserError
 from gddim.evaluation.figures import label_in_words
-from gddim.evaluation.latents import Coder, interpolate, reconstruct
 from gddim.evaluation.page import write_page
-from gddim.evaluation.samplers import sampler_name
 from gddim.experiment.checkpoints import restore_ema
-from gddim.experiment.drawing import grid
 from gddim.experiment.measure import held_out
 from gddim.experiment.outputs import check_names, write_figure, write_npz
 from gddim.experiment.pictures import gallery, rows
@@ -26,6 +23,8 @@ from gddim.experiment.plan import Plan
 from gddim.experiment.workdir import describe
 from gddim.parallel import batch_sharding, round_up, to_host
 from gddim.samplers import GDDIM
+from gddim.samplers.inversion import Coder, interpolate, reconstruct
+from gddim.samplers.words import sampler_name
 
 ROWS, COLUMNS = 8, 9  # of the picture of interpolations
 
@@ -33,9 +32,11 @@ ROWS, COLUMNS = 8, 9  # of the picture of interpolations
 def encode(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
     """Bring the first held-out records to their latents and back; writes both, and pictures of what lies between."""
     experiment, settings = plan.experiment, plan.experiment.sampling
-    sampler = settings.sampler
-    if not isinstance(sampler, GDDIM) or sampler.lam > 0 or sampler.corrector:
-        raise UserError("encode: it needs the coefficients of gddim[:ORDER], without noise and corrector")
+    match settings.sampler:
+        case GDDIM(order=order, lam=0.0, corrector=False):
+            sampler = GDDIM(order)  # whichever prediction samples
+        case _:
+            raise UserError("encode: it needs the coefficients of gddim[:ORDER], without noise and corrector")
     if settings.samples < 2:
         raise UserError("sampling.samples: 1 given, encode shows what lies between pairs and needs at least 2")
     check_names(workdir, "latents", "reconstructions", "interpolations")
@@ -43,7 +44,7 @@ def encode(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
     params, step = restore_ema(plan, workdir, step)
     count = min(settings.samples, len(source))
     size = round_up(min(settings.batch, count), plan.mesh.size)
-    coder = Coder.of(plan.model(params), grid(experiment, settings), sampler.order)
+    coder = Coder.of(plan.model(params), settings.method.grid(experiment.sde), order)
     parts = []
     for first in range(0, count, size):
         numbers = np.minimum(np.arange(first, first + size), count - 1)
@@ -54,10 +55,10 @@ def encode(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
     ends = to_unit(jnp.asarray(source[np.arange(2 * shown)]))
     between = interpolate(coder, ends[:shown], ends[shown:], COLUMNS, _keys(settings.seed, jnp.arange(shown)))
     if jax.process_index() == 0:
-        made = dataclasses.replace(settings, sampler=GDDIM(sampler.order))  # whichever prediction samples
+        made = dataclasses.replace(settings, sampler=sampler)
         origin = {"experiment": experiment.name, "step": step, **describe(made)}
         run = f"{experiment.name}, step {step}: held-out data"
-        by = f"{label_in_words(sampler_name(made.sampler))}, {len(coder.up.time)} network calls each way"
+        by = f"{label_in_words(sampler_name(sampler))}, {coder.nfe} network calls each way"
         write_npz(workdir / "latents.npz", latents, origin)
         pairs, title = np.stack([np.asarray(ends), data[: 2 * shown]]), f"{run}, encoded and decoded\n{by}"
         back = rows(pairs, title, ("data", "decoded")) if data.ndim == 4 else gallery(data, title)
@@ -66,7 +67,7 @@ def encode(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
         write_figure(workdir / "interpolations", rows(to_host(between), title), origin)
         write_page(workdir)
         print(
-            f"{count:,} held-out records encoded and decoded in {len(coder.up.time)} calls each way at step {step}: root "
+            f"{count:,} held-out records encoded and decoded in {coder.nfe} calls each way at step {step}: root "
             f"mean square error {errors.mean():.4g}, at most {errors.max():.4g}; {workdir}: latents.npz, "
             "reconstructions.png, interpolations.png, report.html",
             flush=True,

@@ -11,13 +11,13 @@ from tqdm import tqdm
 from gddim.evaluation.figures import label_in_words, process_in_words
 from gddim.evaluation.page import write_page
 from gddim.evaluation.provenance import stable_repr
-from gddim.evaluation.samplers import sampler_name
 from gddim.experiment.checkpoints import restore_ema
 from gddim.experiment.drawing import draw_samples, follow
 from gddim.experiment.outputs import check_names, write_figure, write_npz
 from gddim.experiment.pictures import film, gallery, trajectory
 from gddim.experiment.plan import Plan
 from gddim.experiment.workdir import describe
+from gddim.samplers.words import sampler_name
 
 SAMPLES = ("samples", "samples", "trajectory", "denoise")  # the file of arrays, and the pictures
 """What the verb `sample` writes."""
