@@ -65,7 +65,7 @@ class Convolved(eqx.Module):
         )
         return x.reshape(len(x), -1) @ self.matrix
 
-    def told(self, samples: np.ndarray) -> dict[str, Any]:
+    def details(self, samples: np.ndarray) -> dict[str, Any]:
         return {}
 
     def probabilities(self, features: np.ndarray) -> np.ndarray:

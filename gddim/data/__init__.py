@@ -1,4 +1,4 @@
-"""Data sets as random-access sources, and the batches drawn from them (design §5: batch i is a function of i)."""
+"""Data sets as random-access sources, and the batches drawn from them: batch i is a function of i."""
 
 from gddim.data.content import identity
 from gddim.data.folders import CelebA, ImageFolder, whole_images

@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jaxtyping import Array
 
 from gddim.data import to_uint8
 from gddim.errors import UserError
 from gddim.evaluation.features import FeatureSpace
-from gddim.evaluation.provenance import hardware, software, spell
-from gddim.evaluation.statistics import Statistics, compare, features_of, to_host
+from gddim.evaluation.provenance import hardware, software, stable_repr
+from gddim.evaluation.statistics import Statistics, compare, features_of
+from gddim.parallel import agree, to_host
 from gddim.samplers.base import ProcessModel
 from gddim.samplers.method import Method, check_methods
 from gddim.samplers.numbered import sample_numbered
@@ -47,7 +47,7 @@ class Cell:
         method, sampler = self.method, self.method.sampler
         return {
             "sampler": sampler_name(sampler), "nfe": method.budget, "samples": self.samples, "seed": self.seed,
-            "power": method.power, "t_min": method.t_min, "last": method.last, "parameters": spell(sampler),
+            "power": method.power, "t_min": method.t_min, "last": method.last, "parameters": stable_repr(sampler),
         }  # fmt: skip
 
 
@@ -83,7 +83,7 @@ class Evaluator:
     def origin(self) -> Row:
         """All that decides the numbers of a cell but the cell itself."""
         return self.provenance | {
-            "process": spell(self.model.sde),
+            "process": stable_repr(self.model.sde),
             "model": type(self.model).__name__,
             "features": self.space.name,
             "reference": self.reference.origin | {"digest": self.reference.digest()},
@@ -174,11 +174,8 @@ def _resume(state: os.PathLike | None, origin: Row) -> tuple[Statistics | None, 
             calls, seconds = found.origin.pop("calls"), found.origin.pop("seconds")
             if found.origin == origin:
                 reached = found, calls, seconds
-    if jax.process_count() > 1:
-        counts = multihost_utils.process_allgather(np.int32(reached[0].count if reached[0] else 0))
-        if len(set(counts.tolist())) > 1:
-            return None, 0, 0.0
-    return reached
+    same = agree(reached[0].count if reached[0] else 0, lambda counts: len(set(counts.tolist())) == 1)
+    return reached if same else (None, 0, 0.0)
 
 
 class _Rate:

@@ -11,8 +11,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 from tqdm import tqdm
 
 from gddim.data import Source, to_unit
-from gddim.errors import UserError
-from gddim.evaluation.statistics import to_host
+from gddim.parallel import to_host
 from gddim.sde import AbstractLinearSDE
 from gddim.sde.linalg import aligned, product
 
@@ -110,7 +109,7 @@ def bits_per_dimension(
     """
     records = len(source) if records is None else records
     if not 2 <= records <= len(source):
-        raise UserError(f"records: {records} given, accepted are 2 to {len(source)}")
+        raise ValueError(f"records: {records} given, accepted are 2 to {len(source)}")
     each = []
     for first in tqdm(range(0, records, batch), "likelihood", unit_scale=batch, unit="img", disable=None):
         indices = np.minimum(np.arange(first, first + batch), records - 1)

@@ -11,8 +11,9 @@ from etils import epath
 
 from gddim.errors import UserError
 from gddim.evaluation.cell import Cell, Evaluator, Row, check, digest_of
-from gddim.evaluation.statistics import Statistics, compare, write_whole
+from gddim.evaluation.statistics import Statistics, compare
 from gddim.samplers.words import sampler_name
+from gddim.storage import write_whole
 
 FLOOR = "data"  # the sampler of the row that compares data with data
 RESULTS = "results.jsonl"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from gddim.data import to_uint8
-from gddim.evaluation.statistics import to_host
 from gddim.experiment.config import Experiment, Sampling
-from gddim.parallel import batch_sharding
+from gddim.parallel import batch_sharding, round_up, to_host
 from gddim.samplers import GDDIM
 from gddim.samplers.base import ProcessModel
 from gddim.samplers.numbered import sample_numbered
@@ -25,21 +24,21 @@ def draw_samples(
     mesh: jax.sharding.Mesh,
     model: ProcessModel,
     sampling: Sampling,
-    each: Callable[[int], Any] = id,
+    progress: Callable[[int], object] = lambda count: None,
 ) -> tuple[Shaped[np.ndarray, "n ..."], float]:
     """Samples 0, …, n − 1 as the data set would hold them (images in uint8), and the mean number of network calls.
 
-    `each` is told how many are there.
+    `progress` is called with how many are there.
     """
     solver = sampling.method.solver(experiment.sde)
-    size = -(-min(sampling.batch, sampling.samples) // mesh.size) * mesh.size
+    size = round_up(min(sampling.batch, sampling.samples), mesh.size)
     parts, calls = [], []
     for first in range(0, sampling.samples, size):
         numbers = jax.device_put(np.arange(first, first + size, dtype=np.int32), batch_sharding(mesh))
         found, count, _ = sample_numbered(model, solver, experiment.data.shape, jnp.asarray(sampling.seed), numbers)
         parts.append(to_host(to_uint8(found) if found.ndim == 4 else found))
         calls.append(to_host(count))
-        each(min(first + size, sampling.samples))
+        progress(min(first + size, sampling.samples))
     return np.concatenate(parts)[: sampling.samples], float(np.mean(np.concatenate(calls)))
 
 

@@ -1,10 +1,9 @@
-"""The verbs that go from data to noise: `likelihood` and `encode`."""
+"""The verb `encode`: held-out data to their latents and back."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -12,61 +11,22 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Int, Key
 
-from gddim.data import Source, to_unit
+from gddim.data import to_unit
 from gddim.errors import UserError
 from gddim.evaluation.figures import label_in_words
-from gddim.evaluation.likelihood import bits_per_dimension
-from gddim.evaluation.page import REPORT, check_page, write_page
-from gddim.evaluation.provenance import hardware, software
-from gddim.evaluation.statistics import to_host, write_whole
-from gddim.experiment.config import Experiment, require
-from gddim.experiment.measure import checkpoint_digest
+from gddim.evaluation.page import write_page
+from gddim.experiment.checkpoints import restore_ema
+from gddim.experiment.measure import held_out
 from gddim.experiment.outputs import check_names, write_figure, write_npz
 from gddim.experiment.pictures import gallery, rows
 from gddim.experiment.plan import Plan
-from gddim.experiment.verbs.train import restore_ema
 from gddim.experiment.workdir import describe
-from gddim.parallel import batch_sharding
+from gddim.parallel import batch_sharding, round_up, to_host
 from gddim.samplers import GDDIM
 from gddim.samplers.inversion import Coder, interpolate, reconstruct
 from gddim.samplers.words import sampler_name
 
 ROWS, COLUMNS = 8, 9  # of the picture of interpolations
-
-
-def likelihood(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
-    """Tell the bits per dimension of the first held-out records, as many as an evaluation has samples."""
-    experiment, settings = plan.experiment, plan.experiment.sampling
-    check_page(workdir / REPORT)
-    source = _held_out(experiment)
-    params, step = restore_ema(plan, workdir, step)
-    found = bits_per_dimension(
-        plan.model(params),
-        source,
-        min(experiment.eval.samples, len(source)),
-        settings.seed,
-        -(-settings.batch // plan.mesh.size) * plan.mesh.size,
-        batch_sharding(plan.mesh),
-    )
-    row = {
-        "bits_per_dimension": found.mean,
-        "standard_error": found.standard_error,
-        "records": len(found.each),
-        "kind": "exact" if experiment.sde.k == 1 and source.dtype != np.uint8 else "upper bound",
-        "checkpoint": checkpoint_digest(params),
-        "experiment": describe(experiment),
-        "step": step,
-        "devices": hardware(),
-        **software(),
-    }
-    if jax.process_index() == 0:
-        write_whole(workdir / "likelihood.json", (json.dumps(row, indent=2) + "\n").encode())
-        write_page(workdir)
-        print(
-            f"{found.mean:.4f} ± {found.standard_error:.4f} bits per dimension ({row['kind']}) of {len(found.each):,} "
-            f"held-out records at step {step}; {workdir}: likelihood.json",
-            flush=True,
-        )
 
 
 def encode(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
@@ -80,10 +40,10 @@ def encode(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
     if settings.samples < 2:
         raise UserError("sampling.samples: 1 given, encode shows what lies between pairs and needs at least 2")
     check_names(workdir, "latents", "reconstructions", "interpolations")
-    source = _held_out(experiment)
+    source = held_out(experiment)
     params, step = restore_ema(plan, workdir, step)
     count = min(settings.samples, len(source))
-    size = -(-min(settings.batch, count) // plan.mesh.size) * plan.mesh.size
+    size = round_up(min(settings.batch, count), plan.mesh.size)
     coder = Coder.of(plan.model(params), settings.method.grid(experiment.sde), order)
     parts = []
     for first in range(0, count, size):
@@ -112,13 +72,6 @@ def encode(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
             "reconstructions.png, interpolations.png, report.html",
             flush=True,
         )
-
-
-def _held_out(experiment: Experiment) -> Source:
-    """The held-out records. Raises `UserError` for a single one: neither verb has anything to say of it."""
-    source = experiment.data.test()
-    require(len(source) >= 2, f"{len(source)} records are held out, likelihood and encode need at least 2")
-    return source
 
 
 @functools.partial(jax.jit, static_argnums=0)
