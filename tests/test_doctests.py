@@ -8,7 +8,8 @@ import pytest
 import gddim
 
 MODULES = (
-    "samplers.adams", "samplers.grids", "samplers.base", "sde.cld", "sde.general", "sde.path", "sde.vp", "model", "denoiser",
+    "samplers.adams", "samplers.grids", "samplers.solver", "samplers.method", "sde.base", "sde.cld", "sde.general",
+    "sde.path", "sde.vp", "model", "denoiser",
 )  # fmt: skip
 
 

@@ -75,7 +75,7 @@ def test_a_sample_is_differentiable_in_every_number_of_a_table(sampler, last):
         leaves, structure = jax.tree.flatten(numbers)
         for i, (value, slope) in enumerate(zip(leaves, gradient, strict=True)):
             scale = np.where(value == 0, 0.1, np.abs(value))
-            direction = 1e-6 * scale * np.random.default_rng(i).normal(size=value.shape)
+            direction = 1e-7 * scale * np.random.default_rng(i).normal(size=value.shape)
             moved = (
                 jax.tree.unflatten(structure, [*leaves[:i], value + s * direction, *leaves[i + 1 :]]) for s in (1, -1)
             )
@@ -163,6 +163,7 @@ def test_a_path_tells_every_call_and_for_one_data_point_foresees_it(sde):
         found = method.solver(sde)(point, start, path=True)
         np.testing.assert_array_equal(found.state, method.solver(sde)(point, start).state)
         path = found.path
+        assert path is not None
         np.testing.assert_array_equal(path.times, method.grid(sde))
         np.testing.assert_array_equal(path.states[0], start)
         np.testing.assert_allclose(path.eps[3], point(path.states[3], path.times[3]), rtol=1e-10)
@@ -183,6 +184,7 @@ def test_paths_of_numbered_samples_are_those_of_the_samples():
     plain = sample_numbered(Model(CLD), solver, (8, 8, 3), seed, numbers)
     found = sample_numbered(Model(CLD), solver, (8, 8, 3), seed, numbers, path=True)
     assert plain.path is None
+    assert found.path is not None
     np.testing.assert_allclose(found.data, plain.data, atol=1e-5)
     assert found.path.times.shape == (5,)
     assert found.path.states.shape == found.path.eps.shape == found.path.foreseen.shape == (5, 4, 8, 8, 2, 3)
