@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Int, Key
 
-from gddim.data import Source, to_unit
+from gddim.data import Source, data_alone, to_unit
 from gddim.errors import UserError
 from gddim.evaluation.figures import label_in_words
 from gddim.evaluation.latents import Coder, interpolate, reconstruct
@@ -115,7 +115,7 @@ def encode(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
 
 def _held_out(experiment: Experiment) -> Source:
     """The held-out records. Raises `UserError` for a single one: neither verb has anything to say of it."""
-    source = experiment.data.test()
+    source = data_alone(experiment.data.test())
     require(len(source) >= 2, f"{len(source)} records are held out, likelihood and encode need at least 2")
     return source
 

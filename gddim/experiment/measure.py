@@ -13,7 +13,7 @@ from etils import epath
 from jaxtyping import PyTree
 
 from gddim.checkpoint import checksums
-from gddim.data import Source
+from gddim.data import Source, data_alone
 from gddim.errors import UserError, place
 from gddim.evaluation.cell import LEAST, Cell, Evaluator, check
 from gddim.evaluation.features import FeatureSpace, PixelFeatures
@@ -99,9 +99,9 @@ def measured_against(experiment: Experiment, train: Source | None = None) -> dic
     pixels, given = experiment.eval.features == "pixels", experiment.eval.reference
     found = {}
     if pixels or not given:
-        found["training"] = experiment.data.train() if train is None else train
+        found["training"] = data_alone(experiment.data.train() if train is None else train)
     if pixels and not given:
-        found["held out"] = experiment.data.test()
+        found["held out"] = data_alone(experiment.data.test())
     for part, source in found.items():
         if len(source) < LEAST:
             more = ": hold out more, or give --eval.reference" if part == "held out" else ""

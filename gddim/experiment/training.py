@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
-import numpy as np
 from etils import epath
 from jaxtyping import PyTree
 
 from gddim.checkpoint import Checkpointer
-from gddim.data import Source, batches, prefetch
+from gddim.data import Records, Source, batches, prefetch
 from gddim.errors import UserError
 from gddim.experiment.config import MAY_CHANGE, Experiment
 from gddim.experiment.drawing import draw_samples
@@ -105,7 +104,7 @@ def run_training(
             report_every=settings.report_every,
             save=save,
             save_every=settings.save_every,
-            also=[(settings.show_every, show), *watched],
+            callbacks=[(settings.show_every, show), *watched],
             stop=guard.reached,
         )
     if step < settings.steps:
@@ -172,7 +171,7 @@ def items_of(state: TrainState) -> dict[str, object]:
     return {"train": {"step": state.step, "model": state.model, "opt_state": state.opt_state}, "ema": state.ema}
 
 
-def _group(rows: Iterator[np.ndarray], step: int, steps: int, fused: int) -> Iterator[np.ndarray | list[np.ndarray]]:
+def _group(rows: Iterator[Records], step: int, steps: int, fused: int) -> Iterator[Records | list[Records]]:
     """The batches of each dispatch: one, or a list of as many as steps are fused."""
     while step < steps:
         after = next_step(step, steps, fused)
