@@ -29,7 +29,7 @@ from gddim.sde import (
     SubVP,
 )
 from gddim.sde.host import on_host
-from gddim.sde.linalg import aligned, inverse, product, transpose
+from gddim.sde.linalg import aligned, inverse, namespace, product, transpose
 
 
 class Law(NamedTuple):
@@ -104,7 +104,10 @@ def laws(sde: AbstractLinearSDE, t_min: float = 1e-3) -> Iterator[Law]:
     yield Law("one step is exact, one data point", *_one_step(sde, t_min, velocity=0.0))
     yield Law("one step is exact, Gaussian data of covariance Σ_0", *_one_step(sde, t_min, velocity=0.5))
     single = np.geomspace(1e-5, T, 50).astype(np.float32)
-    for name, fn, limit in (("R", sde.noise_factor, 5e-6), ("Ψ(t,0)", lambda t: sde.transition(t, 0.0 * t), 2e-5)):
+    for name, fn, limit in (
+        ("R", sde.noise_factor, 5e-6),
+        ("Ψ(t,0)", lambda t: sde.transition(t, namespace(t).zeros_like(t)), 2e-5),
+    ):
         device = np.asarray(jax.jit(jax.vmap(lambda t, fn=fn: jnp.asarray(fn(t))))(single), np.float64)
         yield Law(f"{name} in float32 on this machine", _gap(device, _at(fn, single.astype(np.float64))), limit)
 
@@ -138,7 +141,7 @@ def _moved(sde: AbstractLinearSDE, s: np.ndarray, t: np.ndarray, sigma: np.ndarr
     """`Ψ(t,s) Σ_s Ψ(t,s)ᵀ + ∫_s^t Ψ(t,τ) GGᵀ Ψ(t,τ)ᵀ dτ`, by Gauss–Legendre."""
     x, w = np.polynomial.legendre.leggauss(128)  # blurring is steep in time
     tau = s + (t - s) * ((1 + x) / 2)[:, None]
-    psi, GG = _at(sde.transition, t + 0 * tau, tau), sde.diffusion_squared(tau)
+    psi, GG = _at(sde.transition, np.broadcast_to(t, tau.shape), tau), sde.diffusion_squared(tau)
     GG = GG.reshape(tau.shape + (1,) * (psi.ndim - GG.ndim) + GG.shape[2:])
     gained = np.einsum("i,i...->...", w / 2, psi @ GG @ transpose(psi))
     whole = _at(sde.transition, t, s)

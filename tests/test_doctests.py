@@ -8,7 +8,7 @@ import pytest
 import gddim
 
 MODULES = (
-    "samplers.gddim", "samplers.grids", "samplers.base", "sde.cld", "sde.general", "sde.path", "sde.vp", "model", "denoiser",
+    "samplers.adams", "samplers.grids", "samplers.base", "sde.cld", "sde.general", "sde.path", "sde.vp", "model", "denoiser",
     "loss", "nn", "nn.mlp", "nn.ncsnpp", "data", "data.sources",
 )  # fmt: skip
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import gddim
-from gddim.evaluation.latents import Coder
 from gddim.evaluation.likelihood import log_density
+from gddim.samplers.inversion import Coder
 from gddim.sde import CLD, VP, AbstractLinearSDE, Blurring, LinearSDE
 
 SHAPE = (8, 8, 3)

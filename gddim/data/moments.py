@@ -1,4 +1,4 @@
-"""What the Denoiser has to know about the data: its standard deviation, overall or by frequency (design §2.3)."""
+"""What the Denoiser has to know about the data: its standard deviation, overall or by frequency."""
 
 from typing import NamedTuple
 

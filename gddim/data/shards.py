@@ -6,18 +6,20 @@ import json
 import os
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from jaxtyping import Int, Shaped
 from tqdm import tqdm
 
 from gddim.data.content import digest_of, hexadecimal
-from gddim.data.files import digest, locked
+from gddim.data.files import digest
 from gddim.data.sources import Dataset, Source
 from gddim.errors import UserError, harmless
+from gddim.settings import MAY_CHANGE
+from gddim.storage import locked
 
 _FORMAT = "gddim shards 1"
 _MANIFEST = "manifest.json"
@@ -30,7 +32,7 @@ _OPEN = 128  # readers that a thread keeps: four threads stay below the usual li
 class Shards:
     """What `python -m gddim.data prepare` wrote."""
 
-    path: str
+    path: str = field(metadata=MAY_CHANGE)
     """Folder with manifest.json and the shards."""
 
     @property
@@ -110,7 +112,7 @@ def prepare(dataset: Dataset, dest: Path, shard_bytes: int = 2**30) -> None:
     plan = _plan(dataset, sources, shard_bytes)
     try:
         dest.mkdir(parents=True, exist_ok=True)
-        with locked(dest / _LOCK, wait=False):
+        with locked(dest / _LOCK, functools.partial(_refuse, dest)):
             manifest = _continued(plan, _read_manifest(dest), dest)
             _write_manifest(dest, manifest)
             for split, source in sources.items():
@@ -126,6 +128,10 @@ def prepare(dataset: Dataset, dest: Path, shard_bytes: int = 2**30) -> None:
                         bar.update(begin - bar.n)
     except (OSError, RuntimeError) as error:  # the writer's own errors, as that of a full disk, are RuntimeErrors
         raise UserError(f"cannot write {dest} ({error}): mend that, then run the same command to go on") from error
+
+
+def _refuse(dest: Path) -> NoReturn:
+    raise UserError(f"another process writes in {dest}: wait for it, or name another folder")
 
 
 def _plan(dataset: Dataset, sources: dict[str, Source], shard_bytes: int) -> dict:

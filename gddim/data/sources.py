@@ -3,7 +3,7 @@
 import functools
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int, PyTree, Shaped
 
 from gddim.errors import UserError
+from gddim.settings import MAY_CHANGE
 
 _CHUNK = 1024
 _LARGE = 2**30  # bytes of a file that is not read at every start to see whether it is the same
@@ -258,7 +259,7 @@ class ArrayFile:
     [-1, 1]; points are floating `(N, C)`. A uint8 or float32 `.npy` is mapped, not read, and may be larger than memory.
     """
 
-    path: str
+    path: str = field(metadata=MAY_CHANGE)
     """The file."""
     flip: bool = False
     """Whether training may mirror images left to right."""

@@ -111,7 +111,8 @@ class Plan:
         fields = {"scan_blocks", "remat"} & set(getattr(net, "__dataclass_fields__", ()))
         if not any(getattr(net, name) for name in fields):
             return self
-        return Plan(dataclasses.replace(self.experiment, net=dataclasses.replace(net, **dict.fromkeys(fields, False))))
+        net = dataclasses.replace(net, **dict.fromkeys(fields, False))
+        return Plan(dataclasses.replace(self.experiment, net=net), [*self.mesh.devices.flat])
 
     def activation_bytes(self) -> int:
         """What the forward pass keeps of an image, by its trace."""

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import equinox as eqx
@@ -27,6 +27,7 @@ from gddim.nn.layers import (
     sinusoidal_embedding,
     upsample,
 )
+from gddim.settings import MAY_CHANGE, MAY_CHANGE_AFTER
 
 T = TypeVar("T")
 
@@ -43,7 +44,7 @@ class NCSNppConfig:
     """Residual blocks a level on the way down (one more on the way up)."""
     attention: tuple[int, ...] = (16,)
     """Image heights at which the levels attend; the coarsest middle block always does."""
-    dropout: float = 0.1
+    dropout: float = field(default=0.1, metadata=MAY_CHANGE_AFTER)
     """Share of activations dropped in each residual block while training."""
     embedding: Literal["fourier", "positional"] = "fourier"
     """Of the noise level: random Fourier features of its logarithm, or sinusoids."""
@@ -51,11 +52,11 @@ class NCSNppConfig:
     """Resample with the filter (1, 3, 3, 1) instead of nearest neighbour and mean."""
     progressive_input: Literal["residual", "none"] = "residual"
     """Whether a downsampled copy of the input enters every level."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata=MAY_CHANGE_AFTER)
     """Type of the computation; parameters, statistics, softmax and output stay float32."""
-    remat: bool = False
+    remat: bool = field(default=False, metadata=MAY_CHANGE)
     """Recompute the blocks in the backward pass instead of storing their insides."""
-    scan_blocks: bool = False
+    scan_blocks: bool = field(default=False, metadata=MAY_CHANGE)
     """Compile identical consecutive blocks once, as a loop: faster compilation, slower steps; very slow on a CPU."""
 
     def __post_init__(self) -> None:

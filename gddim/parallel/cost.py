@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from jaxtyping import Array, PyTree
 
 from gddim.errors import UserError
-from gddim.parallel.mesh import Rule, bytes_per_device, default_rule, per_device_batch, state_shardings
+from gddim.parallel.mesh import Rule, bytes_per_device, default_rule, per_device_batch, round_up, state_shardings
 
 
 class Chip(NamedTuple):
@@ -154,7 +154,7 @@ def on_paper(
     lines = []
     for name, (kind, devices) in MACHINES.items():
         limit, line = CHIPS[kind].memory, ""
-        batch = -(-batch_size // (devices * accumulate)) * devices * accumulate
+        batch = round_up(batch_size, devices * accumulate)
         for fsdp in (2**i for i in range(devices.bit_length())):
             mesh = AbstractMesh((devices // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
             try:

@@ -68,7 +68,7 @@ def log_snr_grid(sde: AbstractLinearSDE, t_max: Number, t_min: Number, steps: Nu
 
     def log_snr(t: np.ndarray) -> np.ndarray:
         with np.errstate(divide="ignore", invalid="ignore"):
-            whitened = inverse(on_host(sde.noise_factor, t)) @ on_host(sde.transition, t, 0 * t)[..., :, :1]
+            whitened = inverse(on_host(sde.noise_factor, t)) @ on_host(sde.transition, t, np.zeros_like(t))[..., :, :1]
         return np.log((whitened**2).sum((-1, -2)))
 
     ends = log_snr(np.array([t_max, t_min]))

@@ -104,14 +104,22 @@ class AbstractLinearSDE(eqx.Module):
         return product(self.transition(t, 0.0), u0) + product(self.noise_factor(t), eps)
 
     def sample_prior(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
-        """A state of `shape = (*dims, k, C)` from `N(0, Σ_T + ψψᵀ)`, `ψ = Ψ(T, 0) e_0`: what white data of variance 1
-        become at T. For VP this is N(0, 1), for CLD N(0, 1) × N(0, M) up to e^{−2B(T)√m_inv}.
+        """A state of `shape = (*dims, k, C)` from `N(0, Σ_T + ψψᵀ)`, the `prior_covariance` at T.
+
+        For VP this is N(0, 1), for CLD N(0, 1) × N(0, M) up to e^{−2B(T)√m_inv}.
         """
         xi = jax.random.normal(key, shape, jnp.float32)
         self.check_state(xi, "shape")
-        psi = self.transition(self.horizon, 0.0)[..., :, :1]
-        signal, noise = aligned(product(psi, transpose(psi)), self.covariance(self.horizon))
-        return product(symmetric_root(signal + noise), xi)
+        return product(symmetric_root(self.prior_covariance(self.horizon)), xi)
+
+    def prior_covariance(self, t: Time) -> Array:
+        """`Σ_t + ψψᵀ`, `ψ = Ψ(t, 0) e_0`: that of the state at t where data are white, of variance 1.
+
+        Returns `(*#dims, k, k)`.
+        """
+        psi = self.transition(t, 0.0)[..., :, :1]
+        signal, noise = aligned(product(psi, transpose(psi)), self.covariance(t))
+        return signal + noise
 
     def score(self, eps: Float[Array, "..."], t: Time) -> Float[Array, "..."]:
         """`∇log p_t(u) = −R_t⁻ᵀ ε(u, t)`, of the shape of ε. Infinite at a t where `R_t` is singular."""

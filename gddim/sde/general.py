@@ -86,7 +86,7 @@ class LinearSDE(AbstractLinearSDE):
 
     def transition(self, t: Time, s: Time) -> Array:
         xp, t, s = as_times(t, s)
-        t, s = t + 0 * s, s + 0 * t
+        t, s = xp.broadcast_arrays(t, s)
         return _transition(self._solution, t, s) if xp is jnp else self._solution.transition(t, s)
 
     def noise_factor(self, t: Time) -> Array:

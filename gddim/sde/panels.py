@@ -9,20 +9,20 @@ from gddim.sde.collocation import (
     BETWEEN,
     BETWEEN_W,
     GAPS,
+    GAUSS_NODES,
+    GAUSS_WEIGHTS,
     INTEGRATE,
     NODES,
     TO_BETWEEN,
     TO_END,
-    W,
-    X,
     at_points,
     collocate,
     tail,
 )
 from gddim.sde.linalg import inverse, matrix, transpose
 
-POINTS = np.append(X, BETWEEN)
-INTEGRATE_TO = np.vstack([INTEGRATE, W])  # from the lower edge to every node, and to the upper edge
+POINTS = np.append(GAUSS_NODES, BETWEEN)
+INTEGRATE_TO = np.vstack([INTEGRATE, GAUSS_WEIGHTS])  # from the lower edge to every node, and to the upper edge
 
 
 class Panels(NamedTuple):
@@ -153,15 +153,15 @@ def propagate(panels: Panels, covariance: np.ndarray) -> tuple[np.ndarray, np.nd
 def _rotation(panels: Panels, L: np.ndarray) -> np.ndarray:
     """`O = L⁻¹R` at the nodes, from `O' = (L⁻¹F̂L − L⁻¹L') O`, whose generator is skew: for k = 2 a rate of rotation."""
     width = (panels.upper - panels.lower)[:, None]
-    slope = (width * (panels.lower[:, None] + width * (1 + X) / 2))[..., None, None, None]
+    slope = (width * (panels.lower[:, None] + width * (1 + GAUSS_NODES) / 2))[..., None, None, None]
     S = forward(L, panels.F @ L + transpose(forward(L, panels.GG)) / 2)
     symmetric = S + transpose(S)
     generator = S - np.tril(symmetric) * (1 - 0.5 * np.eye(S.shape[-1]))
     generator = slope * (generator - transpose(generator)) / 2
     if generator.shape[-1] == 2:
         rate = generator[..., 1, 0]
-        whole = np.cumsum(np.einsum("i,mi...->m...", W, rate), 0)[:, None]
-        angle = at_points(INTEGRATE - W, rate) + whole
+        whole = np.cumsum(np.einsum("i,mi...->m...", GAUSS_WEIGHTS, rate), 0)[:, None]
+        angle = at_points(INTEGRATE - GAUSS_WEIGHTS, rate) + whole
         cos, sin = np.cos(angle), np.sin(angle)
         return matrix(np, [[cos, -sin], [sin, cos]])
     O, whole = collocate(generator)

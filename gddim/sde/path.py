@@ -37,7 +37,8 @@ class AbstractPath(AbstractLinearSDE):
     def transition(self, t: Time, s: Time) -> Array:
         xp, t, s = as_times(t, s)
         late, early = self.alpha_sigma(xp, t)[0], self.alpha_sigma(xp, s)[0]
-        late, gone = late + 0 * early, early + 0 * late == 0
+        late, early = xp.broadcast_arrays(late, early)
+        gone = early == 0
         # √α is 0 where 1 stands, and of infinite slope there: so F is not finite, and no sampler takes it for 0
         from_nothing = xp.where(late == 0, 1.0, xp.inf).astype(late.dtype) + xp.sqrt(xp.where(gone, late, 1))
         return xp.where(gone, from_nothing, late / xp.where(gone, 1, early))[..., None, None]

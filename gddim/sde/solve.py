@@ -121,7 +121,7 @@ def _judge(panels: Panels, L: np.ndarray, R: np.ndarray) -> tuple[np.ndarray, np
         effect = np.where(missed > 0, np.nan_to_num(missed * share), 0)
         errors.append(np.where(effect > NEGLIGIBLE, error, 0).max((1, 2, 3)))
         effects.append(effect.max((1, 2, 3)))
-    for values in (panels.psi, R) if R.shape[-1] > 1 else (0 * R, R):
+    for values in (panels.psi, R) if R.shape[-1] > 1 else (np.zeros_like(R), R):
         last, size = tail(values)
         errors.append((last / np.where(size > 0, size, 1)).max((1, 2, 3)))
     effect = np.max(effects, 0)

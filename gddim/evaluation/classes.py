@@ -50,7 +50,7 @@ def classify(data: Labelled, samples: Shaped[np.ndarray, "n ..."]) -> dict[str, 
     }
 
 
-def told(found: dict[str, Any]) -> str:
+def classes_in_words(found: dict[str, Any]) -> str:
     """What `classify` found, in a line."""
     shares = ", ".join(f"{name}: {share:.1%}" for name, share in found["shares"].items())
     return (
