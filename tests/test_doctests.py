@@ -9,6 +9,7 @@ import gddim
 
 MODULES = (
     "samplers.adams", "samplers.grids", "samplers.base", "sde.cld", "sde.general", "sde.path", "sde.vp", "model", "denoiser",
+    "loss", "nn", "nn.mlp", "nn.ncsnpp", "data", "data.sources",
 )  # fmt: skip
 
 
