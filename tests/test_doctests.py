@@ -10,6 +10,7 @@ import gddim
 MODULES = (
     "samplers.adams", "samplers.grids", "samplers.solver", "samplers.method", "sde.base", "sde.cld", "sde.general",
     "sde.path", "sde.vp", "model", "denoiser",
+    "loss", "nn", "nn.mlp", "nn.ncsnpp", "data", "data.sources",
 )  # fmt: skip
 
 

@@ -142,11 +142,11 @@ class ImageFiles:
     def without_damaged(self) -> "ImageFiles":
         """The others. Raises UserError if there are none."""
         found = self._damaged(self._names)
-        told = "\n  ".join([f"{len(found):,} of {len(self):,} images, which cannot be read:", *self._each(found)])
+        which = "\n  ".join([f"{len(found):,} of {len(self):,} images, which cannot be read:", *self._each(found)])
         if len(found) == len(self):
-            raise UserError(f"{self._files.path} holds {told}")
+            raise UserError(f"{self._files.path} holds {which}")
         if found:
-            tell(f"{self._files.path}: going on without {told}")
+            tell(f"{self._files.path}: going on without {which}")
         names = [name for name in self._names if name not in found]
         return ImageFiles(self._files, names, self.shape, self.flip, self._crop, self._whole, self._advice)
 
@@ -193,7 +193,7 @@ def whole_images(path: Path, size: int | None = None) -> Source:
         with files.open(files.names[0]) as file:
             try:
                 width, height = decoded(file.read(), 3, str(path)).size
-            except Exception:  # whatever is wrong, it is told below with the others
+            except Exception:  # whatever is wrong, it is reported below with the others
                 width = height = 1
     return _kept_if_small(ImageFiles(files, files.names, (height, width, 3), whole=True))
 

@@ -12,6 +12,7 @@ from jaxtyping import PRNGKeyArray
 from gddim.errors import UserError
 from gddim.experiment.options import UNGROUPED
 from gddim.experiment.spectrum import DataStd, Spectrum
+from gddim.loss import AbstractObjective, ScoreMatching
 from gddim.model import Denoiser, EpsModel
 from gddim.parallel import MeshConfig, Rule, default_rule
 from gddim.samplers import GDDIM, AbstractSampler, CholeskyMultistep, EulerMaruyama, Method
@@ -235,6 +236,11 @@ class Experiment:
         """Of one state, `(*dims, k, C)`."""
         *dims, channels = self.data.shape
         return (*dims, self.sde.k, channels)
+
+    @property
+    def objective(self) -> AbstractObjective:
+        """What training minimises."""
+        return ScoreMatching(self.sde, self.train.time_power)
 
     def build(self, key: PRNGKeyArray) -> Denoiser | EpsModel:
         """The model with fresh parameters. Raises `UserError` for a spectrum of other data."""

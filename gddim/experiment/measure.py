@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import PyTree
 
-from gddim.data import Source
+from gddim.data import Source, data_alone
 from gddim.errors import UserError, place
 from gddim.evaluation.cell import LEAST, Cell, Evaluator, check
 from gddim.evaluation.classes import Labelled
@@ -93,9 +93,9 @@ def measured_against(experiment: Experiment, train: Source | None = None) -> dic
     pixels, given = experiment.eval.features == "pixels", experiment.eval.reference
     found = {}
     if pixels or not given:
-        found["training"] = experiment.data.train() if train is None else train
+        found["training"] = data_alone(experiment.data.train() if train is None else train)
     if pixels and not given:
-        found["held out"] = experiment.data.test()
+        found["held out"] = data_alone(experiment.data.test())
     for part, source in found.items():
         if len(source) < LEAST:
             more = ": hold out more, or give --eval.reference" if part == "held out" else ""
@@ -105,7 +105,7 @@ def measured_against(experiment: Experiment, train: Source | None = None) -> dic
 
 def held_out(experiment: Experiment) -> Source:
     """The held-out records. Raises `UserError` for a single one: neither verb has anything to say of it."""
-    source = experiment.data.test()
+    source = data_alone(experiment.data.test())
     require(len(source) >= 2, f"{len(source)} records are held out, likelihood and encode need at least 2")
     return source
 

@@ -95,14 +95,14 @@ class Cost(NamedTuple):
 
 
 def activation_bytes(
-    loss: Callable[..., Array], params: PyTree[jax.ShapeDtypeStruct], example: tuple[jax.ShapeDtypeStruct, ...]
+    loss: Callable[..., Array], params: PyTree[jax.ShapeDtypeStruct], example: tuple[PyTree[jax.ShapeDtypeStruct], ...]
 ) -> int:
     """Bytes per example that the forward pass of `loss(params, *batch)` keeps, by its trace; `example` is one row.
 
     A compiler may fuse some of it away.
     """
     rows = 4096  # enough that the parameters, which are kept as well, do not count
-    batch = [jax.ShapeDtypeStruct((rows, *x.shape), x.dtype) for x in example]
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype), example)
     return _bytes(jax.eval_shape(lambda p, *b: jax.vjp(lambda p: loss(p, *b), p)[1], params, *batch)) // rows
 
 

@@ -25,10 +25,10 @@ class LinearSDE(AbstractLinearSDE):
     `R' = F̂ R`. From then on they are polynomials, on host and device. For k = 1 a decay may be of any rate.
 
     The polynomials are compared with the coefficients between the nodes and at the ends of the panels, and at 16,384 times
-    spread over the horizon T, so that a pulse of width T/10,000 is surely seen (of `elements` T/1.6e8 where a time has
-    more than 16,384 elements). Jumps, pulses and kinks are found and resolved, a hundred of them or so; more of them, or
-    narrower ones, need their times as `breakpoints`. A warning tells where rounding in the coefficients (single precision,
-    a cancellation as in 1 − t near 1) keeps the solution from 1e-10.
+    spread over the horizon T, so that what lasts for T/10,000 is surely seen (longer in proportion where F or GGᵀ has more
+    than 16,384 elements). Jumps, pulses and kinks are found and resolved, a hundred or so; more of them, or shorter ones,
+    need their times as `breakpoints`. A warning tells where rounding in the coefficients (single precision, a cancellation
+    as in 1 − t near 1) leaves more than 1e-10.
 
     `drift`, `diffusion_squared`: F and GGᵀ, functions of a scalar time, in NumPy, JAX or plain Python.
     `initial_covariance`: Σ_0, the covariance of the state at t = 0 given the data.

@@ -9,10 +9,9 @@ import math
 from collections.abc import Iterator
 
 import jax
-import numpy as np
 from etils import epath
 
-from gddim.data import Source, batches, prefetch
+from gddim.data import Records, Source, batches, prefetch
 from gddim.experiment.checkpoints import Start, checkpoints, items_of, start
 from gddim.experiment.drawing import draw_samples
 from gddim.experiment.measure import Measure
@@ -85,7 +84,7 @@ def run_training(
             report_every=settings.report_every,
             save=save,
             save_every=settings.save_every,
-            also=[(settings.show_every, show), *evaluations],
+            callbacks=[(settings.show_every, show), *evaluations],
             stop=guard.reached,
         )
     if step < settings.steps:
@@ -99,7 +98,7 @@ def _full_rate(plan: Plan, peak: float | None) -> float | None:
     return rate if math.isfinite(rate) else None
 
 
-def _group(rows: Iterator[np.ndarray], step: int, steps: int, fused: int) -> Iterator[np.ndarray | list[np.ndarray]]:
+def _group(rows: Iterator[Records], step: int, steps: int, fused: int) -> Iterator[Records | list[Records]]:
     """The batches of each dispatch: one, or a list of as many as steps are fused."""
     while step < steps:
         after = next_step(step, steps, fused)
