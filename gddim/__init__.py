@@ -16,6 +16,7 @@ from gddim.samplers import SSCS as SSCS
 from gddim.samplers import CholeskyMultistep as CholeskyMultistep
 from gddim.samplers import EulerMaruyama as EulerMaruyama
 from gddim.samplers import Heun as Heun
+from gddim.samplers import Method as Method
 from gddim.samplers import count_calls as count_calls
 from gddim.samplers import log_snr_grid as log_snr_grid
 from gddim.samplers import power_grid as power_grid

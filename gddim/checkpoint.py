@@ -16,7 +16,6 @@ import json
 import logging
 import math
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,10 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree, Shaped, UInt32
 
 from gddim.errors import UserError, harmless
+from gddim.parallel import agree
+from gddim.storage import free_bytes, is_local
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Checkpointer:
 
     def __init__(self, directory: epath.PathLike, *, keep_last: int = 3, keep_every: int | None = None):
         self.directory = epath.Path(directory)
-        if "://" not in str(self.directory):  # `resolve` takes a URL for a relative path
+        if is_local(self.directory):  # `resolve` takes a URL for a relative path
             self.directory = self.directory.resolve()
         self._last, self._every = keep_last, keep_every
         self._for_good: set[int] = set()
@@ -59,7 +59,7 @@ class Checkpointer:
 
     def any(self) -> bool:
         """Whether process 0 sees a step that was saved completely."""
-        return bool(_agree(len(self.steps())))
+        return bool(agree(len(self.steps())))
 
     def steps(self) -> list[int]:
         """The steps that were saved completely, ascending."""
@@ -114,7 +114,7 @@ class Checkpointer:
                 raise TypeError(f"{name}: {bare[0]} has no sharding: where it is to be placed must be said")
         while True:
             left = [each for each in self.steps() if each not in self._damaged and step in (None, each)]
-            candidate = _agree(max(left, default=-1))
+            candidate = int(agree(max(left, default=-1)))
             if candidate < 0:
                 what = "no whole checkpoint" + ("" if step is None else f" of step {step}")
                 raise UserError(f"{self.directory}: {what} (saved: {self.steps()}, damaged: {sorted(self._damaged)})")
@@ -147,10 +147,8 @@ class Checkpointer:
 
     def _check_room(self, size: int) -> None:
         """Raises `OSError` before anything is written: on a full disk Orbax prints a traceback for every array."""
-        if "://" in str(self.directory):
-            return
-        free = shutil.disk_usage(self.directory).free
-        if _agree(free < size, any_process=True):
+        free = free_bytes(self.directory)
+        if agree(free < size, np.any):
             raise OSError(
                 f"{self.directory}: no room for a checkpoint of {size / 2**20:,.1f} MiB ({free / 2**20:,.1f} MiB free); "
                 "those that are whole remain"
@@ -208,7 +206,7 @@ class Checkpointer:
             raise
         except Exception as error:  # whatever tensorstore, zstd or JSON make of damaged bytes
             problem = _line(error)
-        if _agree(problem is not None, any_process=True):
+        if agree(problem is not None, np.any):
             return {}, problem or "another process could not read it"
         for name, arrays in restored.items():
             found = _summary(arrays)
@@ -248,14 +246,6 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
-def _agree(value: int, any_process: bool = False) -> int:
-    """One value for all processes: that of process 0, or the largest."""
-    if jax.process_count() == 1:
-        return value
-    values = multihost_utils.process_allgather(np.int32(value))
-    return int(values.max() if any_process else values[0])
-
-
 def _compare(where: str, saved: dict[str, list], wanted: dict[str, Any]) -> None:
     """Raises `UserError` unless shapes and types are the same: Orbax would cast, or crop, without a word."""
     asked = {path: [list(x.shape), str(x.dtype)] for path, x in wanted.items()}
@@ -275,7 +265,7 @@ def _load(folder: epath.Path, wanted: dict[str, Any]) -> dict[str, jax.Array]:
     """
     import tensorstore as ts
 
-    base = f"{folder}/" if "://" in str(folder) else {"driver": "file", "path": f"{folder}/"}
+    base = {"driver": "file", "path": f"{folder}/"} if is_local(folder) else f"{folder}/"
     context = ts.Context({"cache_pool": {"total_bytes_limit": 10**8}})  # the store's index, else read for every array
     stores = {
         path: ts.open(
@@ -322,9 +312,7 @@ def checksums(arrays: list[jax.Array]) -> list[int]:
                 owners.append(number)
     totals = np.zeros(len(arrays), np.uint32)
     np.add.at(totals, owners, np.array(jax.device_get(shares), np.uint32))
-    if jax.process_count() > 1:
-        totals = multihost_utils.process_allgather(totals).sum(0, dtype=np.uint32)
-    return [int(total) for total in totals]
+    return [int(total) for total in agree(totals, lambda parts: parts.sum(0, dtype=np.uint32))]
 
 
 @functools.partial(jax.jit, static_argnames="strides")

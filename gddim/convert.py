@@ -186,9 +186,9 @@ def convert(
     The averaged parameters are those of `weights`, the others the raw ones where there are any. Raises `UserError`,
     with nothing written, for a source or a folder that will not do.
     """
+    from gddim.experiment.checkpoints import checkpoints, items_of
     from gddim.experiment.plan import Plan
-    from gddim.experiment.training import checkpoints, items_of
-    from gddim.experiment.workdir import describe, locked, read_config, write_config
+    from gddim.experiment.workdir import describe, read_config, reserved, write_config
     from gddim.train import TrainState
 
     workdir = epath.Path(workdir).expanduser()
@@ -207,7 +207,7 @@ def convert(
     step = step.astype(np.int32)
     fresh = TrainState.create(raw, plan.optimizer)
     made = dataclasses.replace(fresh, step=jnp.asarray(step), ema=eqx.filter(ema, eqx.is_inexact_array))
-    with locked(workdir):
+    with reserved(workdir):
         with contextlib.closing(checkpoints(experiment, workdir)) as saved:
             saved.save(int(step), items_of(made), describe(experiment))
         write_config(workdir, describe(experiment))  # last: without it the folder is no run

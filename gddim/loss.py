@@ -1,10 +1,13 @@
-"""Denoising score matching over a batch."""
+"""The objective: how noise levels are drawn, and what the loss of an example is."""
 
-from typing import Any
+import abc
+from functools import partial
+from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, PRNGKeyArray, Scalar, Shaped
+from jaxtyping import Float, PRNGKeyArray, PyTree, Scalar, Shaped
 
 from gddim.sde import AbstractLinearSDE
 from gddim.sde.linalg import Array
@@ -12,25 +15,91 @@ from gddim.sde.linalg import Array
 T_MIN = 1e-5  # the smallest time that is trained on, as published
 
 
-def draw_noise(
-    sde: AbstractLinearSDE, x0: Float[Array, "batch *dims C"], key: PRNGKeyArray, power: float = 1.0
-) -> tuple[Float[Array, " batch"], Float[Array, "batch *dims k C"], Array]:
-    """For each example of a batch a time in [1e-5, T], uniform in `t^{1/power}`, `ε ~ N(0, I)`, and a key for dropout."""
-    t_key, eps_key, net_key = jax.random.split(key, 3)
-    batch = x0.shape[0]
-    low, high = T_MIN ** (1 / power), sde.horizon ** (1 / power)
-    t = jax.random.uniform(t_key, (batch,), x0.dtype, low, high) ** power
-    eps = jax.random.normal(eps_key, (*x0.shape[:-1], sde.k, x0.shape[-1]), x0.dtype)
-    return t, eps, jax.random.split(net_key, batch)
+class Row(NamedTuple):
+    """An example and all that is random about it; of a batch, the same with an example a row."""
+
+    x0: Array
+    """Data in pixels, scaled, `(*dims, C)`."""
+    level: Array
+    """The noise level, a number: the time t, or what else an objective draws."""
+    noise: Array
+    """Normal noise, of as many fields as the objective perturbs."""
+    key: Array
+    """For dropout."""
+    cond: PyTree = None
+    """What conditions the network: a tree of arrays, or None."""
 
 
-def denoising_loss(model: Any, x0: Shaped[Array, "batch *dims C"], key: PRNGKeyArray, power: float = 1.0) -> Scalar:
-    """The batch's mean of `model.loss(x0, t, ε)` over the draws of `draw_noise`, in float32.
+class AbstractObjective(eqx.Module):
+    """What training minimises: the mean of `loss` over `rows`, both of which a new objective says.
 
-    `x0` is data in pixels, scaled; `model` an `EpsModel` or a `Denoiser`. Power 1 is the published `t ~ U[1e-5, T]`.
-    Raises `ValueError` for data that are not floating, as bytes of images are.
+    Called as `objective(model, x0, key, cond)` it is that mean, which `eqx.filter_value_and_grad` differentiates. The
+    trainer draws the rows of a whole batch first, and then takes their losses in as many parts and on as many devices as
+    there are: a row follows from the key and its number alone.
+
+    >>> model = gddim.Denoiser(gddim.VP(), net=lambda x, level, cond=None, *, key=None: jnp.zeros_like(x))
+    >>> objective = ScoreMatching(model.sde, power=2.0)
+    >>> objective(model, jnp.zeros((5, 8, 8, 3)), jax.random.key(0)).shape
+    ()
     """
-    x0 = jnp.asarray(x0)
-    if not jnp.issubdtype(x0.dtype, jnp.floating):
-        raise ValueError(f"x0 is {x0.dtype}: scale to [−1, 1] first, images by gddim.data.to_unit")
-    return jnp.mean(jax.vmap(model.loss)(x0, *draw_noise(model.sde, x0, key, power)))
+
+    @abc.abstractmethod
+    def rows(self, x0: Shaped[Array, "batch *dims C"], key: PRNGKeyArray, cond: PyTree = None) -> Row:
+        """The examples of a batch with their noise levels, noises and keys, an example a row."""
+
+    @abc.abstractmethod
+    def loss(self, model: Any, row: Row) -> Scalar:
+        """Of one example."""
+
+    def mean_loss(self, model: Any, rows: Row) -> Scalar:
+        """The mean of `loss` over rows."""
+        return jnp.mean(jax.vmap(partial(self.loss, model))(rows))
+
+    def __call__(
+        self, model: Any, x0: Shaped[Array, "batch *dims C"], key: PRNGKeyArray, cond: PyTree = None
+    ) -> Scalar:
+        return self.mean_loss(model, self.rows(x0, key, cond))
+
+
+class ScoreMatching(AbstractObjective):
+    """Denoising score matching: `model.loss(x0, t, ε)` at times t in [1e-5, T], uniform in `t^{1/power}`, `ε ~ N(0, I)`."""
+
+    sde: AbstractLinearSDE
+    """The process, which says the horizon T and the number k of fields of ε."""
+    power: float = 1.0
+    """1 as published, more for more of the small times."""
+
+    def rows(self, x0: Shaped[Array, "batch *dims C"], key: PRNGKeyArray, cond: PyTree = None) -> Row:
+        """Times `(batch,)` and ε `(batch, *dims, k, C)`. Raises `ValueError` for data that are not floating."""
+        x0 = jnp.asarray(x0)
+        if not jnp.issubdtype(x0.dtype, jnp.floating):
+            raise ValueError(f"x0 is {x0.dtype}: scale to [−1, 1] first, images by gddim.data.to_unit")
+        t_key, eps_key, net_key = jax.random.split(key, 3)
+        low, high = T_MIN ** (1 / self.power), self.sde.horizon ** (1 / self.power)
+        t = jax.random.uniform(t_key, x0.shape[:1], x0.dtype, low, high) ** self.power
+        eps = jax.random.normal(eps_key, (*x0.shape[:-1], self.sde.k, x0.shape[-1]), x0.dtype)
+        return Row(x0, t, eps, jax.random.split(net_key, len(x0)), cond)
+
+    def loss(self, model: Any, row: Row) -> Float[Array, ""]:
+        """That of the parameterisation: see `EpsModel.loss` and `Denoiser.loss`."""
+        return model.loss(row.x0, row.level, row.noise, row.cond, key=row.key)
+
+
+def denoising_loss(
+    model: Any,
+    x0: Shaped[Array, "batch *dims C"],
+    key: PRNGKeyArray,
+    power: float = 1.0,
+    cond: PyTree = None,
+) -> Scalar:
+    """The batch's mean of `model.loss(x0, t, ε)`, `t ~ U[1e-5, T]`, `ε ~ N(0, I)`, as `ScoreMatching` draws them.
+
+    `model`: an `EpsModel` or a `Denoiser`.
+    `x0`: data in pixels, scaled, `(batch, *dims, C)`.
+    `key`: all that is random: times, noise and dropout.
+    `power`: times are uniform in `t^{1/power}`; 1 as published.
+    `cond`: what conditions the network, a tree of arrays with an example a row.
+
+    Returns a scalar. Raises `ValueError` for data that are not floating, as bytes of images are.
+    """
+    return ScoreMatching(model.sde, power)(model, x0, key, cond)

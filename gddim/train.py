@@ -29,17 +29,25 @@ class TrainState(eqx.Module):
     """All that a run needs to continue.
 
     Randomness is `fold_in(key(seed), step)` and the position in the data `step × batch`, so neither is stored.
-    `model` and `ema` hold the arrays of the network only, so that no two buffers are the same and all may be donated.
+    No two buffers are the same, so that all may be donated.
     """
 
     step: Int[Array, ""]
+    """How many steps were made."""
     model: PyTree
+    """The floating arrays of the model, None in place of all else; `eqx.combine` with the rest makes it whole."""
     ema: PyTree
+    """Their exponential moving average, which is what samples."""
     opt_state: PyTree
+    """What the optimizer keeps."""
 
     @classmethod
     def create(cls, model: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
-        """The state before the first step of a model, whose static half is dropped; in float32 where JAX makes float64."""
+        """The state before the first step, in float32 where JAX makes float64.
+
+        `model`: a model with fresh parameters; its static half is dropped.
+        `optimizer`: the one that `make_update` is given.
+        """
         narrow = lambda x: x.astype(jnp.float32) if x.dtype == jnp.float64 else x
         params = jax.tree.map(narrow, eqx.filter(model, eqx.is_inexact_array))
         return cls(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
@@ -75,7 +83,7 @@ def adam(beta1: float = 0.9, clip: float = 1.0) -> optax.GradientTransformation:
 
 
 def make_update(
-    prepare: Callable[[Array, PRNGKeyArray], tuple[Array, ...]],
+    prepare: Callable[[PyTree, PRNGKeyArray], tuple[PyTree, ...]],
     loss: Callable[..., Float[Array, ""]],
     optimizer: optax.GradientTransformation,
     schedule: Schedule,
@@ -83,19 +91,27 @@ def make_update(
     seed: int,
     ema: float,
     accumulate: int = 1,
-) -> Callable[[TrainState, Array], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, PyTree], tuple[TrainState, Metrics]]:
     """One training step `(state, batch) → (state, metrics)`, to be jitted with its state donated.
 
-    `optimizer` turns a gradient into a direction (`adam`, `optax.scale_by_adam`, …), against which the parameters go by
-    `schedule(step)`: the step of the run, so that it does not depend on how old the optimizer's own state is.
-    `prepare(batch, key)` makes arrays with an example a row of raw records, all that is random among them, and
-    `loss(params, *arrays)` is a mean over rows. A row then follows from (seed, step, row) alone: neither the number of
-    devices nor `accumulate`, into how many parts a batch is cut, changes what is computed beyond rounding.
+    A row follows from (seed, step, row) alone: neither the number of devices nor that of parts changes what is computed
+    beyond rounding.
+
+    `prepare`: `(batch, key) → rows`, a tuple of trees of arrays with an example a row, all that is random among them, of
+    raw records: an array, or a tree such as `{"x0": images, "label": classes}`.
+    `loss`: `loss(params, *rows)`, a mean over rows; an `AbstractObjective` has both, as `rows` and `mean_loss`.
+    `optimizer`: turns a gradient into a direction (`adam`, `optax.scale_by_adam`, …), against which the parameters go.
+    `schedule`: how far they go at a step of the run, which does not depend on how old the optimizer's own state is.
+    `seed`: of all that is random: a step's key is `fold_in(key(seed), step)`.
+    `ema`: decay of the average of the parameters, reached gradually.
+    `accumulate`: parts into which a batch is cut, one after another, where memory is short.
+
+    The metrics are loss, gradient norm and learning rate, scalars.
     """
 
-    def gradient(params, arrays):
+    def gradient(params, rows):
         if accumulate == 1:
-            return jax.value_and_grad(loss)(params, *arrays)
+            return jax.value_and_grad(loss)(params, *rows)
 
         def strided(x):  # part a holds the rows a, a + accumulate, …: each device keeps the rows that it has
             return jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0)
@@ -105,7 +121,7 @@ def make_update(
 
         zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
         unroll = accumulate if jax.default_backend() == "cpu" else 1  # XLA:CPU runs convolutions in loops slowly
-        total, _ = jax.lax.scan(add, zero, jax.tree.map(strided, arrays), unroll=unroll)
+        total, _ = jax.lax.scan(add, zero, jax.tree.map(strided, rows), unroll=unroll)
         return jax.tree.map(lambda x: x / accumulate, total)
 
     def update(state, batch):
@@ -126,7 +142,7 @@ def make_update(
 
 def fuse(update: Callable) -> Callable:
     """Several steps of `update` under one dispatch, one for each of a list of batches."""
-    return lambda state, batches: jax.lax.scan(update, state, jnp.stack(batches))
+    return lambda state, batches: jax.lax.scan(update, state, jax.tree.map(lambda *rows: jnp.stack(rows), *batches))
 
 
 def on_leaves(update: Callable, structure: Any) -> Callable[[list[Array], Any], tuple[list[Array], Metrics]]:
@@ -170,8 +186,8 @@ class Ledger:
 
 def train(
     state: TrainState,
-    update: Callable[[list[Array], Array], tuple[list[Array], Metrics]],
-    batches: Iterator[Array],
+    update: Callable[[list[Array], PyTree], tuple[list[Array], Metrics]],
+    batches: Iterator[PyTree],
     *,
     step: int,
     steps: int,
@@ -180,14 +196,22 @@ def train(
     report_every: int,
     save: Callable[[int, TrainState], None],
     save_every: int,
-    also: Sequence[tuple[int, Callable[[int, TrainState], None]]] = (),
+    callbacks: Sequence[tuple[int, Callable[[int, TrainState], None]]] = (),
     stop: Callable[[int], bool] = lambda step: False,
 ) -> tuple[int, TrainState]:
-    """Go from `step` to `steps`, or until `stop(step)`; the state reached is saved either way, and returned.
+    """Go from `step` to `steps`, or until `stop(step)`; the state reached is saved either way, and returned with its step.
 
-    `update` takes the leaves of a state (`on_leaves`), and may donate them. A state is saved only once every step before it
-    is known to be finite; `Diverged` names the first that is not.
-    `also` is what else is done, and every how many steps (0: never); the time that it takes is kept out of images/s.
+    `state`: where to begin, at `step`.
+    `update`: a step (or `fused` steps) of the leaves of a state (`on_leaves`), which it may donate.
+    `batches`: what each dispatch takes, one after another.
+    `fused`: steps a dispatch; dispatches end at its multiples (`next_step`).
+    `log`: is told of progress, and every `report_every` steps of the metrics' means.
+    `save`: `(step, state)`, every `save_every` steps, only once every step before is known to be finite.
+    `callbacks`: what else is done with `(step, state)`, each after how many steps it is due (0: never); the time that it
+    takes is kept out of images/s.
+    `stop`: whether to end at a step, as when a signal has come.
+
+    Raises `Diverged`, which names the first step whose loss or gradient is not finite.
     """
     ledger, saved = Ledger(), step
     leaves, structure = jax.tree.flatten(state)
@@ -200,7 +224,7 @@ def train(
             ledger.settle(AHEAD)
             if means := ledger.mean():
                 log.scalars(step, means)
-        for every, do in also:
+        for every, do in callbacks:
             if _due(every, before, step):
                 with log.paused():
                     do(step, structure.unflatten(leaves))

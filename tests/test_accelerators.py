@@ -26,7 +26,11 @@ def test_what_a_bfloat16_step_keeps_for_its_backward_pass_is_bfloat16():
     batch = 7  # of which no other array has as many rows
     x, t = (jax.ShapeDtypeStruct((batch, *shape), jnp.float32) for shape in ((32, 32, 6), ()))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
-    kept = jax.eval_shape(lambda net, *rows: jax.vjp(lambda net: jax.vmap(net)(*rows), net)[1], net, x, t, keys)
+
+    def pullback(net, *rows):
+        return jax.vjp(lambda net: jax.vmap(lambda x, t, key: net(x, t, key=key))(*rows), net)[1]
+
+    kept = jax.eval_shape(pullback, net, x, t, keys)
     size = collections.Counter()
     for leaf in jax.tree.leaves(kept):
         if batch in leaf.shape[:2]:

@@ -9,7 +9,7 @@ import pytest
 from experiments import cld_digits
 from experiments.benchmark import data, evaluation, mathematics, training
 from experiments.benchmark.__main__ import BENCHES, main
-from experiments.benchmark.published import published_blurring, published_cld
+from experiments.benchmark.reference_coefficients import published_blurring, published_cld
 from experiments.benchmark.table import Row, Target
 from gddim import CLD, GDDIM, Blurring, power_grid
 from gddim.errors import UserError

@@ -17,7 +17,7 @@ import pytest
 from experiments import cld_cifar10, cld_digits, points, points_vp
 from gddim.checkpoint import Checkpointer
 from gddim.experiment import Experiment
-from gddim.experiment.cli import carry_out, main, parse
+from gddim.experiment.cli import execute, main, parse
 from gddim.experiment.plan import Plan
 from gddim.experiment.workdir import describe
 
@@ -111,7 +111,7 @@ def test_a_dry_run_tells_the_size_and_writes_nothing(module, tmp_path, capsys):
 def trained(tmp_path_factory) -> Path:
     """A finished run."""
     workdir = tmp_path_factory.mktemp("run") / "w"
-    carry_out(parse(points.EXPERIMENT, [f"--workdir={workdir}", *SMALL]))
+    execute(parse(points.EXPERIMENT, [f"--workdir={workdir}", *SMALL]))
     return workdir
 
 
@@ -134,7 +134,7 @@ def test_a_run_leaves_samples_pictures_and_a_table(trained):
 def test_a_finished_run_is_neither_trained_nor_evaluated_again(trained, capsys):
     before = {path: path.stat().st_mtime_ns for path in (trained / "checkpoints").rglob("*")}
     table = (trained / "results.jsonl").read_text()
-    carry_out(parse(points.EXPERIMENT, [f"--workdir={trained}", *SMALL]))
+    execute(parse(points.EXPERIMENT, [f"--workdir={trained}", *SMALL]))
     assert "trained already: 24 steps" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (trained / "checkpoints").rglob("*")} == before
     assert (trained / "results.jsonl").read_text() == table
@@ -155,14 +155,14 @@ def test_another_configuration_is_refused_with_a_line_for_each_difference(traine
 
 def test_steps_logging_sampling_and_evaluation_may_change(trained, capsys):
     argv = [f"--workdir={trained}", *SMALL, "--sampling.nfe=4", "--train.report-every=2", "--eval.samples=9"]
-    carry_out(parse(points.EXPERIMENT, ["sample", *argv]))
+    execute(parse(points.EXPERIMENT, ["sample", *argv]))
     assert "NFE 4" in capsys.readouterr().out
     with np.load(trained / "samples-1.npz", allow_pickle=False) as file:
         assert json.loads(str(file["gddim"]))["nfe"] == 3, "earlier samples are kept"
 
 
 def test_an_earlier_checkpoint_can_be_sampled(trained, capsys):
-    carry_out(parse(points.EXPERIMENT, ["sample", f"--workdir={trained}", *SMALL, "--step=8"]))
+    execute(parse(points.EXPERIMENT, ["sample", f"--workdir={trained}", *SMALL, "--step=8"]))
     assert "samples of step 8 by gddim:3:data: NFE 3" in capsys.readouterr().out
     assert status_of(points.EXPERIMENT, "sample", f"--workdir={trained}", *SMALL, "--step=9") == 2
     assert "no whole checkpoint of step 9" in capsys.readouterr().err
@@ -209,7 +209,7 @@ class Process:
 
 KILL = "import os, signal; die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
 BEFORE_STEP = f"""{KILL}
-import gddim.experiment.training as training
+import gddim.experiment.verbs.train as training
 group = training._group
 def _group(*arguments):
     for i, rows in enumerate(group(*arguments)):
@@ -224,7 +224,7 @@ AT_COMMIT = f"""{KILL}
 import orbax.checkpoint._src.path.atomicity as atomicity
 atomicity.AtomicRenameTemporaryPath.finalize = die"""
 SAY_WHEN_SWEEPING = """
-import gddim.experiment.evaluating as evaluating
+import gddim.experiment.verbs.evaluate as evaluating
 sweep = evaluating.sweep
 evaluating.sweep = lambda *arguments, **options: print("sweeping", flush=True) or sweep(*arguments, **options)"""
 

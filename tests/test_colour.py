@@ -11,7 +11,7 @@ from PIL import Image
 
 from experiments import cld_digits
 from gddim.data import ArrayFile
-from gddim.experiment.cli import carry_out, parse
+from gddim.experiment.cli import execute, parse
 from gddim.experiment.config import Model
 from gddim.sde import CLD, VP, AbstractLinearSDE, Blurring
 
@@ -36,7 +36,7 @@ def test_every_verb_on_colour_images(sde: AbstractLinearSDE, predicts: Literal["
     )
     workdir = tmp_path / "w"
     for verb in ("train", "sample", "evaluate", "likelihood", "encode"):
-        carry_out(parse(experiment, [verb, f"--workdir={workdir}", *WORDS]))
+        execute(parse(experiment, [verb, f"--workdir={workdir}", *WORDS]))
     with np.load(workdir / "samples.npz", allow_pickle=False) as file:
         assert file["samples"].shape == (8, 8, 8, 3)
     rows = [json.loads(line) for line in (workdir / "results.jsonl").read_text().splitlines()]

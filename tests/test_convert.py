@@ -14,8 +14,8 @@ from etils import epath
 
 import gddim
 from gddim import convert
+from gddim.experiment.checkpoints import restore_ema
 from gddim.experiment.plan import Plan
-from gddim.experiment.training import restore_ema
 from gddim.nn import MLPConfig, NCSNppConfig
 
 FOURIER = NCSNppConfig(width=16, blocks=1)

@@ -13,7 +13,7 @@ from data_helpers import files_below, pixels, records
 from scipy.io import savemat
 
 from gddim.data import CIFAR10, SVHN, CelebA, official
-from gddim.data.files import fetch, locked
+from gddim.data.files import fetch
 from gddim.data.sources import data_folder
 from gddim.errors import UserError
 
@@ -207,10 +207,3 @@ def test_without_a_network_one_line_says_which_file_to_put_where(tmp_path, monke
         CIFAR10(str(tmp_path)).train()
     assert f"put cifar-10-binary.tar.gz into {tmp_path}" in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_a_lock_is_exclusive_and_let_go(tmp_path):
-    with locked(tmp_path / "lock"), pytest.raises(UserError, match="another process"):
-        locked(tmp_path / "lock", wait=False).__enter__()
-    with locked(tmp_path / "lock", wait=False):
-        pass

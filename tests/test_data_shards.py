@@ -9,8 +9,8 @@ import pytest
 from data_helpers import pixels, records
 
 from gddim.data import ArrayFile, ArraySource, Shards, batches, prepare, shards
-from gddim.data.files import locked
 from gddim.errors import UserError
+from gddim.storage import locked
 
 RECORDS = pixels(0, 1000, 4, 4, 3)
 POINTS = np.random.default_rng(1).normal(size=(1000, 3)).astype(np.float32)

@@ -8,7 +8,9 @@ import pytest
 import gddim
 
 MODULES = (
-    "samplers.gddim", "samplers.grids", "samplers.base", "sde.cld", "sde.general", "sde.path", "sde.vp", "model", "denoiser",
+    "samplers.adams", "samplers.grids", "samplers.solver", "samplers.method", "sde.base", "sde.cld", "sde.general",
+    "sde.path", "sde.vp", "model", "denoiser",
+    "loss", "nn", "nn.mlp", "nn.ncsnpp", "data", "data.sources",
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from experiments import cld_digits
 from gddim.experiment.plan import Plan
 from gddim.experiment.workdir import describe
 from gddim.nn import NCSNppConfig
+from gddim.parallel import MeshConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(path for path in (ROOT / "experiments").glob("*.py") if "EXPERIMENT = " in path.read_text())
@@ -60,6 +61,12 @@ def test_operations_are_counted_however_blocks_are_compiled():
         plan = Plan(dataclasses.replace(cld_digits.EXPERIMENT, net=dataclasses.replace(net, **options)))
         found.append((plan.image_flops(), plan.step_flops()))
     assert found[0] == found[1] == found[2]
+
+
+def test_operations_are_counted_for_the_devices_of_the_plan():
+    net = NCSNppConfig(width=8, multipliers=(1,), blocks=2, attention=(), remat=True)
+    two = dataclasses.replace(cld_digits.EXPERIMENT, net=net, mesh=MeshConfig(data=2))
+    assert Plan(two, jax.devices()[:2]).image_flops() > 0
 
 
 @pytest.mark.parametrize(

@@ -97,11 +97,11 @@ def test_bfloat16_is_a_space_of_its_own_and_tells_by_how_much_it_differs(space: 
     features = np.asarray(apply(half, images))
     assert features.dtype == np.float32
     exact = np.asarray(apply(space, images))
-    (deviation,) = half.told(images).values()
+    (deviation,) = half.details(images).values()
     assert deviation == pytest.approx(np.linalg.norm(features - exact) / np.linalg.norm(exact), rel=1e-2)
     assert 1e-4 < deviation < 0.05
     assert half.name == space.name.replace("float32", "bfloat16") != space.name
-    assert space.told(images) == {}
+    assert space.details(images) == {}
     with pytest.raises(UserError, match="'float16' given, accepted are float32, bfloat16"):
         InceptionFeatures.load(gddim_data / "inception" / "pt_inception_trunk.pth", precision="float16")
     print(f"deviation {deviation:.3%}")

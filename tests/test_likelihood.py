@@ -12,10 +12,9 @@ from jaxtyping import Array
 from scipy.stats import norm
 
 from gddim.data import ArraySource
-from gddim.errors import UserError
-from gddim.evaluation.latents import Coder, encoding_table, interpolate, reconstruct
 from gddim.evaluation.likelihood import bits_per_dimension
 from gddim.samplers import power_grid
+from gddim.samplers.inversion import Coder, encoding_table, interpolate, reconstruct
 from gddim.sde import CLD, VP, AbstractLinearSDE, Blurring
 from gddim.sde.linalg import aligned, inverse, product, transpose
 
@@ -88,7 +87,7 @@ def test_images_are_dequantised_and_records_do_not_depend_on_the_batch():
     assert np.abs(whole.each - exact).max() < 0.02
     parts = bits_per_dimension(Exact(VP()), ArraySource(levels), records=40, batch=16)
     np.testing.assert_allclose(parts.each, whole.each[:40], atol=1e-4)
-    with pytest.raises(UserError, match="accepted are 2 to 48"):
+    with pytest.raises(ValueError, match="accepted are 2 to 48"):
         bits_per_dimension(Exact(VP()), ArraySource(levels), records=49)
 
 

@@ -19,14 +19,15 @@ from gddim.parallel import (
     bytes_per_device,
     collectives,
     default_rule,
-    describe,
     global_batch,
     init_sharded,
     make_mesh,
+    mesh_in_words,
     on_paper,
     peak_flops,
     per_device_batch,
     replicated,
+    round_up,
     state_shardings,
     step_cost,
 )
@@ -184,6 +185,7 @@ def test_meshes_go_by_process_and_fit_the_devices():
         with pytest.raises(UserError, match=r"mesh\.data"):
             make_mesh(config)
     assert per_device_batch(16, make_mesh()) == 2
+    assert [round_up(count, 8) for count in (1, 8, 9)] == [8, 8, 16]
     for batch in (12, 0, -8):
         with pytest.raises(UserError, match="multiple of 8"):
             per_device_batch(batch, make_mesh())
@@ -196,7 +198,7 @@ def test_each_device_is_given_its_own_rows():
     np.testing.assert_array_equal(placed, batch)
     rows = [np.asarray(shard.data) for shard in sorted(placed.addressable_shards, key=lambda s: s.device.id)]
     np.testing.assert_array_equal(np.concatenate(rows), batch)
-    assert "2 × fsdp=4, 0.0 MiB" in describe(mesh, {"batch": placed})
+    assert "2 × fsdp=4, 0.0 MiB" in mesh_in_words(mesh, {"batch": placed})
 
 
 def test_the_compiled_step_sends_what_the_paper_says():

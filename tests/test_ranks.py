@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import gddim
-from gddim.evaluation.latents import Coder
 from gddim.evaluation.likelihood import log_density
+from gddim.samplers.inversion import Coder
 from gddim.sde import CLD, VP, AbstractLinearSDE, Blurring, LinearSDE
 
 SHAPE = (8, 8, 3)
@@ -22,9 +22,9 @@ COUPLED = np.array([[0.0, 1.0, 0.0], [-1.0, 0.0, 1.0], [0.0, -1.0, -1.0]])
 THIRD = LinearSDE(lambda t: 3 * COUPLED, lambda t: np.diag([0.0, 0.0, 6.0]), np.diag([1e-3, 0.1, 0.1]))
 
 
-def net(x, label, key=None):
+def net(x, level, cond=None, *, key=None):
     """Of the pixels and of the level, and not linear."""
-    return jnp.tanh(x[..., :3] + 1e-3 * label)
+    return jnp.tanh(x[..., :3] + 1e-3 * level)
 
 
 def eps(model: gddim.Denoiser, x: Any, t: Any) -> Any:

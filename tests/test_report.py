@@ -12,12 +12,12 @@ from PIL import Image
 from gddim.errors import UserError
 from gddim.evaluation import __main__ as command_line
 from gddim.evaluation.inception import InceptionFeatures, InceptionV3
-from gddim.evaluation.published import TABLES
+from gddim.evaluation.paper_tables import TABLES
 from gddim.evaluation.report import plot, table
-from gddim.evaluation.samplers import parse_sampler, sampler_name, steps_for
 from gddim.evaluation.statistics import Statistics
 from gddim.evaluation.sweep import read_rows
 from gddim.samplers import Heun
+from gddim.samplers.words import parse_sampler, sampler_name, steps_for
 
 WORDS = (
     "gddim:3, gddim:3:data, gddim:1:lam=0.5, gddim:1:lam=0.3333333333333333, "

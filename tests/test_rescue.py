@@ -10,8 +10,8 @@ from etils import epath
 
 from experiments import points
 from gddim.checkpoint import Checkpointer
-from gddim.experiment.cli import carry_out, main, parse
-from gddim.experiment.workdir import locked
+from gddim.experiment.cli import execute, main, parse
+from gddim.experiment.workdir import reserved
 
 WORDS = [
     *("--train.batch=16", "--train.warmup=4", "--train.save-every=4", "--train.report-every=4"),
@@ -32,7 +32,7 @@ def words(verb: str, workdir: Path, *more: str) -> list[str]:
 
 
 def do(verb: str, workdir: Path, *more: str) -> None:
-    carry_out(parse(points.EXPERIMENT, words(verb, workdir, *more)))
+    execute(parse(points.EXPERIMENT, words(verb, workdir, *more)))
 
 
 def refused(capsys, verb: str, workdir: Path, *more: str) -> str:
@@ -54,7 +54,10 @@ def trained(tmp_path_factory) -> Path:
 
 def test_a_new_run_goes_on_from_a_checkpoint_of_another_as_that_one_did(trained, tmp_path, capsys):
     do("train", tmp_path / "w", "--train.steps=16", f"--train.init={trained}@8")
-    assert f"from {trained}, step 8: nothing is changed\ntraining from step 8 to 16\n" in capsys.readouterr().out
+    assert (
+        f"from {trained}, step 8: nothing is changed\ntraining from step 8 to 16 on 100 records"
+        in capsys.readouterr().out
+    )
     assert Checkpointer(tmp_path / "w" / "checkpoints").steps() == [12, 16]
     assert sums(tmp_path / "w", 16) == sums(trained, 16)
 
@@ -98,10 +101,10 @@ def test_what_no_run_can_begin_with_is_refused_before_anything_is_written(traine
 
 @pytest.mark.parametrize("verb", ["sample", "evaluate"])
 def test_a_run_is_sampled_and_evaluated_while_it_trains_but_by_one_at_a_time(trained, verb, capsys):
-    with locked(epath.Path(trained)):
+    with reserved(epath.Path(trained)):
         do(verb, trained, "--sampling.seed=1")
         assert "in use by another run" in refused(capsys, "train", trained, "--train.steps=20", "--train.keep=9")
-    with locked(epath.Path(trained), training=False):
+    with reserved(epath.Path(trained), training=False):
         assert "another command that samples or evaluates it" in refused(capsys, verb, trained)
 
 

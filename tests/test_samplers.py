@@ -8,8 +8,8 @@ import pytest
 import gddim
 from gddim import GDDIM
 from gddim.check import slope
+from gddim.samplers.adams import triangular
 from gddim.samplers.base import denoising_call
-from gddim.samplers.gddim import triangular
 from gddim.sde.linalg import inverse, product
 
 PROCESSES = [gddim.VP(), gddim.CLD(), gddim.Blurring(4)]
@@ -188,7 +188,8 @@ def test_rk45_agrees_with_a_fine_table_and_counts_its_calls():
     with jax.enable_x64(True):
         u0 = jnp.asarray(sde.lift(jnp.asarray(data_point(sde))))
         eps = jax.random.normal(jax.random.key(0), u0.shape)
-        u, calls = gddim.RK45(1e-8, 1e-8).solve(sde, point_eps(sde, u0), at(sde, 1.0, u0, eps), [1.0, 1e-3])
+        solver = gddim.RK45(1e-8, 1e-8).solver(sde, [1.0, 1e-3])
+        u, calls, _ = solver(point_eps(sde, u0), at(sde, 1.0, u0, eps))
         np.testing.assert_allclose(u, at(sde, 1e-3, u0, eps), atol=1e-6)
     assert calls > 50
 

@@ -239,7 +239,7 @@ def test_coefficients_at_float32_times_are_float32_under_x64(sde):
 @pytest.mark.parametrize(("model", "width"), [(gddim.Denoiser, 3), (gddim.EpsModel, 6)])
 def test_a_network_of_another_width_is_refused(model, width):
     sde, u = gddim.CLD(), jnp.ones((4, 4, 2, 3))
-    of_width = lambda n: model(sde, lambda x, label, key=None: x[..., :1].repeat(n, -1))
+    of_width = lambda n: model(sde, lambda x, level, cond=None, *, key=None: x[..., :1].repeat(n, -1))
     assert of_width(width)(u, 0.5).shape == u.shape
     for other in (1, 2):
         with pytest.raises(ValueError, match=rf"\(4, 4, {other}\).*\(4, 4, {width}\)"):
@@ -249,7 +249,7 @@ def test_a_network_of_another_width_is_refused(model, width):
 @pytest.mark.parametrize("key", [jax.random.key, jax.random.PRNGKey])
 @pytest.mark.parametrize("array", [np.ones, jnp.ones], ids=["numpy", "jax"])
 def test_loss_takes_numpy_data_and_keys_of_both_kinds(key, array):
-    model = gddim.Denoiser(gddim.CLD(), lambda x, label, key=None: 0 * x[..., :3])
+    model = gddim.Denoiser(gddim.CLD(), lambda x, level, cond=None, *, key=None: jnp.zeros_like(x[..., :3]))
     expected = gddim.denoising_loss(model, jnp.ones((5, 4, 4, 3)), jax.random.key(0))
     np.testing.assert_allclose(gddim.denoising_loss(model, array((5, 4, 4, 3), np.float32), key(0)), expected)
 

@@ -37,13 +37,15 @@ def test_gaussian_data_of_that_spectrum_give_unit_inputs_and_targets(name):
     """Of every frequency, at every time, in every field; and a number instead, however right on the whole, does not."""
     sde, ts, count = PROCESSES[name], np.array([1e-4, 0.02, 0.3, 0.9], np.float32), 4000
 
-    def zero(x, label, key=None):
-        return jnp.zeros((SIZE, SIZE, 1))
-
     def draws(std, t, key):
         """What the network sees and what it should say, `(H, W)` frequencies, and its loss if it says 0."""
         seen = []
-        model = gddim.Denoiser(sde, lambda x, label, key=None: seen.append(x) or zero(x, label), data_std=std)
+
+        def zero(x, level, cond=None, *, key=None):
+            seen.append(x)
+            return jnp.zeros((SIZE, SIZE, 1))
+
+        model = gddim.Denoiser(sde, zero, data_std=std)
         data_key, eps_key = jax.random.split(key)
         x0 = idct2(jax.random.normal(data_key, (SIZE, SIZE, 1)) * jnp.asarray(STD)[..., None])
         eps = jax.random.normal(eps_key, (SIZE, SIZE, sde.k, 1))
@@ -103,7 +105,7 @@ def test_what_is_no_standard_deviation_is_refused(tmp_path, monkeypatch, wrong):
 
 def test_a_spectrum_needs_a_process_by_frequency():
     with pytest.raises(gddim.UserError, match="data_std"):
-        gddim.Denoiser(gddim.CLD(), lambda x, t, key=None: x[..., :1], data_std=STD)
+        gddim.Denoiser(gddim.CLD(), lambda x, level, cond=None, *, key=None: x[..., :1], data_std=STD)
 
 
 def test_model_takes_a_number():

@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from etils import epath
 from jaxtyping import Array, Float
 
 from gddim.data import ArraySource
 from gddim.errors import UserError
 from gddim.evaluation.features import PixelFeatures
-from gddim.evaluation.statistics import Statistics, features_of, source_statistics, write_whole
+from gddim.evaluation.statistics import Statistics, features_of, source_statistics
 from gddim.parallel import batch_sharding, make_mesh
 
 
@@ -70,14 +69,3 @@ def test_a_file_that_holds_something_else_is_refused(tmp_path: Path, change: dic
     np.savez(path, **(arrays | change))
     with pytest.raises(UserError, match=rf"s\.npz holds no statistics .*{says}"):
         Statistics.load(path)
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_a_full_disk_leaves_the_old_file_and_names_it(tmp_path):
-    file = epath.Path(tmp_path / "results.jsonl")
-    write_whole(file, b"old")
-    (tmp_path / ".results.jsonl.new").symlink_to("/dev/full")
-    with pytest.raises(OSError, match=r"results\.jsonl: No space left on device; what was there before remains$"):
-        write_whole(file, b"new")
-    assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
-    assert file.read_bytes() == b"old"

@@ -18,17 +18,17 @@ from PIL import Image
 from gddim.data import ArraySource, Digits, to_uint8
 from gddim.errors import UserError
 from gddim.evaluation.cell import Cell, Evaluator
-from gddim.evaluation.drawing import Solver, draw
 from gddim.evaluation.features import PixelFeatures
 from gddim.evaluation.provenance import software
 from gddim.evaluation.report import table
-from gddim.evaluation.samplers import parse_sampler
 from gddim.evaluation.statistics import Statistics, cached_statistics, compare, features_of, source_statistics
 from gddim.evaluation.sweep import read_rows, sweep
 from gddim.model import Denoiser
 from gddim.nn import NCSNppConfig
 from gddim.parallel import MeshConfig, batch_sharding, make_mesh
-from gddim.samplers import GDDIM, Heun, power_grid, sample
+from gddim.samplers import GDDIM, Heun, Method, power_grid, sample
+from gddim.samplers.numbered import sample_numbered
+from gddim.samplers.words import parse_sampler
 from gddim.sde import CLD, VP
 from gddim.sde.linalg import inverse, product, transpose
 
@@ -65,7 +65,7 @@ class Convolved(eqx.Module):
         )
         return x.reshape(len(x), -1) @ self.matrix
 
-    def told(self, samples: np.ndarray) -> dict[str, Any]:
+    def details(self, samples: np.ndarray) -> dict[str, Any]:
         return {}
 
     def probabilities(self, features: np.ndarray) -> np.ndarray:
@@ -137,13 +137,15 @@ def small_unet() -> Denoiser:
 def test_samples_do_not_depend_on_batch_or_devices(made: tuple):
     word, build = made
     model = build()
-    solver = Solver.of(parse_sampler(word), model.sde, power_grid(1.0, 1e-3, 6))
+    solver = parse_sampler(word).solver(model.sde, power_grid(1.0, 1e-3, 6))
     seed = jnp.asarray(3)
 
     def drawn(size: int, sharding: NamedSharding | None = None) -> np.ndarray:
         starts = range(0, 64, size)
         numbers = [jax.device_put(np.arange(i, i + size), sharding) for i in starts]
-        return np.concatenate([np.asarray(draw(model, solver, (8, 8, 1), seed, each)[0]) for each in numbers])
+        return np.concatenate(
+            [np.asarray(sample_numbered(model, solver, (8, 8, 1), seed, each).data) for each in numbers]
+        )
 
     whole = drawn(64)
     np.testing.assert_array_equal(drawn(64), whole)
@@ -156,7 +158,8 @@ def test_samples_do_not_depend_on_batch_or_devices(made: tuple):
 @pytest.mark.parametrize("word", ["gddim:2:lam=0.5", "sscs", "rk45:rtol=0.001"])
 def test_a_drawn_sample_is_what_sample_gives(word: str):
     model, sampler, ts = Exact(VP()), parse_sampler(word), power_grid(1.0, 1e-2, 5)
-    (x,), (calls,) = draw(model, Solver.of(sampler, model.sde, ts, "data"), (3,), jnp.asarray(7), jnp.asarray([5]))
+    solver = sampler.solver(model.sde, ts, "data")
+    (x,), (calls,), _ = sample_numbered(model, solver, (3,), jnp.asarray(7), jnp.asarray([5]))
     prior, noise = jax.random.split(jax.random.fold_in(jax.random.key(7), 5))
     u = model.sde.sample_prior(prior, (1, 3))
     ends = ts if word != "rk45:rtol=0.001" else ts[[0, -1]]
@@ -173,7 +176,7 @@ def evaluator(batch: int = 100, **changes: Any) -> Evaluator:
 
 
 def cells(samples: int = 250) -> list[Cell]:
-    return [Cell(parse_sampler(word), nfe, samples) for word in ("gddim:2", "em", "heun") for nfe in (4, 6)]
+    return [Cell(Method(parse_sampler(word), nfe), samples) for word in ("gddim:2", "em", "heun") for nfe in (4, 6)]
 
 
 def numbers(rows: list[dict]) -> list[tuple]:
@@ -182,7 +185,7 @@ def numbers(rows: list[dict]) -> list[tuple]:
 
 
 def test_a_cell_does_not_depend_on_batch_or_devices():
-    cell = Cell(GDDIM(2), 5, 250)
+    cell = Cell(Method(GDDIM(2), 5), 250)
     one = evaluator(batch=100).run(cell)
     for other in (evaluator(batch=64), evaluator(batch=64, sharding=over_8_devices())):
         row = other.run(cell)
@@ -197,7 +200,7 @@ def test_samples_that_are_not_finite_give_no_metrics_and_the_sweep_goes_on(tmp_p
 
 
 def test_a_cell_says_where_its_numbers_come_from():
-    row = evaluator().run(Cell(GDDIM(1, lam=0.5), 5, 20, seed=3, last="data"))
+    row = evaluator().run(Cell(Method(GDDIM(1, lam=0.5), 5, last="data"), 20, seed=3))
     assert row["cell"] == {
         "sampler": "gddim:1:lam=0.5", "parameters": "GDDIM(order=1, lam=0.5, corrector=False, interpolate='eps')",
         "nfe": 5, "samples": 20, "seed": 3, "power": 2.0, "t_min": 1e-3, "last": "data",
@@ -216,12 +219,12 @@ def test_a_cell_says_where_its_numbers_come_from():
 
 def test_images_are_rounded_as_a_saved_file_would_be(tmp_path: Path):
     one = evaluator()
-    rows = sweep(one, [Cell(GDDIM(1), 3, 10)], tmp_path, keep_samples=True)
+    rows = sweep(one, [Cell(Method(GDDIM(1), 3), 10)], tmp_path, keep_samples=True)
     files = sorted((tmp_path / "samples").rglob("*.png"))
     assert len(files) == 10
     saved = np.stack([np.asarray(Image.open(file)) for file in files])[..., None]
-    solver = Solver.of(GDDIM(1), one.model.sde, power_grid(1.0, 1e-3, 3))
-    x, _ = draw(one.model, solver, (8, 8, 1), jnp.asarray(0), jnp.arange(10))
+    solver = GDDIM(1).solver(one.model.sde, power_grid(1.0, 1e-3, 3))
+    x = sample_numbered(one.model, solver, (8, 8, 1), jnp.asarray(0), jnp.arange(10)).data
     np.testing.assert_array_equal(saved, to_uint8(x))
     again = source_statistics(ArraySource(saved), PixelFeatures(), "saved")
     assert compare(again, one.reference, ("frechet",))["frechet"] == pytest.approx(rows[0]["metrics"]["frechet"])
@@ -237,9 +240,9 @@ def test_a_sweep_is_not_computed_twice(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(Evaluator, "run", lambda self, cell, *rest: drawn.append(cell) or run(self, cell, *rest))
     assert sweep(one, cells(), tmp_path, floor) == rows
     assert drawn == []
-    more = [*cells(), Cell(GDDIM(3), 6, 250), Cell(GDDIM(3), 6, 250)]
+    more = [*cells(), Cell(Method(GDDIM(3), 6), 250), Cell(Method(GDDIM(3), 6), 250)]
     assert sweep(one, more, tmp_path, floor)[:-1] == rows
-    assert drawn == [Cell(GDDIM(3), 6, 250)]
+    assert drawn == [Cell(Method(GDDIM(3), 6), 250)]
     other = dataclasses.replace(one, provenance={"checkpoint": "another"})
     sweep(other, cells()[:1], tmp_path)
     assert len(drawn) == 2
@@ -301,9 +304,9 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_drawn(tmp_path: 
     with pytest.raises(UserError, match="different feature spaces"):
         dataclasses.replace(one, space=convolved())
     for cell, why in (
-        (Cell(Heun(), 1, 20), "at least 2 calls"),
-        (Cell(GDDIM(1), 5, 3), "at least 4"),
-        (Cell(GDDIM(1), 5, 20, t_min=2.0), "t_min"),
+        (Cell(Method(Heun(), 1), 20), "at least 2 calls"),
+        (Cell(Method(GDDIM(1), 5), 3), "at least 4"),
+        (Cell(Method(GDDIM(1), 5, t_min=2.0), 20), "t_min"),
     ):
         with pytest.raises(UserError, match=why):
             sweep(one, [*cells(), cell], tmp_path)
@@ -311,8 +314,8 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_drawn(tmp_path: 
 
 
 def test_an_adaptive_sampler_has_one_cell_and_reports_its_calls(tmp_path: Path):
-    cell = Cell(parse_sampler("rk45:rtol=0.01:atol=0.01"), 10, 20)
-    rows = sweep(evaluator(), [cell, dataclasses.replace(cell, nfe=20)], tmp_path)
+    rk45 = parse_sampler("rk45:rtol=0.01:atol=0.01")
+    rows = sweep(evaluator(), [Cell(Method(rk45, nfe), 20) for nfe in (10, 20)], tmp_path)
     assert len(read_rows(tmp_path / "results.jsonl")) == 1
     assert rows[0]["measured"]["nfe"] > 10
     assert f"at {rows[0]['measured']['nfe']:.0f}" in table(rows)
@@ -322,14 +325,16 @@ def test_an_adaptive_sampler_has_one_cell_and_reports_its_calls(tmp_path: Path):
 def test_hardly_any_time_is_spent_outside_sampler_and_network(tmp_path: Path):
     """What a cell takes beside its two compiled programs, each timed alone on the same batches."""
     one = evaluator(batch=64, model=small_unet(), space=convolved(), reference=convolved_reference())
-    cell, batches = Cell(GDDIM(2), 20, 64 * 16), 16
-    solver = Solver.of(cell.sampler, one.model.sde, cell.grid(one.model.sde))
+    cell, batches = Cell(Method(GDDIM(2), 20), 64 * 16), 16
+    solver = cell.method.solver(one.model.sde)
     one.run(dataclasses.replace(cell, samples=128))  # compiles
 
     def alone() -> float:
         start = time.perf_counter()
         for i in range(batches):
-            x, _ = draw(one.model, solver, one.shape, jnp.asarray(0, jnp.int32), jnp.arange(64 * i, 64 * (i + 1)))
+            x = sample_numbered(
+                one.model, solver, one.shape, jnp.asarray(0, jnp.int32), jnp.arange(64 * i, 64 * (i + 1))
+            ).data
             jax.block_until_ready(features_of(one.space, to_uint8(x)))
         return time.perf_counter() - start
 

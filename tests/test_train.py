@@ -280,6 +280,6 @@ def test_several_steps_in_one_dispatch_are_those_steps():
 
 
 def test_bytes_of_images_are_no_data_in_pixels():
-    model = EpsModel(CLD(), lambda x, label, key=None: x)
+    model = EpsModel(CLD(), lambda x, level, cond=None, *, key=None: x)
     with pytest.raises(ValueError, match=r"x0 is uint8: scale to \[−1, 1\] first, images by gddim.data.to_unit"):
         denoising_loss(model, np.zeros((2, 4, 4, 3), np.uint8), jax.random.key(0))

@@ -23,10 +23,10 @@ from gddim.data import FiveRings
 from gddim.evaluation.features import PixelFeatures
 from gddim.evaluation.statistics import source_statistics
 from gddim.evaluation.sweep import read_rows
-from gddim.experiment.cli import carry_out, main, parse
+from gddim.experiment.cli import execute, main, parse
 from gddim.experiment.config import Experiment
 from gddim.experiment.plan import Plan
-from gddim.experiment.verbs import dry_run
+from gddim.experiment.verbs.dry_run import dry_run
 from gddim.experiment.workdir import describe
 from gddim.parallel import MeshConfig, default_rule
 
@@ -45,7 +45,7 @@ DIGITS = [
 
 def do(experiment: Experiment, workdir: Path, verb: str, *more: str) -> None:
     words = POINTS if experiment is points.EXPERIMENT else DIGITS
-    carry_out(parse(experiment, [verb, f"--workdir={workdir}", *words, *more]))
+    execute(parse(experiment, [verb, f"--workdir={workdir}", *words, *more]))
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,9 @@ def test_likelihood_is_told_and_written(trained, capsys):
     assert np.isfinite(found["bits_per_dimension"])
     assert found["standard_error"] > 0
     assert f"{found['bits_per_dimension']:.4f} ± {found['standard_error']:.4f} bits" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main(points.EXPERIMENT, ["likelihood", f"--workdir={trained}", *POINTS, "--eval.samples=1"])
+    assert "eval.samples: 1 given, likelihood needs at least 2" in capsys.readouterr().err
 
 
 def test_a_dry_run_speaks_on_process_0_alone(monkeypatch, capsys):

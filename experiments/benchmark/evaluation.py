@@ -17,12 +17,12 @@ from experiments.benchmark.training import resized
 from gddim.data import CIFAR10, Source, to_uint8
 from gddim.errors import UserError
 from gddim.evaluation.cell import Cell, Evaluator
-from gddim.evaluation.drawing import Solver, draw
 from gddim.evaluation.features import FeatureSpace, PixelFeatures
 from gddim.evaluation.inception import InceptionFeatures
 from gddim.evaluation.statistics import SUBSET, Statistics, compare, features_of, source_statistics
 from gddim.experiment import Experiment
-from gddim.samplers import GDDIM
+from gddim.samplers import GDDIM, Method
+from gddim.samplers.numbered import sample_numbered
 
 FULL = 50_000  # samples of a published cell
 
@@ -56,15 +56,15 @@ def cell_rows(
     model = experiment.build(jax.random.key(0))
     head = _Head(source, min(len(source), 2 * batch))
     reference = source_statistics(head, space, "the first records", progress=False)
-    cell = Cell(GDDIM(3, interpolate="data"), 50, samples)
+    cell = Cell(Method(GDDIM(3, interpolate="data"), 50), samples)
     streaming = dataclasses.replace(space, metrics=())  # their time would hide that of the stream
     evaluator = Evaluator(model, experiment.data.shape, streaming, reference, {}, batch)
-    solver = Solver.of(cell.sampler, experiment.sde, cell.grid(experiment.sde))
+    solver = cell.method.solver(experiment.sde)
     records = jnp.asarray(head[np.arange(batch) % len(head)])
 
     def bare() -> list[jax.Array]:
         numbers = [jnp.arange(first, first + batch, dtype=jnp.int32) for first in range(0, samples, batch)]
-        drawn = [draw(model, solver, experiment.data.shape, jnp.asarray(0), each)[0] for each in numbers]
+        drawn = [sample_numbered(model, solver, experiment.data.shape, jnp.asarray(0), each).data for each in numbers]
         return [features_of(space, to_uint8(x)) for x in drawn]
 
     alone, whole, features = interleaved(
@@ -75,7 +75,7 @@ def cell_rows(
     streamed = max(whole, alone) * of / samples
     yield Row(f"features/s, {name}, {batch} at a time", batch / features, "images/s")
     yield Row(f"metrics of {of:,} samples, {name}", full, "s")
-    title = f"{of:,} samples, NFE {cell.nfe}, {name}: outside sampler and features"
+    title = f"{of:,} samples, NFE {cell.method.nfe}, {name}: outside sampler and features"
     yield Row(title, outside, "s", "the whole cell", streamed + full, Target("ratio", "≤", 0.05))
 
 

@@ -15,11 +15,11 @@ import numpy as np
 from jaxtyping import Float
 
 from experiments import cld_celeba64, cld_digits
-from experiments.benchmark.published import published_blurring, published_cld
+from experiments.benchmark.reference_coefficients import published_blurring, published_cld
 from experiments.benchmark.table import Row, Target, interleaved, on_cpu, one_core
 from experiments.benchmark.training import Steps, resized
-from gddim.evaluation.samplers import sampler_name
 from gddim.samplers import GDDIM, power_grid, sample
+from gddim.samplers.words import sampler_name
 from gddim.sde import CLD, AbstractLinearSDE, Blurring, LinearSDE
 
 Weights = Float[np.ndarray, "n q *matrix"]

@@ -13,8 +13,8 @@ from experiments import vp_cifar10
 from experiments.benchmark.table import Row, Target, interleaved, on_cpu
 from experiments.benchmark.training import Steps, resized
 from gddim.errors import UserError
-from gddim.evaluation.samplers import sampler_name
 from gddim.samplers import GDDIM, power_grid, sample
+from gddim.samplers.words import sampler_name
 
 SCHEDULERS = {
     "DDIM": "DDIMScheduler",

@@ -23,8 +23,8 @@ from experiments.benchmark.table import Row, Target, interleaved, on_cpu
 from gddim.checkpoint import Checkpointer
 from gddim.data import batches, prefetch
 from gddim.experiment import Experiment
+from gddim.experiment.checkpoints import items_of
 from gddim.experiment.plan import Plan
-from gddim.experiment.training import items_of
 from gddim.experiment.workdir import describe
 from gddim.logs import Log
 from gddim.nn import NCSNppConfig

@@ -1,4 +1,27 @@
-"""Data sets as random-access sources, and the batches drawn from them (design §5: batch i is a function of i)."""
+"""Data sets as random-access sources, and the batches drawn from them: batch i is a function of the seed and i.
+
+A data set of your own is a frozen dataclass, whose fields become options: the `shape` of its data, known before any is
+read, and the sources `train` and `test`. Here records are images and their classes, which a network is handed as
+`cond["label"]`; for images alone give `ArraySource` the array, and leave out `cond`.
+
+>>> import dataclasses, numpy as np
+>>> @dataclasses.dataclass(frozen=True)
+... class Stripes:
+...     count: int = 100
+...     shape = (8, 8, 3)
+...     cond = {"label": np.int32(0)}
+...     def train(self):
+...         label = np.arange(self.count, dtype=np.int32) % 2
+...         rows, columns = np.indices((8, 8)) % 2 * np.uint8(255)
+...         images = np.where(label[:, None, None], rows, columns)[..., None].repeat(3, -1)
+...         return ArraySource({"x0": images.astype(np.uint8), "label": label})
+...     test = train
+>>> batch = next(batches(Stripes().train(), batch_size=10, seed=0))
+>>> batch["x0"].shape, batch["label"].shape
+((10, 8, 8, 3), (10,))
+
+A source is anything with `shape`, `dtype`, `flip`, a length, and `source[indices]`: see `Source`.
+"""
 
 from gddim.data.content import identity
 from gddim.data.folders import CelebA, ImageFolder, whole_images
@@ -7,10 +30,22 @@ from gddim.data.moments import moments, spectrum
 from gddim.data.official import CIFAR10, SVHN
 from gddim.data.pipeline import batch_indices, batches, prefetch
 from gddim.data.shards import Shards, prepare
-from gddim.data.sources import ArrayFile, ArraySource, Dataset, Digits, FiveRings, Source
+from gddim.data.sources import (
+    DATA,
+    ArrayFile,
+    ArraySource,
+    Dataset,
+    Digits,
+    FiveRings,
+    Records,
+    Source,
+    data_alone,
+    x0_and_cond,
+)
 
 __all__ = [
     "CIFAR10",
+    "DATA",
     "SVHN",
     "ArrayFile",
     "ArraySource",
@@ -19,10 +54,12 @@ __all__ = [
     "Digits",
     "FiveRings",
     "ImageFolder",
+    "Records",
     "Shards",
     "Source",
     "batch_indices",
     "batches",
+    "data_alone",
     "identity",
     "moments",
     "prefetch",
@@ -32,4 +69,5 @@ __all__ = [
     "to_uint8",
     "to_unit",
     "whole_images",
+    "x0_and_cond",
 ]

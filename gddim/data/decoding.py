@@ -56,7 +56,7 @@ def is_image(read: Callable[[str], IO[bytes]], name: str) -> bool:
 
 def decoded(content: bytes, channels: int, where: str) -> "Image.Image":
     """An image as its camera held it, in 1 to 4 channels; without alpha, what is transparent is shown on white, which is
-    told once of each place.
+    said once of each place.
 
     Raises ValueError for more than 8 bits a channel, which nobody can scale without knowing how many of them are used,
     and whatever Pillow raises for damaged bytes.

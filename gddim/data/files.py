@@ -1,9 +1,7 @@
-"""Files that must arrive whole: downloads, locks, digests."""
+"""Files that must arrive whole: downloads and digests."""
 
 import hashlib
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
@@ -12,23 +10,9 @@ from urllib.request import Request, urlopen
 from tqdm import tqdm
 
 from gddim.errors import UserError
+from gddim.storage import locked
 
 _TIMEOUT_SECONDS = 30
-
-
-@contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Holds the lock file `path` alone among processes; one that may not wait gets UserError."""
-    import fcntl
-
-    with open(path, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process writes in {path.parent}: wait for it, or name another folder") from None
-        except OSError:
-            pass  # a file system without locks
-        yield
 
 
 def digest(path: Path, algorithm: str) -> str:

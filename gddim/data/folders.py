@@ -6,7 +6,7 @@ import zipfile
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -19,6 +19,7 @@ from gddim.data.decoding import MODES, decoded, is_image, resized, suffixes
 from gddim.data.sources import ArraySource, Source, data_folder, every_nth
 from gddim.errors import UserError
 from gddim.parallel import tell
+from gddim.settings import MAY_CHANGE
 
 _KEEP_DECODED = 2**30  # bytes: smaller sets are decoded once, and a broken image is found before training begins
 _CHUNK = 1024
@@ -141,11 +142,11 @@ class ImageFiles:
     def without_damaged(self) -> "ImageFiles":
         """The others. Raises UserError if there are none."""
         found = self._damaged(self._names)
-        told = "\n  ".join([f"{len(found):,} of {len(self):,} images, which cannot be read:", *self._each(found)])
+        which = "\n  ".join([f"{len(found):,} of {len(self):,} images, which cannot be read:", *self._each(found)])
         if len(found) == len(self):
-            raise UserError(f"{self._files.path} holds {told}")
+            raise UserError(f"{self._files.path} holds {which}")
         if found:
-            tell(f"{self._files.path}: going on without {told}")
+            tell(f"{self._files.path}: going on without {which}")
         names = [name for name in self._names if name not in found]
         return ImageFiles(self._files, names, self.shape, self.flip, self._crop, self._whole, self._advice)
 
@@ -192,7 +193,7 @@ def whole_images(path: Path, size: int | None = None) -> Source:
         with files.open(files.names[0]) as file:
             try:
                 width, height = decoded(file.read(), 3, str(path)).size
-            except Exception:  # whatever is wrong, it is told below with the others
+            except Exception:  # whatever is wrong, it is reported below with the others
                 width = height = 1
     return _kept_if_small(ImageFiles(files, files.names, (height, width, 3), whole=True))
 
@@ -206,7 +207,7 @@ class ImageFolder:
     `python -m gddim.data prepare` does once for all.
     """
 
-    path: str
+    path: str = field(metadata=MAY_CHANGE)
     """Folder or zip archive."""
     size: int
     """Height and width to resize to, in pixels."""
@@ -216,7 +217,7 @@ class ImageFolder:
     """Whether training may mirror images left to right."""
     test_every: int = 10
     """Of the images in order of name every n-th is held out; 0 holds out none, and tests on all."""
-    skip_damaged: bool = False
+    skip_damaged: bool = field(default=False, metadata=MAY_CHANGE)
     """Go on without the images that cannot be read, which are listed; all are read to find them."""
 
     @property
@@ -247,7 +248,7 @@ class CelebA:
     unused. Google hands out the archive only to a browser, so nothing is downloaded.
     """
 
-    root: str | None = None
+    root: str | None = field(default=None, metadata=MAY_CHANGE)
     """Folder that holds the images, or `img_align_celeba` or its .zip; by default $GDDIM_DATA, or ~/.cache/gddim."""
     size: int = 64
     """Height and width to resize to, in pixels."""

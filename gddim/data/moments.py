@@ -1,4 +1,4 @@
-"""What the Denoiser has to know about the data: its standard deviation, overall or by frequency (design §2.3)."""
+"""What the Denoiser has to know about the data: its standard deviation, overall or by frequency."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
-from gddim.data.sources import Source
+from gddim.data.sources import Source, x0_and_cond
 
 _CHUNK = 1024
 
@@ -46,5 +46,5 @@ def spectrum(source: Source) -> tuple[Float[np.ndarray, "h w"], Float[np.ndarray
 
 def _scaled(source: Source):
     for begin in tqdm(range(0, len(source), _CHUNK), "reading", unit_scale=_CHUNK, unit=" records", disable=None):
-        x = source[np.arange(begin, min(begin + _CHUNK, len(source)))]
+        x, _ = x0_and_cond(source[np.arange(begin, min(begin + _CHUNK, len(source)))])
         yield x / 127.5 - 1 if x.dtype == np.uint8 else x.astype(np.float64)

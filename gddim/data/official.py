@@ -3,7 +3,7 @@
 import hashlib
 import tarfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -12,6 +12,7 @@ from jaxtyping import UInt8
 from gddim.data.files import digest, fetch
 from gddim.data.sources import ArraySource, data_folder
 from gddim.errors import UserError
+from gddim.settings import MAY_CHANGE
 
 _CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 _CIFAR_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
@@ -39,7 +40,7 @@ class CIFAR10:
     where there is neither. The python version is refused: it is pickled, and loading a pickle can run code.
     """
 
-    root: str | None = None
+    root: str | None = field(default=None, metadata=MAY_CHANGE)
     """Folder that holds the data; by default $GDDIM_DATA, or ~/.cache/gddim."""
 
     shape = (32, 32, 3)
@@ -106,7 +107,7 @@ class SVHN:
     Uses `train_32x32.mat` and `test_32x32.mat` in `root`, and downloads the one that is missing.
     """
 
-    root: str | None = None
+    root: str | None = field(default=None, metadata=MAY_CHANGE)
     """Folder that holds the data; by default $GDDIM_DATA, or ~/.cache/gddim."""
 
     shape = (32, 32, 3)

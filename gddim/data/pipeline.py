@@ -10,9 +10,9 @@ from math import isqrt
 from typing import TypeVar
 
 import numpy as np
-from jaxtyping import Int, Shaped, UInt64
+from jaxtyping import Int, UInt64
 
-from gddim.data.sources import ArraySource, Source
+from gddim.data.sources import ArraySource, Records, Source
 from gddim.errors import UserError
 
 Item = TypeVar("Item")
@@ -75,7 +75,7 @@ class _Batches:
     def __len__(self) -> int:
         return sys.maxsize
 
-    def __getitem__(self, index: int) -> Shaped[np.ndarray, "b ..."]:
+    def __getitem__(self, index: int) -> Records:
         return self.source[batch_indices(len(self.source), self.batch_size, self.seed, index)[self.mine]]
 
 
@@ -86,11 +86,19 @@ def batches(
     start: int = 0,
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[Shaped[np.ndarray, "b ..."]]:
+) -> Iterator[Records]:
     """This process's rows of the global batches `start`, `start + 1`, …, without end.
 
-    Each is `(batch_size / process_count, *dims, C)`. The rows of all processes, in the order of their index, are the
-    records `batch_indices(len(source), batch_size, seed, i)` whatever the number of processes.
+    The rows of all processes, in the order of their index, are the records `batch_indices(len(source), batch_size, seed,
+    i)` whatever the number of processes.
+
+    `source`: where records are read.
+    `batch_size`: of the global batch.
+    `seed`: of the order of the records.
+    `start`: number of the first batch.
+    `process_index`, `process_count`: whose rows these are.
+
+    Each is what the source gives of `batch_size / process_count` records: `(b, *dims, C)`, or a dictionary of arrays.
     Raises UserError for sizes that do not fit.
     """
     import grain

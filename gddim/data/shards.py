@@ -5,18 +5,21 @@ import hashlib
 import json
 import os
 import threading
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from jaxtyping import Int, Shaped
 from tqdm import tqdm
 
-from gddim.data.content import digest_of, spell
-from gddim.data.files import digest, locked
+from gddim.data.content import digest_of, hexadecimal
+from gddim.data.files import digest
 from gddim.data.sources import Dataset, Source
 from gddim.errors import UserError, harmless
+from gddim.settings import MAY_CHANGE
+from gddim.storage import locked
 
 _FORMAT = "gddim shards 1"
 _MANIFEST = "manifest.json"
@@ -29,7 +32,7 @@ _OPEN = 128  # readers that a thread keeps: four threads stay below the usual li
 class Shards:
     """What `python -m gddim.data prepare` wrote."""
 
-    path: str
+    path: str = field(metadata=MAY_CHANGE)
     """Folder with manifest.json and the shards."""
 
     @property
@@ -58,7 +61,7 @@ class ShardSource:
         self.dtype = np.dtype(manifest["dtype"])
         self.flip = manifest["flip"]
         parts = [shard.get("records") for shard in shards]  # shards of earlier versions tell nothing
-        self.digest = None if None in parts else spell(sum(int(part, 16) for part in parts))
+        self.digest = None if None in parts else hexadecimal(sum(int(part, 16) for part in parts))
         self._paths = [folder / shard["file"] for shard in shards]
         self._begins = np.cumsum([0, *(shard["count"] for shard in shards)])
         self._local = threading.local()
@@ -109,7 +112,7 @@ def prepare(dataset: Dataset, dest: Path, shard_bytes: int = 2**30) -> None:
     plan = _plan(dataset, sources, shard_bytes)
     try:
         dest.mkdir(parents=True, exist_ok=True)
-        with locked(dest / _LOCK, wait=False):
+        with locked(dest / _LOCK, functools.partial(_refuse, dest)):
             manifest = _continued(plan, _read_manifest(dest), dest)
             _write_manifest(dest, manifest)
             for split, source in sources.items():
@@ -118,13 +121,17 @@ def prepare(dataset: Dataset, dest: Path, shard_bytes: int = 2**30) -> None:
                     for shard in manifest["splits"][split]:
                         path, rows = dest / shard["file"], range(begin, begin + shard["count"])
                         if not _is_whole(dest, shard) or digest(path, "sha256") != shard["sha256"]:
-                            shard["records"] = spell(_write_shard(path, source, rows, bar))
+                            shard["records"] = hexadecimal(_write_shard(path, source, rows, bar))
                             shard["bytes"], shard["sha256"] = path.stat().st_size, digest(path, "sha256")
                             _write_manifest(dest, manifest)
                         begin = rows.stop
                         bar.update(begin - bar.n)
     except (OSError, RuntimeError) as error:  # the writer's own errors, as that of a full disk, are RuntimeErrors
         raise UserError(f"cannot write {dest} ({error}): mend that, then run the same command to go on") from error
+
+
+def _refuse(dest: Path) -> NoReturn:
+    raise UserError(f"another process writes in {dest}: wait for it, or name another folder")
 
 
 def _plan(dataset: Dataset, sources: dict[str, Source], shard_bytes: int) -> dict:
@@ -167,8 +174,10 @@ def _continued(plan: dict, old: dict | None, dest: Path) -> dict:
 
 def _sample(source: Source) -> str:
     """A digest of 64 records, by which other content of the same shape is noticed."""
-    rows = np.linspace(0, len(source) - 1, min(len(source), 64)).astype(int)
-    return hashlib.sha256(np.ascontiguousarray(source[rows]).tobytes()).hexdigest()[:16]
+    records = source[np.linspace(0, len(source) - 1, min(len(source), 64)).astype(int)]
+    if isinstance(records, Mapping):
+        raise UserError(f"shards hold one array a record, and these are {', '.join(records)}")
+    return hashlib.sha256(np.ascontiguousarray(records).tobytes()).hexdigest()[:16]
 
 
 def _write_shard(path: Path, source: Source, rows: range, bar: tqdm) -> int:

@@ -3,29 +3,43 @@
 import functools
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int, PyTree, Shaped
 
 from gddim.errors import UserError
+from gddim.settings import MAY_CHANGE
 
 _CHUNK = 1024
 _LARGE = 2**30  # bytes of a file that is not read at every start to see whether it is the same
+DATA = "x0"  # the data of a record, where it is a dictionary
 _SCALE = "scale those of [0, 1] by 2x - 1, or store uint8"
+
+
+Records = PyTree[Shaped[np.ndarray, "b ..."]]
+"""Data `(b, *dims, C)`, or a dictionary of them by the name "x0" and of what conditions the network by any others."""
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Random access to records of one shape: uint8 images `(H, W, C)` or float32 points `(C,)`."""
+    """Random access to records: uint8 images `(H, W, C)` or float32 points `(C,)`, or either with what conditions it.
+
+    `source[indices]` are the data of these records, `(b, *dims, C)`, or a dictionary of arrays with a record a row,
+    `{"x0": images, "label": classes}`: a network is handed all but "x0" as its `cond`.
+    """
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """`(*dims, C)` of the data of a record."""
+        ...
 
     @property
-    def dtype(self) -> np.dtype: ...
+    def dtype(self) -> np.dtype:
+        """Their type."""
+        ...
 
     @property
     def flip(self) -> bool:
@@ -34,16 +48,20 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, indices: Int[np.ndarray, " b"], /) -> Shaped[np.ndarray, "b ..."]: ...
+    def __getitem__(self, indices: Int[np.ndarray, " b"], /) -> Records: ...
 
 
 @runtime_checkable
 class Dataset(Protocol):
-    """What an experiment names: building it reads nothing; `train` and `test` read, and raise UserError by name."""
+    """What an experiment names: building it reads nothing; `train` and `test` read, and raise UserError by name.
+
+    Where records are dictionaries it also has `cond`, an example of all that stands beside "x0", as
+    `{"label": np.int32(0)}`: its shapes and types are what costs are reckoned with before anything is read.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """`(*dims, C)` of a record."""
+        """`(*dims, C)` of the data of a record."""
         ...
 
     def train(self) -> Source: ...
@@ -51,25 +69,69 @@ class Dataset(Protocol):
     def test(self) -> Source: ...
 
 
-class ArraySource:
-    """Records in memory or in a memory map: `array[rows]`, or all of `array` (N, *dims, C), uint8 or float32.
+def x0_and_cond(records: Any) -> tuple[Any, Any]:
+    """The data of records, and what conditions them: a dictionary, or None where there is nothing else."""
+    if not isinstance(records, Mapping):
+        return records, None
+    return records[DATA], {name: values for name, values in records.items() if name != DATA} or None
 
-    `stamp` may tell versions of a large array apart without reading it. Raises UserError for floating images of which
-    none is ever negative: they are not in [-1, 1].
+
+def data_alone(source: Source) -> Source:
+    """The same records without what conditions them, as they are compared with samples."""
+    if isinstance(source, ArraySource):
+        return source if source.cond is None else ArraySource(source.array, source.flip, source.rows, source.stamp)
+    return _DataAlone(source)
+
+
+class _DataAlone:
+    def __init__(self, source: Source):
+        self._source = source
+        self.shape, self.dtype, self.flip = source.shape, source.dtype, source.flip
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, indices: Int[np.ndarray, " b"], /) -> Shaped[np.ndarray, "b ..."]:
+        return x0_and_cond(self._source[indices])[0]
+
+
+class ArraySource:
+    """Records in memory or in a memory map.
+
+    `array`: data `(N, *dims, C)`, uint8 or float32; or a dictionary of such by the name "x0", and of other arrays with a
+    record a row by theirs.
+    `flip`: whether training may mirror images left to right.
+    `rows`: which of them are the records, in this order; all by default.
+    `stamp`: tells versions of a large array apart without reading it.
+
+    Raises UserError for other types, lengths that differ, and floating images of which none is ever negative: they are
+    not in [-1, 1].
+
+    >>> source = ArraySource({"x0": np.zeros((9, 8, 8, 1), np.uint8), "label": np.arange(9)})
+    >>> source[np.array([3, 5])]["label"]
+    array([3, 5])
     """
 
     def __init__(
         self,
-        array: Shaped[np.ndarray, "n *shape"],
+        array: Shaped[np.ndarray, "n *shape"] | Mapping[str, Shaped[np.ndarray, "..."]],
         flip: bool = False,
         rows: Int[np.ndarray, " m"] | None = None,
         stamp: str | None = None,
     ):
-        if array.ndim < 2 or array.dtype not in (np.uint8, np.float32):
-            raise UserError(f"records must be uint8 or float32 (N, *dims, C), not {array.dtype} {array.shape}")
-        if _never_negative(array):
+        if isinstance(array, Mapping) and DATA not in array:
+            raise UserError(f"records by name need {DATA!r}, the data, beside {', '.join(array) or 'nothing'}")
+        data, cond = x0_and_cond(array)
+        self.array: np.ndarray = data
+        self.cond = (cond or {}) if isinstance(array, Mapping) else None
+        for name, values in (cond or {}).items():
+            if values.shape[:1] != data.shape[:1] or values.dtype.kind not in "biuf":
+                kind = f"{values.dtype} {values.shape}"
+                raise UserError(f"{name!r} must be numbers of each of {len(data)} records, not {kind}")
+        if data.ndim < 2 or data.dtype not in (np.uint8, np.float32):
+            raise UserError(f"records must be uint8 or float32 (N, *dims, C), not {data.dtype} {data.shape}")
+        if _never_negative(data):
             raise UserError(f"floating images must lie in [-1, 1], but these are never negative: {_SCALE}")
-        self.array = array
         self.flip = flip
         self.rows = rows
         self.stamp = stamp
@@ -85,8 +147,11 @@ class ArraySource:
     def __len__(self) -> int:
         return len(self.array if self.rows is None else self.rows)
 
-    def __getitem__(self, indices: Int[np.ndarray, " b"], /) -> Shaped[np.ndarray, "b ..."]:
-        return self.array[indices if self.rows is None else self.rows[indices]]
+    def __getitem__(self, indices: Int[np.ndarray, " b"], /) -> Records:
+        picked = indices if self.rows is None else self.rows[indices]
+        if self.cond is None:
+            return self.array[picked]
+        return {DATA: self.array[picked], **{name: values[picked] for name, values in self.cond.items()}}
 
 
 def _never_negative(array: Shaped[np.ndarray, "n *shape"]) -> bool:
@@ -194,7 +259,7 @@ class ArrayFile:
     [-1, 1]; points are floating `(N, C)`. A uint8 or float32 `.npy` is mapped, not read, and may be larger than memory.
     """
 
-    path: str
+    path: str = field(metadata=MAY_CHANGE)
     """The file."""
     flip: bool = False
     """Whether training may mirror images left to right."""

@@ -28,9 +28,10 @@ from gddim.evaluation.inception import CONVENTIONS, PRECISIONS, InceptionFeature
 from gddim.evaluation.metrics import Gaussian, frechet_distance
 from gddim.evaluation.page import REPORT, check_page, write_page
 from gddim.evaluation.report import plot, table
-from gddim.evaluation.statistics import FEW, Statistics, check_writable, compare, source_statistics, write_whole
+from gddim.evaluation.statistics import FEW, Statistics, compare, source_statistics
 from gddim.evaluation.sweep import RESULTS, read_rows
 from gddim.parallel import batch_sharding, check_backend, make_mesh
+from gddim.storage import check_writable, write_whole
 
 _NAMED = {"digits": Digits, "five-rings": FiveRings, "cifar10": CIFAR10, "svhn": SVHN, "celeba": CelebA}
 _SOURCE = (

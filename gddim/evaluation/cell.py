@@ -14,18 +14,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from gddim.data import to_uint8
 from gddim.errors import UserError
-from gddim.evaluation.drawing import Solver, draw
 from gddim.evaluation.features import FeatureSpace
-from gddim.evaluation.provenance import hardware, software, spell
-from gddim.evaluation.samplers import sampler_name, steps_for
-from gddim.evaluation.statistics import Statistics, compare, features_of, to_host
-from gddim.samplers import AbstractSampler, power_grid
-from gddim.samplers.base import AbstractAdaptive, Last
+from gddim.evaluation.provenance import hardware, software, stable_repr
+from gddim.evaluation.statistics import Statistics, compare, features_of
+from gddim.parallel import agree, to_host
+from gddim.samplers.base import ProcessModel
+from gddim.samplers.method import Method, check_methods
+from gddim.samplers.numbered import sample_numbered
+from gddim.samplers.solver import AbstractSolver
+from gddim.samplers.words import sampler_name
 from gddim.sde import AbstractLinearSDE
 
 Row = dict[str, Any]
@@ -35,48 +36,27 @@ LEAST = 4  # samples that every metric needs
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One entry of a table: a sampler, a budget of network calls (the last one included), and which samples."""
+    """One entry of a table: how samples are drawn, and which."""
 
-    sampler: AbstractSampler | AbstractAdaptive
-    nfe: int
+    method: Method
     samples: int
     seed: int = 0
-    power: float = 2.0
-    t_min: float = 1e-3
-    last: Last = "none"
-
-    def grid(self, sde: AbstractLinearSDE) -> Float[np.ndarray, " n"]:
-        """The times of as many steps as the calls allow; an adaptive sampler takes what it needs and gets the ends."""
-        steps = steps_for(self.sampler, self.nfe, self.last) if isinstance(self.sampler, AbstractSampler) else 1
-        return power_grid(sde.horizon, self.t_min, steps, self.power)
 
     def describe(self) -> Row:
-        """As JSON; an adaptive sampler makes the calls that it makes, whatever the budget."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        nfe = self.nfe if isinstance(self.sampler, AbstractSampler) else None
-        return fields | {"sampler": sampler_name(self.sampler), "parameters": spell(self.sampler), "nfe": nfe}
+        """As JSON; a sampler that chooses its own steps has one cell, whatever its budget."""
+        method, sampler = self.method, self.method.sampler
+        return {
+            "sampler": sampler_name(sampler), "nfe": method.budget, "samples": self.samples, "seed": self.seed,
+            "power": method.power, "t_min": method.t_min, "last": method.last, "parameters": stable_repr(sampler),
+        }  # fmt: skip
 
 
 def check(cells: Sequence[Cell], sde: AbstractLinearSDE) -> None:
-    """Raise `UserError` for what a cell would fail with: too few samples, or what `check_samplers` finds."""
+    """Raise `UserError` for what a cell would fail with: too few samples, or what `check_methods` finds."""
     for cell in cells:
         if cell.samples < LEAST:
             raise UserError(f"samples: {cell.samples} given, an evaluation needs at least {LEAST}")
-    check_samplers(cells, sde)
-
-
-def check_samplers(cells: Sequence[Cell], sde: AbstractLinearSDE) -> None:
-    """Raise `UserError` for too few calls, and for a sampler of another process."""
-    for cell in cells:
-        if isinstance(cell.sampler, AbstractSampler):
-            steps_for(cell.sampler, cell.nfe, cell.last)
-    try:
-        for sampler, power, t_min in {(cell.sampler, cell.power, cell.t_min) for cell in cells}:
-            grid = power_grid(sde.horizon, t_min, 1, power)
-            if isinstance(sampler, AbstractSampler):
-                sampler.coefficients(sde, grid)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    check_methods([cell.method for cell in cells], sde)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +68,7 @@ class Evaluator:
     are taken, as saving and reading them would. Raises `UserError` when the reference was taken in another feature space.
     """
 
-    model: Any
+    model: ProcessModel
     shape: tuple[int, ...]
     space: FeatureSpace
     reference: Statistics
@@ -103,7 +83,7 @@ class Evaluator:
     def origin(self) -> Row:
         """All that decides the numbers of a cell but the cell itself."""
         return self.provenance | {
-            "process": spell(self.model.sde),
+            "process": stable_repr(self.model.sde),
             "model": type(self.model).__name__,
             "features": self.space.name,
             "reference": self.reference.origin | {"digest": self.reference.digest()},
@@ -129,7 +109,7 @@ class Evaluator:
         found, calls, before = _resume(state, origin)
         first = found.count if found else 0
         advance(first)
-        solver = Solver.of(cell.sampler, self.model.sde, cell.grid(self.model.sde), cell.last)
+        solver = cell.method.solver(self.model.sde)
         began = saved = time.perf_counter()
         rate = _Rate(began)
         for start, x, features, made, finite in self._ahead(cell, solver, first):
@@ -159,12 +139,14 @@ class Evaluator:
         }
         return key | {"metrics": compare(found, self.reference, self.space.metrics), "measured": measured}
 
-    def _ahead(self, cell: Cell, solver: Solver, first: int) -> Iterator[tuple[int, Array, Array, Array, Array]]:
+    def _ahead(
+        self, cell: Cell, solver: AbstractSolver, first: int
+    ) -> Iterator[tuple[int, Array, Array, Array, Array]]:
         """Number, samples, features, network calls and finiteness of each batch; the devices have the next one by then."""
         pending = None
         for start in range(first, cell.samples, self.batch):
             indices = jax.device_put(np.arange(start, start + self.batch, dtype=np.int32), self.sharding)
-            x, made = draw(self.model, solver, self.shape, jnp.asarray(cell.seed, jnp.int32), indices)
+            x, made, _ = sample_numbered(self.model, solver, self.shape, jnp.asarray(cell.seed, jnp.int32), indices)
             finite = jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))
             x = to_uint8(x) if len(self.shape) == 3 else x
             devices = self.sharding.num_devices if self.sharding else 1
@@ -192,11 +174,8 @@ def _resume(state: os.PathLike | None, origin: Row) -> tuple[Statistics | None, 
             calls, seconds = found.origin.pop("calls"), found.origin.pop("seconds")
             if found.origin == origin:
                 reached = found, calls, seconds
-    if jax.process_count() > 1:
-        counts = multihost_utils.process_allgather(np.int32(reached[0].count if reached[0] else 0))
-        if len(set(counts.tolist())) > 1:
-            return None, 0, 0.0
-    return reached
+    same = agree(reached[0].count if reached[0] else 0, lambda counts: len(set(counts.tolist())) == 1)
+    return reached if same else (None, 0, 0.0)
 
 
 class _Rate:

@@ -30,7 +30,7 @@ class FeatureSpace(Protocol):
 
     def __call__(self, samples: Shaped[Array, "b ..."], /) -> Float[Array, "b d"]: ...
 
-    def told(self, samples: Shaped[np.ndarray, "b ..."], /) -> dict[str, Any]:
+    def details(self, samples: Shaped[np.ndarray, "b ..."], /) -> dict[str, Any]:
         """What else is to be known of its features, for which these are some samples."""
         ...
 
@@ -49,7 +49,7 @@ class PixelFeatures(eqx.Module):
     def __call__(self, samples: Shaped[Array, "b ..."]) -> Float[Array, "b d"]:
         return to_unit(samples).reshape(len(samples), -1)
 
-    def told(self, samples: Shaped[np.ndarray, "b ..."]) -> dict[str, Any]:
+    def details(self, samples: Shaped[np.ndarray, "b ..."]) -> dict[str, Any]:
         return {}
 
     def probabilities(self, features: Float[np.ndarray, "b d"]) -> None:

@@ -113,14 +113,14 @@ def new_figure(rows: int, columns: int, size: tuple[float, float], title: str = 
         return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def encode(figure: Any, suffix: str, told: str = "") -> bytes:
-    """A figure as a file of one of `SUFFIXES`, which holds what is `told` about it."""
+def encode(figure: Any, suffix: str, description: str = "") -> bytes:
+    """A figure as a file of one of `SUFFIXES`, which holds this `description`."""
     from matplotlib import rc_context
 
     metadata = {
-        ".png": {KEY: told},
-        ".svg": {"Date": None, "Description": told},
-        ".pdf": {"CreationDate": None, "Subject": told},
+        ".png": {KEY: description},
+        ".svg": {"Date": None, "Description": description},
+        ".pdf": {"CreationDate": None, "Subject": description},
     }
     buffer = io.BytesIO()
     with rc_context(STYLE):
@@ -128,8 +128,8 @@ def encode(figure: Any, suffix: str, told: str = "") -> bytes:
     return buffer.getvalue()
 
 
-def told_by(content: bytes, suffix: str) -> str:
-    """What a file that `encode` made tells about itself; some exception for another."""
+def description_in(content: bytes, suffix: str) -> str:
+    """The description in a file that `encode` made; some exception for another."""
     if suffix == ".png":
         from PIL import Image
 

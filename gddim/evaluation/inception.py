@@ -186,7 +186,7 @@ class InceptionFeatures(eqx.Module):
     `convention` names how images reach 299×299: "pytorch-fid" (pixel centres at half positions, scaled to [-1, 1]; also
     clean-fid's legacy mode) or "tf1" (TensorFlow 1 corners, `(x − 128)/128`; Heusel's original and torch-fidelity).
     Statistics of different conventions are different spaces: `name` keeps them apart. With `precision` "bfloat16" the
-    network runs in it, for speed; `told` says by how much its features then differ.
+    network runs in it, for speed; `details` says by how much its features then differ.
     """
 
     network: InceptionV3
@@ -228,7 +228,7 @@ class InceptionFeatures(eqx.Module):
         network = jax.tree.map(lambda leaf: leaf.astype(self.precision), self.network)
         return jax.vmap(network)(x.astype(self.precision)).astype(jnp.float32)
 
-    def told(self, images: UInt8[np.ndarray, "b h w c"]) -> dict[str, float]:
+    def details(self, images: UInt8[np.ndarray, "b h w c"]) -> dict[str, float]:
         """For bfloat16, the root mean square of the difference to features in float32, as a share of that of these."""
         if self.precision == "float32":
             return {}

@@ -11,10 +11,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 from tqdm import tqdm
 
 from gddim.data import Source, to_unit
-from gddim.errors import UserError
-from gddim.evaluation.statistics import to_host
+from gddim.parallel import to_host
 from gddim.sde import AbstractLinearSDE
-from gddim.sde.linalg import aligned, product, transpose
+from gddim.sde.linalg import aligned, product
 
 
 class Bits(NamedTuple):
@@ -90,8 +89,7 @@ class _Table(NamedTuple):
 def _table(sde: AbstractLinearSDE, t_min: float) -> _Table:
     psi, L = np.broadcast_arrays(*aligned(sde.transition(t_min, 0.0), sde.cholesky_factor(t_min)))
     frame = np.concatenate([psi[..., :, :1], L[..., :, 1:]], axis=-1)
-    last, sigma = aligned(sde.transition(sde.horizon, 0.0)[..., :, :1], sde.covariance(sde.horizon))
-    whiten = np.linalg.inv(np.linalg.cholesky(last @ transpose(last) + sigma))
+    whiten = np.linalg.inv(np.linalg.cholesky(sde.prior_covariance(sde.horizon)))
     return _Table(frame, whiten, np.linalg.slogdet(frame)[1] + np.linalg.slogdet(whiten)[1])
 
 
@@ -111,7 +109,7 @@ def bits_per_dimension(
     """
     records = len(source) if records is None else records
     if not 2 <= records <= len(source):
-        raise UserError(f"records: {records} given, accepted are 2 to {len(source)}")
+        raise ValueError(f"records: {records} given, accepted are 2 to {len(source)}")
     each = []
     for first in tqdm(range(0, records, batch), "likelihood", unit_scale=batch, unit="img", disable=None):
         indices = np.minimum(np.arange(first, first + batch), records - 1)

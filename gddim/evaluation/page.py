@@ -14,9 +14,9 @@ from gddim.evaluation.cell import Row
 from gddim.evaluation.figures import PALETTE, encode, new_figure, number, process_in_words
 from gddim.evaluation.provenance import flatten
 from gddim.evaluation.report import about, draw, groups, tables
-from gddim.evaluation.statistics import write_whole
 from gddim.evaluation.sweep import RESULTS, read_rows
 from gddim.logs import read_scalars
+from gddim.storage import write_whole
 
 REPORT = "report.html"
 _OURS = '<meta name="generator" content="gddim">'
@@ -26,7 +26,7 @@ _STYLE = """
   :root { --ink: #e7e7e7; --paper: #17191c; --faint: #a8a8a8; --line: #3d4147; --link: #7cb8f2; }
 }
 body { max-width: 68rem; margin: 0 auto; padding: 1rem 1.5rem 4rem; font: 16px/1.5 system-ui, sans-serif;
-  background: var(--paper); color: var(--ink); }
+  background: var(--paper); color: var(--ink); overflow-wrap: anywhere; }
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); padding-bottom: .3rem; }
 h3 { margin: 1.5rem 0 .3rem; font-size: 1rem; }
 a { color: var(--link); } nav a { margin-right: 1rem; } p, figcaption { color: var(--faint); }
@@ -157,15 +157,15 @@ def _facts(tree: dict[str, Any]) -> str:
 
 
 def _results(group: Any) -> str:
-    told = "".join(f"<p>{escape(words)}</p>" for words in about(group))
+    notes = "".join(f"<p>{escape(words)}</p>" for words in about(group))
     side_by_side = "\n".join(_table(cells[1:], cells[0]) for cells in tables(group))
-    return f'<h3>{escape(f"{group.heading}: {group.against}")}</h3>{told}<div class="tables">{side_by_side}</div>'
+    return f'<h3>{escape(f"{group.heading}: {group.against}")}</h3>{notes}<div class="tables">{side_by_side}</div>'
 
 
 def _origin(group: Any) -> str:
     devices = dict.fromkeys(row["measured"].get("devices") for row in group.rows)
-    told = group.provenance | {"process": " and ".join(group.processes), "devices": ", ".join(filter(None, devices))}
-    return f"<h3>{escape(group.against)}</h3>{_facts(told)}"
+    facts = group.provenance | {"process": " and ".join(group.processes), "devices": ", ".join(filter(None, devices))}
+    return f"<h3>{escape(group.against)}</h3>{_facts(facts)}"
 
 
 def _curve(losses: dict[int, float]) -> str:

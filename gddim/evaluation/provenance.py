@@ -27,13 +27,15 @@ def software() -> dict[str, Any]:
     }
 
 
-def spell(value: Any) -> str:
+def stable_repr(value: Any) -> str:
     """An object with all its static parameters, defaults included and functions by name: the same in every process."""
     if callable(value) and not dataclasses.is_dataclass(value):
         return f"{value.__module__}.{value.__qualname__}"
     if not dataclasses.is_dataclass(value):
         return repr(value)
-    fields = (f"{field.name}={spell(getattr(value, field.name))}" for field in dataclasses.fields(value) if field.init)
+    fields = (
+        f"{field.name}={stable_repr(getattr(value, field.name))}" for field in dataclasses.fields(value) if field.init
+    )
     return f"{type(value).__name__}({', '.join(fields)})"
 
 

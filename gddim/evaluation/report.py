@@ -25,9 +25,10 @@ from gddim.evaluation.figures import (
     number,
     process_in_words,
 )
-from gddim.evaluation.published import TABLES, Published
-from gddim.evaluation.statistics import FEW, write_whole
+from gddim.evaluation.paper_tables import TABLES, Published
+from gddim.evaluation.statistics import FEW
 from gddim.evaluation.sweep import FLOOR
+from gddim.storage import write_whole
 
 TITLES = {
     "kid": "KID",
@@ -180,8 +181,8 @@ def _section(group: Group) -> list[str]:
 def about(group: Group) -> list[str]:
     """Where the numbers of a group come from, and what their ± means; a paragraph each."""
     known = ("checkpoint", "weights", "commit")
-    told = [f"{name} {group.provenance[name]}" for name in known if group.provenance.get(name) is not None]
-    found = [f"{', '.join(told)}."] if told else []
+    values = [f"{name} {group.provenance[name]}" for name in known if group.provenance.get(name) is not None]
+    found = [f"{', '.join(values)}."] if values else []
     if len(group.seeds) > 1:
         found.append(f"Mean ± standard deviation over {len(group.seeds)} seeds.")
     elif errors := [words for error, words in ERRORS.values() if any(error in row["metrics"] for row in group.rows)]:

@@ -1,6 +1,5 @@
 """Statistics of a set of samples in a feature space, with where they come from; what an evaluation compares."""
 
-import contextlib
 import dataclasses
 import hashlib
 import io
@@ -13,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Float, Shaped
 
 from gddim.data import ArraySource, Source
@@ -22,6 +20,8 @@ from gddim.evaluation import metrics
 from gddim.evaluation.features import FeatureSpace
 from gddim.evaluation.metrics import Moments, ScoreSums
 from gddim.evaluation.provenance import software
+from gddim.parallel import to_host
+from gddim.storage import write_whole
 
 SUBSET = 5000  # features kept for the metrics that compare pairs: KID, energy distance, precision and recall
 FEW = 10_000  # below so many samples a Fréchet distance is biased enough that its name must tell their number
@@ -100,32 +100,6 @@ class Statistics:
             raise UserError(f"{path} holds no statistics that can be read: {error}") from error
 
 
-def check_writable(path: epath.Path) -> None:
-    """Raise `OSError` now for a file that could not be written after long work. Leaves its folder behind."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.parent / f".{path.name}.new"
-    new.write_bytes(b"")
-    new.unlink()
-
-
-def write_whole(path: epath.Path, content: bytes) -> None:
-    """Write a file such that a kill at any moment, or the `OSError` that names it, leaves the old content or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.parent / f".{path.name}.new"
-    try:
-        new.write_bytes(content)
-        new.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            new.unlink(missing_ok=True)
-        raise OSError(f"{path}: {error.strerror or error}; what was there before remains") from error
-
-
-def to_host(x: Shaped[Array, "..."]) -> Shaped[np.ndarray, "..."]:
-    """The whole array on every host."""
-    return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))
-
-
 @eqx.filter_jit
 def features_of(space: FeatureSpace, samples: Shaped[Array, "b ..."], devices: int = 1) -> Float[Array, "b d"]:
     """The one compiled program of a feature space and a shape, for samples split over that many devices.
@@ -156,8 +130,8 @@ def source_statistics(
 
     order = np.random.default_rng(0).permutation(len(source))
     size = space.chunk * (sharding.num_devices if sharding else 1)
-    told = {**space.told(source[order[:64]]), **software()}
-    origin = {"source": name, "records": len(source), "features": space.name, **told}
+    origin = {"source": name, "records": len(source), "features": space.name}
+    origin |= space.details(source[order[:64]]) | software()
     found = None
     with tqdm(total=len(source), desc=name, unit="img", disable=None if progress else True) as bar:
         for first in range(0, len(source), size):
@@ -181,8 +155,8 @@ def cached_statistics(
     """
     count = len(source) if isinstance(source, ArraySource) else min(len(source), 1024)
     probe = np.ascontiguousarray(source[np.linspace(0, len(source) - 1, count).astype(int)])
-    told = json.dumps([name, space.name, len(source), source.shape, hashlib.sha256(probe.tobytes()).hexdigest()])
-    path = epath.Path(folder) / f"statistics-{hashlib.sha256(told.encode()).hexdigest()[:16]}.npz"
+    key = json.dumps([name, space.name, len(source), source.shape, hashlib.sha256(probe.tobytes()).hexdigest()])
+    path = epath.Path(folder) / f"statistics-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
     if path.exists():
         return Statistics.load(path)
     found = source_statistics(source, space, name, sharding)

@@ -11,8 +11,9 @@ from etils import epath
 
 from gddim.errors import UserError
 from gddim.evaluation.cell import Cell, Evaluator, Row, check, digest_of
-from gddim.evaluation.samplers import sampler_name
-from gddim.evaluation.statistics import Statistics, compare, write_whole
+from gddim.evaluation.statistics import Statistics, compare
+from gddim.samplers.words import sampler_name
+from gddim.storage import write_whole
 
 FLOOR = "data"  # the sampler of the row that compares data with data
 RESULTS = "results.jsonl"
@@ -63,13 +64,13 @@ def sweep(
         wanted.insert(0, digest_of(row))
         if wanted[0] not in known:
             add(row | {"metrics": compare(floor, evaluator.reference, evaluator.space.metrics)})
-    work = sum(cell.samples * cell.nfe for cell in missing.values())
+    work = sum(cell.samples * cell.method.nfe for cell in missing.values())
     with tqdm(total=work, unit="call", unit_scale=True, disable=None) as bar:
         for key, cell in missing.items():
-            bar.set_description(f"{sampler_name(cell.sampler)} at {cell.nfe} calls, seed {cell.seed}")
+            bar.set_description(f"{sampler_name(cell.method.sampler)} at {cell.method.nfe} calls, seed {cell.seed}")
             state = folder / "cells" / f"{key}.npz"
             keep = _Keeper(folder / "samples" / key) if keep_samples else None
-            row = evaluator.run(cell, state, save_every, keep, lambda n, nfe=cell.nfe: bar.update(n * nfe))
+            row = evaluator.run(cell, state, save_every, keep, lambda n, nfe=cell.method.nfe: bar.update(n * nfe))
             if key not in known:
                 add(row)
             if jax.process_index() == 0:
@@ -78,7 +79,7 @@ def sweep(
                 state.unlink(missing_ok=True)
                 found = ", ".join(f"{name} {value:.4g}" for name, value in row["metrics"].items())
                 found = found or f"diverged, {row['measured']['not_finite']} are not finite"
-                tqdm.write(f"{sampler_name(cell.sampler)}, NFE {row['measured']['nfe']:g}: {found}")
+                tqdm.write(f"{sampler_name(cell.method.sampler)}, NFE {row['measured']['nfe']:g}: {found}")
     return [known[key] for key in wanted]
 
 

@@ -18,16 +18,18 @@ import jax
 import tyro
 
 from gddim.errors import UserError, place, printable
-from gddim.evaluation.cell import check_samplers
-from gddim.experiment.config import MAY_CHANGE, MAY_CHANGE_AFTER, Experiment, require
-from gddim.experiment.encoding import encode, likelihood
-from gddim.experiment.evaluating import evaluate
-from gddim.experiment.measure import cells, check_measurable, watched
+from gddim.experiment.checkpoints import borrow
+from gddim.experiment.config import Experiment, require
+from gddim.experiment.measure import cells, check_measurable
 from gddim.experiment.options import REGISTRY, UNGROUPED, explain, options
 from gddim.experiment.outputs import check_names
 from gddim.experiment.plan import Plan
-from gddim.experiment.training import Preempted, borrow, run_training
-from gddim.experiment.verbs import SAMPLES, dry_run, sample
+from gddim.experiment.verbs.dry_run import dry_run
+from gddim.experiment.verbs.encode import encode
+from gddim.experiment.verbs.evaluate import evaluate
+from gddim.experiment.verbs.likelihood import likelihood
+from gddim.experiment.verbs.sample import SAMPLES, sample
+from gddim.experiment.verbs.train import Preempted, run_training
 from gddim.experiment.workdir import (
     RECORDS,
     check_config,
@@ -35,14 +37,18 @@ from gddim.experiment.workdir import (
     check_shared,
     check_space,
     describe,
-    locked,
+    may_change,
     remembering,
+    reserved,
     write_config,
 )
 from gddim.parallel import EXIT_PREEMPTED, await_verdict, ending_on_sigterm, initialize, leave, on_main
+from gddim.samplers.method import check_methods
 from gddim.train import Diverged
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+RUN = ("train", "sample", "evaluate")  # what the verb run stands for
+AFTERWARDS = {"sample": sample, "evaluate": evaluate, "likelihood": likelihood, "encode": encode}
 Verb = Literal["run", "train", "sample", "evaluate", "likelihood", "encode"]
 EPILOGUE = """Exit status: 0 done; 1 failed, or the loss was not finite; 2 a wrong option, value or path,
 nothing written; 75 stopped by SIGTERM or Ctrl-C, the state saved, so that the same command continues; 134 another
@@ -82,7 +88,7 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> NoReturn:
     printable()
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs, at length, what it raises as well
     try:
-        carry_out(parse(experiment, argv))
+        execute(parse(experiment, argv))
     except UserError as error:
         _end(EXIT_USAGE, f"error: {error}")
     except Preempted as error:
@@ -122,12 +128,13 @@ def parse(experiment: Experiment, argv: Sequence[str]) -> Command:
     return command
 
 
-def carry_out(command: Command) -> None:
+def execute(command: Command) -> None:
     """Do what a command says. Whatever can be wrong with it raises `UserError` before anything is written."""
     experiment, workdir = command.experiment, place(command.workdir)
     initialize()
-    training = command.verb in ("run", "train")
-    config, free = describe(experiment), MAY_CHANGE if training else MAY_CHANGE + MAY_CHANGE_AFTER
+    verbs = RUN if command.verb == "run" else (command.verb,)
+    training = "train" in verbs
+    config, free = describe(experiment), may_change(experiment, after=not training)
     with contextlib.ExitStack() as stack:
         if not jax.distributed.is_initialized():  # JAX has its own handler, which training relies on
             stack.enter_context(ending_on_sigterm())
@@ -139,57 +146,46 @@ def carry_out(command: Command) -> None:
         if command.dry_run:
             dry_run(plan)
             return
+
+        # What could fail later is looked at now.
         if not training and not known:
             raise UserError(f"--workdir {workdir} holds no run: train it first")
-        if command.verb in ("run", "sample") or (training and experiment.train.show_every):
-            check_samplers([watched(experiment)], experiment.sde)
-        measured = command.verb in ("run", "evaluate") or (training and experiment.eval.every > 0)
+        if "sample" in verbs or (training and experiment.train.show_every):
+            check_methods([experiment.sampling.method], experiment.sde)
+        measured = "evaluate" in verbs or (training and experiment.eval.every > 0)
         if measured:
             cells(experiment)
-        source = None
-        if training:
-            source, batch = experiment.data.train(), experiment.train.batch
-            require(
-                batch <= len(source), f"--train.batch {batch:,} is more than the {len(source):,} records of the data"
-            )
+        source = experiment.data.train() if training else None
+        if source is not None and (batch := experiment.train.batch) > len(source):
+            raise UserError(f"--train.batch {batch:,} is more than the {len(source):,} records of the data")
         if measured:
             check_measurable(experiment, workdir, source)
-        if command.verb in ("run", "sample"):
+        if "sample" in verbs:
             check_names(workdir, *SAMPLES)
         if source is not None:
             config[RECORDS] = check_records(workdir, config, source)
+        borrowed = borrow(plan) if training and experiment.train.init and not known else None
 
-        def claim() -> bool:
-            stack.enter_context(locked(workdir, training))
+        def reserve() -> None:
+            stack.enter_context(reserved(workdir, training))
             check_config(workdir, config, free)
             if training:
                 settings = experiment.train
                 saves = min(settings.keep, -(-settings.steps // settings.save_every))
                 check_space(workdir, saves + 1, plan.state_bytes)
                 write_config(workdir, config)
-            return True
 
-        def claim_checkpoints() -> bool:
-            stack.enter_context(locked(workdir, training=False, wait=True))
-            return True
-
-        borrowed = borrow(plan) if training and experiment.train.init and not known else None
-        on_main(claim)
+        on_main(reserve)
         check_shared(workdir)
         if source is not None:
             run_training(plan, source, workdir, command.peak_flops, borrowed)
         if command.verb == "run":
-            on_main(claim_checkpoints)
+            on_main(lambda: stack.enter_context(reserved(workdir, training=False, wait=True)))
         if jax.distributed.is_initialized():
             stack.enter_context(ending_on_sigterm())
-        if command.verb in ("run", "sample"):
-            sample(plan, workdir, command.step)
-        if command.verb in ("run", "evaluate"):
-            evaluate(plan, workdir, command.step)
-        if command.verb == "likelihood":
-            likelihood(plan, workdir, command.step)
-        if command.verb == "encode":
-            encode(plan, workdir, command.step)
+        for verb in verbs:
+            if verb in AFTERWARDS:
+                AFTERWARDS[verb](plan, workdir, command.step)
 
 
 def _end(status: int, message: str, perhaps_lost: bool = False) -> NoReturn:

@@ -10,37 +10,28 @@ import tyro
 from jaxtyping import PRNGKeyArray
 
 from gddim.errors import UserError
-from gddim.evaluation.samplers import parse_sampler, sampler_name
 from gddim.experiment.options import UNGROUPED
 from gddim.experiment.spectrum import DataStd, Spectrum
+from gddim.loss import AbstractObjective, ScoreMatching
 from gddim.model import Denoiser, EpsModel
 from gddim.parallel import MeshConfig, Rule, default_rule
-from gddim.samplers import GDDIM, AbstractSampler, CholeskyMultistep, EulerMaruyama
-from gddim.samplers.base import AbstractAdaptive
+from gddim.samplers import GDDIM, AbstractSampler, CholeskyMultistep, EulerMaruyama, Method
+from gddim.samplers.words import parse_sampler, sampler_name
 from gddim.sde import AbstractLinearSDE
+from gddim.settings import MAY_CHANGE, MAY_CHANGE_AFTER
 
 if TYPE_CHECKING:
     from gddim.data import Dataset
 else:
     Dataset = Any  # tyro narrows a field to the type of its default, but not from a protocol with attributes
 
-# What may differ between a run and its continuation: it changes neither the gradient of a step nor what came before.
-MAY_CHANGE = (
-    *(f"train.{name}" for name in ("steps", "accumulate", "fused", "report_every", "show_every", "save_every")),
-    *("train.keep", "train.keep_every", "sampling", "sampler", "eval", "mesh", "rule"),
-    *("net.remat", "net.scan_blocks"),
-    *("data.root", "data.path", "data.skip_damaged"),  # where no digest tells the records; else the whole of data
-)
-# What may differ besides where a run is sampled or measured: it shapes no parameter.
-MAY_CHANGE_AFTER = ("train", "seed", "net.dtype", "net.dropout")
-
 Sampler = Annotated[
-    AbstractSampler | AbstractAdaptive,
+    AbstractSampler,
     tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="SAMPLER",
         instance_from_str=lambda words: parse_sampler(words[0]),
-        is_instance=lambda value: isinstance(value, AbstractSampler | AbstractAdaptive),
+        is_instance=lambda value: isinstance(value, AbstractSampler),
         str_from_instance=lambda sampler: [sampler_name(sampler)],
     ),
 ]
@@ -87,13 +78,13 @@ class Training:
     init: str | None = None
     """RUN[@STEP]: a new run begins with the whole state of another one's checkpoint, the newest without @STEP, and goes on
     from its step with this learning rate, clip, seed, …: for one that diverged."""
-    steps: int = 100_000
+    steps: int = field(default=100_000, metadata=MAY_CHANGE)
     """Steps in all; a run that was stopped, or given more, continues. The cooldown moves with them."""
     batch: int = 128
     """Examples a step, over all devices."""
-    accumulate: int = 1
+    accumulate: int = field(default=1, metadata=MAY_CHANGE)
     """Parts into which a batch is cut, one after another, where memory is short."""
-    fused: int = 1
+    fused: int = field(default=1, metadata=MAY_CHANGE)
     """Steps a dispatch, for accelerators; slow on a CPU."""
     time_power: float = 1.0
     """Training times are uniform in t^(1/time_power): 1 as published, more for more of the small times."""
@@ -109,15 +100,15 @@ class Training:
     """Largest global norm of the gradient."""
     ema: float = 0.9999
     """Decay of the average of the parameters, which is what samples; reached gradually."""
-    report_every: int = 100
+    report_every: int = field(default=100, metadata=MAY_CHANGE)
     """Steps between two reports of loss, gradient norm, learning rate and images/s."""
-    show_every: int = 0
+    show_every: int = field(default=0, metadata=MAY_CHANGE)
     """Steps between two grids of samples in TensorBoard; 0: none."""
-    save_every: int = 10_000
+    save_every: int = field(default=10_000, metadata=MAY_CHANGE)
     """Steps between two checkpoints."""
-    keep: int = 3
+    keep: int = field(default=3, metadata=MAY_CHANGE)
     """Newest checkpoints that are kept."""
-    keep_every: int = 0
+    keep_every: int = field(default=0, metadata=MAY_CHANGE)
     """The first checkpoint at or after each of its multiples is kept for good, also by runs that set another; 0: none."""
 
     def __post_init__(self):
@@ -158,6 +149,11 @@ class Sampling:
     """One more network call, from t_min to 0: an Euler step of the reverse SDE without noise, or the predicted data."""
     seed: int = 0
     """Sample i depends on the checkpoint, the sampler, this and i."""
+
+    @property
+    def method(self) -> Method:
+        """How, whichever and however many samples."""
+        return Method(self.sampler, self.nfe, self.power, self.t_min, self.last)
 
     def __post_init__(self):
         for name in ("nfe", "samples", "batch"):
@@ -222,13 +218,13 @@ class Experiment:
     net: NetConfig
     data: Dataset
     model: Model = Model()
-    train: Training = Training()
-    sampling: Sampling = Sampling()
-    eval: Evaluation = Evaluation()
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    rule: tyro.conf.Suppress[Rule] = default_rule
+    train: Training = field(default=Training(), metadata=MAY_CHANGE_AFTER)
+    sampling: Sampling = field(default=Sampling(), metadata=MAY_CHANGE)
+    eval: Evaluation = field(default=Evaluation(), metadata=MAY_CHANGE)
+    mesh: MeshConfig = field(default_factory=MeshConfig, metadata=MAY_CHANGE)
+    rule: tyro.conf.Suppress[Rule] = field(default=default_rule, metadata=MAY_CHANGE)
     """Where each array of the state lives on the mesh, by its path: a function, to be given in the experiment's file."""
-    seed: int = 0
+    seed: int = field(default=0, metadata=MAY_CHANGE_AFTER)
     """Seed of the parameters, the order of the data and the noise of training."""
 
     def __post_init__(self):
@@ -240,6 +236,11 @@ class Experiment:
         """Of one state, `(*dims, k, C)`."""
         *dims, channels = self.data.shape
         return (*dims, self.sde.k, channels)
+
+    @property
+    def objective(self) -> AbstractObjective:
+        """What training minimises."""
+        return ScoreMatching(self.sde, self.train.time_power)
 
     def build(self, key: PRNGKeyArray) -> Denoiser | EpsModel:
         """The model with fresh parameters. Raises `UserError` for a spectrum of other data."""

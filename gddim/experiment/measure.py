@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -12,20 +11,20 @@ import numpy as np
 from etils import epath
 from jaxtyping import PyTree
 
-from gddim.checkpoint import checksums
-from gddim.data import Source
+from gddim.data import Source, data_alone
 from gddim.errors import UserError, place
 from gddim.evaluation.cell import LEAST, Cell, Evaluator, check
+from gddim.evaluation.classes import Labelled
 from gddim.evaluation.features import FeatureSpace, PixelFeatures
 from gddim.evaluation.inception import InceptionFeatures
 from gddim.evaluation.statistics import Statistics, cached_statistics
 from gddim.evaluation.sweep import RESULTS, read_rows
-from gddim.experiment.classes import Labelled
-from gddim.experiment.config import Evaluation, Experiment
+from gddim.experiment.checkpoints import checkpoint_digest
+from gddim.experiment.config import Evaluation, Experiment, require
 from gddim.experiment.plan import Plan
-from gddim.parallel import batch_sharding
+from gddim.parallel import batch_sharding, round_up
 
-WATCHED = 5_000  # samples of an evaluation while training, at the most
+PERIODIC = 5_000  # samples of an evaluation while training, at the most
 
 
 def feature_space(settings: Evaluation) -> FeatureSpace:
@@ -39,27 +38,22 @@ def cells(experiment: Experiment) -> list[Cell]:
     """Those of the table, each with its seeds. Raises `UserError` for one that cannot be."""
     settings, sampling = experiment.eval, experiment.sampling
     found = [
-        Cell(sampler, nfe, settings.samples, seed, sampling.power, sampling.t_min, sampling.last)
+        Cell(replace(sampling.method, sampler=sampler, nfe=nfe), settings.samples, seed)
         for nfe in settings.nfe
         for sampler in settings.samplers
         for seed in range(sampling.seed, sampling.seed + settings.seeds)
     ]
-    check([*found, *([watched(experiment)] if settings.every else [])], experiment.sde)
+    check([*found, *([periodic_cell(experiment)] if settings.every else [])], experiment.sde)
     shape = experiment.data.shape
     if settings.features == "inception" and not (len(shape) == 3 and shape[-1] in (1, 3)):
         raise UserError(f"Inception features need images of 1 or 3 channels, not {shape}: give --eval.features pixels")
     return found
 
 
-def watched(experiment: Experiment) -> Cell:
+def periodic_cell(experiment: Experiment) -> Cell:
     """The cell of sampling's own sampler, which is evaluated while training."""
-    sampling, count = experiment.sampling, min(WATCHED, experiment.eval.samples)
-    return Cell(sampling.sampler, sampling.nfe, count, sampling.seed, sampling.power, sampling.t_min, sampling.last)
-
-
-def checkpoint_digest(params: PyTree) -> str:
-    """Tells apart parameters that differ in any bit, whatever mesh they are on."""
-    return hashlib.sha256(json.dumps(checksums(jax.tree.leaves(params))).encode()).hexdigest()[:16]
+    sampling, count = experiment.sampling, min(PERIODIC, experiment.eval.samples)
+    return Cell(sampling.method, count, sampling.seed)
 
 
 def check_measurable(experiment: Experiment, workdir: epath.Path, train: Source | None = None) -> None:
@@ -99,14 +93,21 @@ def measured_against(experiment: Experiment, train: Source | None = None) -> dic
     pixels, given = experiment.eval.features == "pixels", experiment.eval.reference
     found = {}
     if pixels or not given:
-        found["training"] = experiment.data.train() if train is None else train
+        found["training"] = data_alone(experiment.data.train() if train is None else train)
     if pixels and not given:
-        found["held out"] = experiment.data.test()
+        found["held out"] = data_alone(experiment.data.test())
     for part, source in found.items():
         if len(source) < LEAST:
             more = ": hold out more, or give --eval.reference" if part == "held out" else ""
             raise UserError(f"{len(source)} records are {part}, an evaluation needs at least {LEAST}{more}")
     return found
+
+
+def held_out(experiment: Experiment) -> Source:
+    """The held-out records. Raises `UserError` for a single one: neither verb has anything to say of it."""
+    source = data_alone(experiment.data.test())
+    require(len(source) >= 2, f"{len(source)} records are held out, likelihood and encode need at least 2")
+    return source
 
 
 class Measure:
@@ -144,13 +145,13 @@ class Measure:
                 "step": step,
                 "weights": "EMA",
             },
-            batch=-(-min(experiment.eval.batch, experiment.eval.samples) // mesh.size) * mesh.size,
+            batch=round_up(min(experiment.eval.batch, experiment.eval.samples), mesh.size),
             sharding=batch_sharding(mesh),
         )
 
-    def watch(self, report: Callable[[int, str, dict[str, float]], None]) -> Callable[[int, Any], None]:
+    def callback(self, report: Callable[[int, str, dict[str, float]], None]) -> Callable[[int, Any], None]:
         """A function of a training step and its state that evaluates a few samples and reports how many, and what."""
-        cell = watched(self.plan.experiment)
+        cell = periodic_cell(self.plan.experiment)
         return lambda step, state: report(
             step, f"{cell.samples:,} samples", self.evaluator(state.ema, step).run(cell)["metrics"]
         )

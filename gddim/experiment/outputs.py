@@ -11,9 +11,9 @@ from etils import epath
 from jaxtyping import Shaped
 
 from gddim.errors import UserError
-from gddim.evaluation.figures import KEY, SUFFIXES, encode, told_by
+from gddim.evaluation.figures import KEY, SUFFIXES, description_in, encode
 from gddim.evaluation.page import REPORT, check_page
-from gddim.evaluation.statistics import write_whole
+from gddim.storage import write_whole
 
 
 def write_figure(path: epath.Path, figure: Any, origin: dict[str, Any]) -> None:
@@ -52,7 +52,7 @@ def origin_of(path: epath.Path) -> dict[str, Any] | None:
         if path.suffix == ".npz":
             with np.load(io.BytesIO(content), allow_pickle=False) as file:
                 return json.loads(str(file[KEY]))
-        return json.loads(told_by(content, path.suffix))
+        return json.loads(description_in(content, path.suffix))
     except Exception as error:  # whatever a reader makes of a file that is not what its name says
         raise UserError(f"{path} was not written by this program and is not overwritten: move it away") from error
 

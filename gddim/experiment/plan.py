@@ -11,11 +11,11 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Float, PRNGKeyArray, PyTree
 
-from gddim.data import random_flip, to_unit
+from gddim.data import DATA, random_flip, to_unit, x0_and_cond
 from gddim.experiment.config import Experiment
-from gddim.loss import draw_noise
+from gddim.loss import Row
 from gddim.parallel import (
     activation_bytes,
     init_sharded,
@@ -69,15 +69,15 @@ class Plan:
         """
         return eqx.combine(jax.lax.with_sharding_constraint(params, replicated(self.mesh)), self.static)
 
-    def prepare(self, batch: Array, key: PRNGKeyArray, flip: bool) -> tuple[Array, ...]:
-        """What the loss takes, an example a row: scaled records, perhaps mirrored, with times, noises and dropout keys."""
+    def prepare(self, batch: PyTree, key: PRNGKeyArray, flip: bool) -> Row:
+        """The rows of the objective: scaled records, perhaps mirrored, with levels, noises and dropout keys."""
         flip_key, noise_key = jax.random.split(key)
-        x0 = to_unit(random_flip(batch, flip_key) if flip else batch)
-        return x0, *draw_noise(self.experiment.sde, x0, noise_key, self.experiment.train.time_power)
+        x0, cond = x0_and_cond(batch)
+        return self.experiment.objective.rows(to_unit(random_flip(x0, flip_key) if flip else x0), noise_key, cond)
 
-    def loss(self, params: PyTree, *arrays: Array) -> Float[Array, ""]:
+    def loss(self, params: PyTree, *rows: PyTree) -> Float[jax.Array, ""]:
         """The mean over what `prepare` made."""
-        return jnp.mean(jax.vmap(self.model(params).loss)(*arrays))
+        return self.experiment.objective.mean_loss(self.model(params), Row(*rows))
 
     def step(self, flip: bool) -> Callable:
         """The pure training step of a batch of records."""
@@ -95,9 +95,9 @@ class Plan:
     def image_flops(self) -> float:
         """Floating-point operations of the network for one image, forward, as XLA counts them."""
         state = jax.ShapeDtypeStruct(self.experiment.state_shape, jnp.float32)
-        plan = self._unrolled
-        program = jax.jit(lambda params, u, t: plan.model(params)(u, t))
-        return _flops(program.lower(plan.shapes.model, state, jax.ShapeDtypeStruct((), jnp.float32)))
+        plan, cond = self._unrolled, x0_and_cond(self._record())[1]
+        program = jax.jit(lambda params, u, t, cond: plan.model(params)(u, t, cond))
+        return _flops(program.lower(plan.shapes.model, state, jax.ShapeDtypeStruct((), jnp.float32), cond))
 
     def step_flops(self) -> float:
         """Those of loss and gradient in a step; Adam's, tens for each parameter, are a thousandth of them."""
@@ -111,11 +111,12 @@ class Plan:
         fields = {"scan_blocks", "remat"} & set(getattr(net, "__dataclass_fields__", ()))
         if not any(getattr(net, name) for name in fields):
             return self
-        return Plan(dataclasses.replace(self.experiment, net=dataclasses.replace(net, **dict.fromkeys(fields, False))))
+        net = dataclasses.replace(net, **dict.fromkeys(fields, False))
+        return Plan(dataclasses.replace(self.experiment, net=net), [*self.mesh.devices.flat])
 
     def activation_bytes(self) -> int:
         """What the forward pass keeps of an image, by its trace."""
-        row = tuple(jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in self._rows(1))
+        row = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), self._rows(1))
         return activation_bytes(self.loss, self.shapes.model, row)
 
     def on_paper(self) -> list[str]:
@@ -124,11 +125,18 @@ class Plan:
         activations = self.activation_bytes()
         return on_paper(shapes.model, shapes, activations, train.batch, self.experiment.rule, train.accumulate)
 
-    def _rows(self, count: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    def _rows(self, count: int) -> Row:
         """The shapes of what `prepare` makes."""
-        shape = self.experiment.data.shape
-        batch = jax.ShapeDtypeStruct((count, *shape), jnp.uint8 if len(shape) == 3 else jnp.float32)
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), self._record())
         return jax.eval_shape(partial(self.prepare, flip=False), batch, jax.random.key(0))
+
+    def _record(self) -> PyTree:
+        """The shapes of a record, known before any is read."""
+        data = self.experiment.data
+        x0 = jax.ShapeDtypeStruct(data.shape, jnp.uint8 if len(data.shape) == 3 else jnp.float32)
+        if cond := getattr(data, "cond", None):
+            return {DATA: x0, **jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(cond))}
+        return x0
 
 
 def _flops(program: Any) -> float:

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
-import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from gddim.data import Source, identity
 from gddim.errors import UserError, harmless
 from gddim.evaluation.provenance import flatten as flatten
-from gddim.evaluation.samplers import sampler_name
-from gddim.evaluation.statistics import write_whole
 from gddim.experiment.options import UNGROUPED
 from gddim.experiment.spectrum import Spectrum
-from gddim.parallel import tell
+from gddim.parallel import agree, tell
 from gddim.samplers import AbstractSampler
-from gddim.samplers.base import AbstractAdaptive
+from gddim.samplers.words import sampler_name
+from gddim.settings import MAY_CHANGE, MAY_CHANGE_AFTER, WHEN
+from gddim.storage import free_bytes, is_local, locked, write_whole
 
 if TYPE_CHECKING:
     from gddim.experiment.config import Experiment
@@ -38,7 +34,7 @@ RECORDS = "records"  # in it, what the run was trained on, by content
 def describe(value: Any) -> Any:
     """A dataclass tree as JSON: each object its type and its fields, by the names of the command line; a sampler its word,
     a function its name, a spectrum its digest."""
-    if isinstance(value, AbstractSampler | AbstractAdaptive):
+    if isinstance(value, AbstractSampler):
         return sampler_name(value)
     if isinstance(value, Spectrum):
         return str(value)
@@ -60,7 +56,23 @@ def describe(value: Any) -> Any:
     return value if isinstance(value, str | int | float | None) else repr(value)
 
 
-def differences(saved: dict, given: dict, free: tuple[str, ...] = ()) -> list[str]:
+def may_change(value: Any, after: bool = False) -> set[str]:
+    """The names of the fields that say of themselves that they may differ from a run's: as it goes on, or `after` it."""
+    accepted = [MAY_CHANGE[WHEN], MAY_CHANGE_AFTER[WHEN]][: 1 + after]
+
+    def marked(value: Any, group: str, above: str, inside: bool) -> Iterator[str]:
+        for field in dataclasses.fields(value):
+            name = f"{above if field.metadata.get(UNGROUPED) else group}{field.name}"
+            free, inner = inside or field.metadata.get(WHEN) in accepted, getattr(value, field.name)
+            if free:
+                yield name
+            if dataclasses.is_dataclass(inner) and not isinstance(inner, type):
+                yield from marked(inner, f"{name}.", group, free)
+
+    return set(marked(value, "", "", False))
+
+
+def differences(saved: dict, given: dict, free: Collection[str] = ()) -> list[str]:
     """One line for each field of two descriptions that differs and is none of the `free` ones (or inside one)."""
     saved, given = dict(flatten(saved)), dict(flatten(given))
     lines = []
@@ -106,7 +118,7 @@ def _is_log(path: epath.Path) -> bool:
     return False
 
 
-def check_config(path: epath.Path, given: dict, free: tuple[str, ...]) -> bool:
+def check_config(path: epath.Path, given: dict, free: Collection[str]) -> bool:
     """Whether a workdir holds a run of this configuration. Raises `UserError` if it holds another.
 
     A run that has saved nothing yet is none: its configuration may be corrected. Its data are told by `check_records`.
@@ -191,9 +203,7 @@ def write_config(path: epath.Path, config: dict) -> None:
 
 def check_space(path: epath.Path, count: int, size: int) -> None:
     """Raise `UserError` where a local disk lacks room for so many checkpoints of `size` bytes, less those that are there."""
-    if "://" in os.fspath(path):
-        return
-    needed, free = max(count - _saves(path), 1) * size, shutil.disk_usage(path).free
+    needed, free = max(count - _saves(path), 1) * size, free_bytes(path)
     if free < needed:
         raise UserError(
             f"--workdir {path} has {free / 2**20:,.0f} MiB free; {count} checkpoints of {size / 2**20:,.1f} MiB (train.keep "
@@ -203,44 +213,35 @@ def check_space(path: epath.Path, count: int, size: int) -> None:
 
 def check_shared(path: epath.Path) -> None:
     """Raise `UserError` on every process unless all of them see the configuration that process 0 sees."""
-    if jax.process_count() == 1:
-        return
     try:
         seen = zlib.crc32((path / CONFIG).read_bytes()) >> 1
     except OSError:
         seen = -1
-    found = multihost_utils.process_allgather(np.int32(seen))
-    if others := np.flatnonzero(found != found[0]).tolist():
+    if others := agree(seen, lambda found: np.flatnonzero(found != found[0]).tolist()):
         raise UserError(f"--workdir {path} is not the same folder on all hosts: process(es) {others} see another one")
 
 
 @contextlib.contextmanager
-def locked(path: epath.Path, training: bool = True, wait: bool = False) -> Iterator[None]:
-    """Hold a workdir for this process, which the system releases however it ends. Object stores have no locks.
+def reserved(path: epath.Path, training: bool = True, wait: bool = False) -> Iterator[None]:
+    """Hold a workdir for this process alone; one that is in use is waited for, or raises `UserError`.
 
-    What is made of checkpoints locks their folder alone: it goes on beside a training, but not two at a time.
+    What is made of checkpoints holds their folder alone: it goes on beside a training, but not two at a time.
     """
-    if "://" in os.fspath(path):
-        yield
-        return
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        folder = os.open(path if training else path / "checkpoints", os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"--workdir {path} cannot be used: {error}") from error
-    try:
-        if not os.access(path, os.W_OK):
-            raise UserError(f"--workdir {path} cannot be written")
+    folder = path if training else path / "checkpoints"
+
+    def busy() -> None:
+        user = "run" if training else "command that samples or evaluates it"
+        if not wait:
+            raise UserError(f"--workdir {path} is in use by another {user}: wait for it, or give another")
+        print(f"waiting for another {user}", flush=True)
+
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            user = "run" if training else "command that samples or evaluates it"
-            if not wait:
-                raise UserError(
-                    f"--workdir {path} is in use by another {user}: wait for it, or give another"
-                ) from error
-            print(f"waiting for another {user}", flush=True)
-            fcntl.flock(folder, fcntl.LOCK_EX)
+            if is_local(path):
+                folder.mkdir(parents=True, exist_ok=True)
+                if not os.access(path, os.W_OK):
+                    raise UserError(f"--workdir {path} cannot be written")
+            stack.enter_context(locked(folder, busy))
+        except OSError as error:
+            raise UserError(f"--workdir {path} cannot be used: {error}") from error
         yield
-    finally:
-        os.close(folder)

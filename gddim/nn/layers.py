@@ -144,6 +144,12 @@ class Attention(eqx.Module):
         return (x + self.out(h.reshape(x.shape))) * math.sqrt(0.5)
 
 
+def refuse_cond(net: eqx.Module, cond: Any) -> None:
+    """Raise `ValueError` where a network that takes no condition is given one, which it would leave out silently."""
+    if cond is not None:
+        raise ValueError(f"cond: given {jax.tree.structure(cond)}; this {type(net).__name__} takes None")
+
+
 def fourier_embedding(t: Float[Array, ""], frequencies: Float[Array, " n"]) -> Float[Array, " 2*n"]:
     """`[sin, cos](2π log(t) frequencies)`, the frequencies fixed."""
     # Angles reach thousands of radians, so the order of the float32 products is that of the published networks.

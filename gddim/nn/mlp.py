@@ -5,15 +5,15 @@ from dataclasses import dataclass
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Key
+from jaxtyping import Array, ArrayLike, Float, Key, PyTree
 
 from gddim.errors import UserError
-from gddim.nn.layers import Dense, Draw, sinusoidal_embedding
+from gddim.nn.layers import Dense, Draw, refuse_cond, sinusoidal_embedding
 
 
 @dataclass(frozen=True)
 class MLPConfig:
-    """A residual MLP with a time embedding."""
+    """A residual MLP with an embedding of the noise level."""
 
     width: int = 128
     """Features of every hidden layer."""
@@ -27,12 +27,18 @@ class MLPConfig:
             raise UserError(f"depth: got {self.depth}, needs at least 1 layer")
 
     def build(self, in_shape: tuple[int, ...], out_channels: int, key: Key[Array, ""]) -> "MLP":
-        """A network of this configuration with fresh parameters, from `(D,)` to `(out_channels,)`."""
+        """An `MLP` with fresh parameters, from points `in_shape` = `(D,)` to `(out_channels,)`."""
         return MLP(self, in_shape, out_channels, key=key)
 
 
 class MLP(eqx.Module):
-    """`h ← h + V swish(W h + time)` for every layer; `net(x, t)` of one point `(D,)` and its time label, as 999 t.
+    """`h ← h + V swish(W h + time)` for every layer: `net(x, level)` of one point and its noise level.
+
+    `config`: an `MLPConfig`.
+    `in_shape`, `out_channels`: of the points, `(D,)`, and of what it returns, `(out_channels,)`.
+    `key`: of the parameters.
+
+    Raises `UserError` for records that are no points.
 
     >>> net = MLP(MLPConfig(width=16), (4,), out_channels=2, key=jax.random.key(0))
     >>> net(jnp.zeros(4), 500.0).shape
@@ -54,10 +60,16 @@ class MLP(eqx.Module):
         self.last = Dense(width, out_channels, scale=0.0, draw=draw)
 
     def __call__(
-        self, x: Float[Array, " i"], t: Float[ArrayLike, ""], key: Key[Array, ""] | None = None
+        self,
+        x: Float[Array, " i"],
+        level: Float[ArrayLike, ""],
+        cond: PyTree = None,
+        *,
+        key: Key[Array, ""] | None = None,
     ) -> Float[Array, " o"]:
-        """`(C_out,)`; `key` is accepted as by every network, though nothing here is random."""
-        time = sinusoidal_embedding(jnp.asarray(t, jnp.float32), self.first.bias.size)
+        """`x` `(D,)` at the level 999 t to `(out_channels,)`; `key` is taken as by every network, and nothing is random."""
+        refuse_cond(self, cond)
+        time = sinusoidal_embedding(jnp.asarray(level, jnp.float32), self.first.bias.size)
         for dense in self.time:
             time = jax.nn.swish(dense(time))
         h = self.first(x)

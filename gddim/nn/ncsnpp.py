@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import equinox as eqx
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, Bool, Float, Key
+from jaxtyping import Array, ArrayLike, Bool, Float, Key, PyTree
 
 from gddim.errors import UserError
 from gddim.nn.layers import (
@@ -23,9 +23,11 @@ from gddim.nn.layers import (
     downsample,
     downsample_conv,
     fourier_embedding,
+    refuse_cond,
     sinusoidal_embedding,
     upsample,
 )
+from gddim.settings import MAY_CHANGE, MAY_CHANGE_AFTER
 
 T = TypeVar("T")
 
@@ -42,19 +44,19 @@ class NCSNppConfig:
     """Residual blocks a level on the way down (one more on the way up)."""
     attention: tuple[int, ...] = (16,)
     """Image heights at which the levels attend; the coarsest middle block always does."""
-    dropout: float = 0.1
+    dropout: float = field(default=0.1, metadata=MAY_CHANGE_AFTER)
     """Share of activations dropped in each residual block while training."""
     embedding: Literal["fourier", "positional"] = "fourier"
-    """Time embedding: random Fourier features of log t, or sinusoids of t."""
+    """Of the noise level: random Fourier features of its logarithm, or sinusoids."""
     fir: bool = True
     """Resample with the filter (1, 3, 3, 1) instead of nearest neighbour and mean."""
     progressive_input: Literal["residual", "none"] = "residual"
     """Whether a downsampled copy of the input enters every level."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata=MAY_CHANGE_AFTER)
     """Type of the computation; parameters, statistics, softmax and output stay float32."""
-    remat: bool = False
+    remat: bool = field(default=False, metadata=MAY_CHANGE)
     """Recompute the blocks in the backward pass instead of storing their insides."""
-    scan_blocks: bool = False
+    scan_blocks: bool = field(default=False, metadata=MAY_CHANGE)
     """Compile identical consecutive blocks once, as a loop: faster compilation, slower steps; very slow on a CPU."""
 
     def __post_init__(self) -> None:
@@ -75,7 +77,7 @@ class NCSNppConfig:
                 raise UserError(f"{name}: got {getattr(self, name)!r}, accepted are {', '.join(accepted)}")
 
     def build(self, in_shape: tuple[int, ...], out_channels: int, key: Key[Array, ""]) -> "NCSNpp":
-        """A network of this configuration with fresh parameters, from `(H, W, C_in)` to `(H, W, out_channels)`."""
+        """An `NCSNpp` with fresh parameters, from images `in_shape` = `(H, W, C_in)` to `(H, W, out_channels)`."""
         return NCSNpp(self, in_shape, out_channels, key=key)
 
 
@@ -150,10 +152,13 @@ class Level(eqx.Module):
 
 
 class NCSNpp(eqx.Module):
-    """The U-Net: `net(x, t)` of one image `(H, W, C_in)` and its time label, 999 t in the published networks.
+    """The U-Net: `net(x, level)` of one image and its noise level.
 
-    Returns float32 `(H, W, C_out)`. Dropout acts if a key is given. Raises `UserError` for an image that cannot be halved
-    as often as there are levels.
+    `config`: an `NCSNppConfig`.
+    `in_shape`, `out_channels`: of the images, `(H, W, C_in)`, and of what it returns, `(H, W, out_channels)`.
+    `key`: of the parameters.
+
+    Raises `UserError` for images that cannot be halved as often as there are levels.
 
     >>> config = NCSNppConfig(width=16, multipliers=(1, 2), blocks=1)
     >>> net = NCSNpp(config, (16, 16, 3), out_channels=3, key=jax.random.key(0))
@@ -229,11 +234,18 @@ class NCSNpp(eqx.Module):
         self.config, self.in_shape = config, in_shape
 
     def __call__(
-        self, x: Float[Array, "h w i"], t: Float[ArrayLike, ""], key: Key[Array, ""] | None = None
+        self,
+        x: Float[Array, "h w i"],
+        level: Float[ArrayLike, ""],
+        cond: PyTree = None,
+        *,
+        key: Key[Array, ""] | None = None,
     ) -> Float[Array, "h w o"]:
+        """`x` `(H, W, C_in)` at the level 999 t, as published, to float32 `(H, W, C_out)`; dropout acts if a key is given."""
+        refuse_cond(self, cond)
         if x.shape != self.in_shape:
             raise ValueError(f"x: got shape {x.shape}, the network was built for {self.in_shape}")
-        time = self._embed(t)
+        time = self._embed(level)
         masks = iter(self._masks(key) if key is not None and self.config.dropout else ())
         apply = jax.checkpoint(_apply) if self.config.remat else _apply
 
@@ -257,31 +269,31 @@ class NCSNpp(eqx.Module):
         h = pyramid = x.astype(self.config.dtype)
         h = self.conv_in(h)
         skips = [h]
-        for level in self.down:
-            for run in level.runs:
+        for stage in self.down:
+            for run in stage.runs:
                 h, outputs = through(run, h)
                 skips += outputs
-            if level.resample is not None:
-                h = single(level.resample, h)
-                if level.progressive is not None:
-                    h = pyramid = (downsample_conv(pyramid, level.progressive, self.config.fir) + h) * math.sqrt(0.5)
+            if stage.resample is not None:
+                h = single(stage.resample, h)
+                if stage.progressive is not None:
+                    h = pyramid = (downsample_conv(pyramid, stage.progressive, self.config.fir) + h) * math.sqrt(0.5)
                 skips.append(h)
         for block in self.middle:
             h = single(block, h)
-        for level in self.up:
-            for run in level.runs:
+        for stage in self.up:
+            for run in stage.runs:
                 h, _ = through(run, h, [skips.pop() for _ in range(run.count)])
-            if level.resample is not None:
-                h = single(level.resample, h)
+            if stage.resample is not None:
+                h = single(stage.resample, h)
         return self.conv_out(self.norm_out(h.astype(jnp.float32), swish=True))
 
-    def _embed(self, t: Float[ArrayLike, ""]) -> Float[Array, " features"]:
-        """The time's features as every block takes them, swish included."""
-        t = jnp.asarray(t, jnp.float32)
+    def _embed(self, level: Float[ArrayLike, ""]) -> Float[Array, " features"]:
+        """The level's features as every block takes them, swish included."""
+        level = jnp.asarray(level, jnp.float32)
         if self.frequencies is None:
-            features = sinusoidal_embedding(t, self.config.width)
+            features = sinusoidal_embedding(level, self.config.width)
         else:
-            features = fourier_embedding(t, self.frequencies)
+            features = fourier_embedding(level, self.frequencies)
         for dense in self.time:
             features = jax.nn.swish(dense(features))
         return features.astype(self.config.dtype)

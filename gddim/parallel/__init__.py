@@ -1,29 +1,32 @@
-"""Meshes, shardings, many hosts: the only package that makes meshes or asks how many processes there are."""
+"""Meshes and shardings, what many hosts agree on, and costs on paper; nothing else makes meshes."""
 
 from gddim.parallel.cost import activation_bytes as activation_bytes
 from gddim.parallel.cost import collectives as collectives
 from gddim.parallel.cost import on_paper as on_paper
 from gddim.parallel.cost import peak_flops as peak_flops
 from gddim.parallel.cost import step_cost as step_cost
+from gddim.parallel.hosts import EXIT_LOST as EXIT_LOST
+from gddim.parallel.hosts import EXIT_PREEMPTED as EXIT_PREEMPTED
+from gddim.parallel.hosts import PreemptionGuard as PreemptionGuard
+from gddim.parallel.hosts import agree as agree
+from gddim.parallel.hosts import await_verdict as await_verdict
+from gddim.parallel.hosts import check_backend as check_backend
+from gddim.parallel.hosts import ending_on_sigterm as ending_on_sigterm
+from gddim.parallel.hosts import initialize as initialize
+from gddim.parallel.hosts import leave as leave
+from gddim.parallel.hosts import on_main as on_main
+from gddim.parallel.hosts import tell as tell
+from gddim.parallel.hosts import to_host as to_host
 from gddim.parallel.mesh import MeshConfig as MeshConfig
 from gddim.parallel.mesh import Rule as Rule
 from gddim.parallel.mesh import batch_sharding as batch_sharding
 from gddim.parallel.mesh import bytes_per_device as bytes_per_device
 from gddim.parallel.mesh import default_rule as default_rule
-from gddim.parallel.mesh import describe as describe
 from gddim.parallel.mesh import global_batch as global_batch
 from gddim.parallel.mesh import init_sharded as init_sharded
 from gddim.parallel.mesh import make_mesh as make_mesh
+from gddim.parallel.mesh import mesh_in_words as mesh_in_words
 from gddim.parallel.mesh import per_device_batch as per_device_batch
 from gddim.parallel.mesh import replicated as replicated
+from gddim.parallel.mesh import round_up as round_up
 from gddim.parallel.mesh import state_shardings as state_shardings
-from gddim.parallel.processes import EXIT_LOST as EXIT_LOST
-from gddim.parallel.processes import EXIT_PREEMPTED as EXIT_PREEMPTED
-from gddim.parallel.processes import PreemptionGuard as PreemptionGuard
-from gddim.parallel.processes import await_verdict as await_verdict
-from gddim.parallel.processes import check_backend as check_backend
-from gddim.parallel.processes import ending_on_sigterm as ending_on_sigterm
-from gddim.parallel.processes import initialize as initialize
-from gddim.parallel.processes import leave as leave
-from gddim.parallel.processes import on_main as on_main
-from gddim.parallel.processes import tell as tell

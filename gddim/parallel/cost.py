@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from jaxtyping import Array, PyTree
 
 from gddim.errors import UserError
-from gddim.parallel.mesh import Rule, bytes_per_device, default_rule, per_device_batch, state_shardings
+from gddim.parallel.mesh import Rule, bytes_per_device, default_rule, per_device_batch, round_up, state_shardings
 
 
 class Chip(NamedTuple):
@@ -95,14 +95,14 @@ class Cost(NamedTuple):
 
 
 def activation_bytes(
-    loss: Callable[..., Array], params: PyTree[jax.ShapeDtypeStruct], example: tuple[jax.ShapeDtypeStruct, ...]
+    loss: Callable[..., Array], params: PyTree[jax.ShapeDtypeStruct], example: tuple[PyTree[jax.ShapeDtypeStruct], ...]
 ) -> int:
     """Bytes per example that the forward pass of `loss(params, *batch)` keeps, by its trace; `example` is one row.
 
     A compiler may fuse some of it away.
     """
     rows = 4096  # enough that the parameters, which are kept as well, do not count
-    batch = [jax.ShapeDtypeStruct((rows, *x.shape), x.dtype) for x in example]
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype), example)
     return _bytes(jax.eval_shape(lambda p, *b: jax.vjp(lambda p: loss(p, *b), p)[1], params, *batch)) // rows
 
 
@@ -154,7 +154,7 @@ def on_paper(
     lines = []
     for name, (kind, devices) in MACHINES.items():
         limit, line = CHIPS[kind].memory, ""
-        batch = -(-batch_size // (devices * accumulate)) * devices * accumulate
+        batch = round_up(batch_size, devices * accumulate)
         for fsdp in (2**i for i in range(devices.bit_length())):
             mesh = AbstractMesh((devices // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
             try:

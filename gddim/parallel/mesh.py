@@ -144,6 +144,11 @@ def _cut(x: jax.Array, spec: P) -> jax.Array:
     return x
 
 
+def round_up(count: int, multiple: int) -> int:
+    """The least multiple that is no less: what `count` rows are filled up to so that every device has as many."""
+    return -(-count // multiple) * multiple
+
+
 def per_device_batch(batch_size: int, mesh: Mesh | AbstractMesh, accumulate: int = 1) -> int:
     """Examples of each of `accumulate` parts of a global batch on each device; `UserError` when they do not divide it."""
     if batch_size < 1 or batch_size % (mesh.size * accumulate):
@@ -167,7 +172,7 @@ def bytes_per_device(tree: PyTree) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def describe(mesh: Mesh, state: PyTree) -> str:
+def mesh_in_words(mesh: Mesh, state: PyTree) -> str:
     """One line for the start of a run: processes, devices, mesh, bytes of state on each device."""
     kind = mesh.devices.flat[0].device_kind
     return (

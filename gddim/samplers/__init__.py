@@ -1,17 +1,20 @@
 """Samplers: tables of float64 coefficients, and the one loop that reads them."""
 
-from gddim.samplers.base import AbstractAdaptive as AbstractAdaptive
-from gddim.samplers.base import AbstractSampler as AbstractSampler
+from gddim.samplers.adams import GDDIM as GDDIM
 from gddim.samplers.base import Coefficients as Coefficients
-from gddim.samplers.base import count_calls as count_calls
-from gddim.samplers.base import sample as sample
 from gddim.samplers.baselines import RK45 as RK45
 from gddim.samplers.baselines import SSCS as SSCS
 from gddim.samplers.baselines import CholeskyMultistep as CholeskyMultistep
 from gddim.samplers.baselines import EulerMaruyama as EulerMaruyama
 from gddim.samplers.baselines import Heun as Heun
-from gddim.samplers.gddim import GDDIM as GDDIM
 from gddim.samplers.grids import log_snr_grid as log_snr_grid
 from gddim.samplers.grids import power_grid as power_grid
 from gddim.samplers.grids import two_phase_grid as two_phase_grid
 from gddim.samplers.grids import uniform_grid as uniform_grid
+from gddim.samplers.method import Method as Method
+from gddim.samplers.solver import AbstractSampler as AbstractSampler
+from gddim.samplers.solver import AbstractTableSampler as AbstractTableSampler
+from gddim.samplers.solver import Solution as Solution
+from gddim.samplers.solver import TableSolver as TableSolver
+from gddim.samplers.solver import count_calls as count_calls
+from gddim.samplers.solver import sample as sample

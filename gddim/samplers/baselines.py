@@ -7,22 +7,25 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PRNGKeyArray
 
-from gddim.samplers.base import AbstractAdaptive, AbstractSampler, Coefficients, EpsFn, Last, denoise, predict
-from gddim.samplers.gddim import count, history_nodes, triangular
+from gddim.samplers.adams import count, history_nodes, triangular
+from gddim.samplers.base import Coefficients, EpsFn, Last, denoise, predict
 from gddim.samplers.grids import check_grid
 from gddim.samplers.quadrature import Panels, lagrange
+from gddim.samplers.solver import AbstractSampler, AbstractSolver, AbstractTableSampler, Solution
 from gddim.sde.base import AbstractLinearSDE
 from gddim.sde.collocation import DIFFERENTIATE
 from gddim.sde.host import as_index, on_host
 from gddim.sde.linalg import Array, inverse, lq, product
 
 
-class CholeskyMultistep(AbstractSampler):
+class CholeskyMultistep(AbstractTableSampler):
     """The exponential Adams–Bashforth method in the Cholesky parameterisation, K = L in gDDIM's Table 1.
 
-    `u_s = Ψ(s,t) u_t + Σ_j [∫_t^s ½ Ψ(s,τ) GGᵀ L_τ⁻ᵀ ℓ_j(τ) dτ] ε^L_j`, with `ε^L = L⁻¹R ε` as history. Raises `ValueError` for
-    an order outside 1 … 4.
+    `u_s = Ψ(s,t) u_t + Σ_j [∫_t^s ½ Ψ(s,τ) GGᵀ L_τ⁻ᵀ ℓ_j(τ) dτ] ε^L_j`, with `ε^L = L⁻¹R ε` as history.
+
+    `order`: the number of nodes of the polynomials, 1 to 4. Raises `ValueError` for another.
     """
 
     order: int = eqx.field(default=3, static=True, converter=as_index)
@@ -39,7 +42,7 @@ class CholeskyMultistep(AbstractSampler):
         ts = check_grid(sde, ts)
         panels, nodes = Panels(sde, ts, lam=0.0), history_nodes(ts, self.order)
         R, psi = panels.at(sde.noise_factor, panels.tau), panels.psi(ts[1:], ts[:-1])
-        Y = panels.psi(panels.to_nodes(ts[1:]) + 0 * panels.tau, panels.tau) @ R
+        Y = panels.psi(panels.times_at_nodes(ts[1:]), panels.tau) @ R
         rate = np.einsum("ij,mj...->mi...", DIFFERENTIATE, Y) @ lq(R)[1].swapaxes(-1, -2)  # ½ Ψ GGᵀ L⁻ᵀ dτ/dξ
         basis, _ = lagrange(nodes[panels.step], panels.tau)
         weights = -panels.integrate(basis[(...,) + (None,) * (Y.ndim - 2)] * rate[:, :, None])
@@ -48,14 +51,15 @@ class CholeskyMultistep(AbstractSampler):
         rotation = np.where(np.isfinite(rotation), rotation, np.eye(sde.k))  # where R_0 = 0; no call follows
         one = np.broadcast_to(np.eye(sde.k), (len(ts), *psi.shape[1:]))
         return Coefficients(
-            ts, ts[:-1], psi, weights, 0 * psi, record_u=0 * one, record_eps=rotation @ one, orders=count(nodes)
-        )
+            ts, ts[:-1], psi, weights, noise=np.zeros_like(psi), record_u=np.zeros_like(one), record_eps=rotation @ one,
+            orders=count(nodes),
+        )  # fmt: skip
 
 
-class EulerMaruyama(AbstractSampler):
+class EulerMaruyama(AbstractTableSampler):
     """`u_s = u − h [F u + (1+λ²)/2 GGᵀR⁻ᵀ ε] + λ √h G ξ`, `h = t − s`: the reverse family by Euler's method.
 
-    λ = 0 is Euler on the probability flow. Raises `ValueError` for λ < 0.
+    `lam`: λ ≥ 0; 0 is Euler on the probability flow, 1 the reverse SDE. Raises `ValueError` for λ < 0.
     """
 
     lam: float = eqx.field(default=0.0, static=True, converter=float)
@@ -73,12 +77,14 @@ class EulerMaruyama(AbstractSampler):
         F, half = sde.velocity_factors(ts[:-1])
         h = -np.diff(ts).reshape(-1, *(1,) * (F.ndim - 1))
         one = np.broadcast_to(np.eye(sde.k), (len(ts), *F.shape[1:]))
-        noise = self.lam * np.sqrt(h) * triangular_root(sde.diffusion_squared(ts[:-1])) + 0 * F
+        noise = np.broadcast_to(self.lam * np.sqrt(h) * triangular_root(sde.diffusion_squared(ts[:-1])), F.shape)
         weights = -h * (1 + self.lam**2) * half
-        return Coefficients(ts, ts[:-1], one[1:] - h * F, weights[:, None], noise, record_u=0 * one, record_eps=one)
+        return Coefficients(
+            ts, ts[:-1], one[1:] - h * F, weights[:, None], noise, record_u=np.zeros_like(one), record_eps=one
+        )
 
 
-class Heun(AbstractSampler):
+class Heun(AbstractTableSampler):
     """Heun's second-order method on the probability flow: the trapezoidal rule with Euler's prediction, two calls a step.
 
     With `f = F u + ½ GGᵀR⁻ᵀ ε` as history: `û = u − h f(u, t)`, then `u_s = u − h/2 (f(u, t) + f(û, s))`. Raises
@@ -95,12 +101,12 @@ class Heun(AbstractSampler):
         h = -np.diff(ts).reshape(-1, *(1,) * (F.ndim - 1)) * one
         corrector = np.stack([-h / 2, -h / 2], 1)
         return Coefficients(
-            ts, ts[:-1], one, -h[:, None], 0 * h, record_u=F, record_eps=half,
-            corrector=corrector, corrector_noise=0 * h,
+            ts, ts[:-1], one, -h[:, None], np.zeros_like(h), record_u=F, record_eps=half,
+            corrector=corrector, corrector_noise=np.zeros_like(h),
         )  # fmt: skip
 
 
-class SSCS(AbstractSampler):
+class SSCS(AbstractTableSampler):
     """Symmetric splitting of the reverse SDE (Dockhorn et al. 2022, arXiv 2112.07068, §3.3), order 2 for λ = 1.
 
     Half a step of the Ornstein–Uhlenbeck process `A = −F − GGᵀS⁻¹` exactly, the kick `h GGᵀ(∇log p + S⁻¹u)` at the middle
@@ -127,16 +133,16 @@ class SSCS(AbstractSampler):
         noise[:-1] = triangular(np.concatenate([first[1:] @ noise[:-1], first_noise[1:]], -1))
         record = np.concatenate([one, one[:1]])
         return Coefficients(
-            ts, middle, psi, weights[:, None], noise, record_u=0 * record, record_eps=record,
+            ts, middle, psi, weights[:, None], noise, record_u=np.zeros_like(record), record_eps=record,
             start=(first[0], first_noise[0]),
         )  # fmt: skip
 
     @staticmethod
     def _relax(sde: AbstractLinearSDE, S: np.ndarray, t: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The transition of A from t down to s and the factor of the noise that it adds."""
-        x, w = np.polynomial.legendre.leggauss(32)
-        tau = s[:, None] + (t - s)[:, None] * (1 + x) / 2
-        S_inv, at_s = np.linalg.inv(S), s[:, None] + 0 * tau
+        nodes, w = np.polynomial.legendre.leggauss(32)
+        tau = s[:, None] + (t - s)[:, None] * (1 + nodes) / 2
+        S_inv, at_s = np.linalg.inv(S), np.broadcast_to(s[:, None], tau.shape)
         within = S @ on_host(sde.transition, tau, at_s).swapaxes(-1, -2) @ S_inv
         root = triangular_root(sde.diffusion_squared(tau)) * np.sqrt((t - s)[:, None] / 2 * w)[..., None, None]
         increments = np.moveaxis(within @ root, 1, -2)
@@ -144,11 +150,13 @@ class SSCS(AbstractSampler):
         return S @ on_host(sde.transition, t, s).swapaxes(-1, -2) @ S_inv, noise
 
 
-class RK45(AbstractAdaptive):
+class RK45(AbstractSampler):
     """The probability flow by Dormand–Prince 5(4) with adaptive steps (diffrax), as in Song et al. 2021.
 
-    Differentiable in reverse mode alone. Raises `ValueError` for a tolerance ≤ 0, a grid that ends where R is singular (VP
-    at t = 0), or under `jax.jvp`, `jax.jacfwd` or `jax.hessian`.
+    `rtol`, `atol`: relative and absolute tolerance of a step.
+
+    Raises `ValueError` for a tolerance ≤ 0, a grid that ends where R is singular (VP at t = 0), or a derivative in forward
+    mode: it has those of reverse mode alone.
     """
 
     rtol: float = eqx.field(default=1e-5, static=True, converter=float)
@@ -160,17 +168,35 @@ class RK45(AbstractAdaptive):
         if not (self.rtol > 0 and self.atol > 0):
             raise ValueError(f"RK45: rtol={self.rtol} and atol={self.atol} must be > 0")
 
-    def solve(
-        self, sde: AbstractLinearSDE, eps_fn: EpsFn, u: Array, ts: Any, last: Last = "none"
-    ) -> tuple[Array, Array]:
+    def nfe(self, steps: int) -> None:
+        return None
+
+    def solver(self, sde: AbstractLinearSDE, ts: Any, last: Last = "none") -> AdaptiveSolver:
+        ts = _check_end(sde, check_grid(sde, ts))
+        return AdaptiveSolver(sde, self.rtol, self.atol, float(ts[0]), float(ts[-1]), last)
+
+
+class AdaptiveSolver(AbstractSolver):
+    """RK45 on a process, between two times."""
+
+    sde: AbstractLinearSDE
+    rtol: float = eqx.field(static=True)
+    atol: float = eqx.field(static=True)
+    start: float = eqx.field(static=True)
+    end: float = eqx.field(static=True)
+    last: Last = eqx.field(static=True)
+
+    def solve(self, eps_fn: EpsFn, u: Array, key: PRNGKeyArray | None, path: bool) -> Solution:
         import diffrax
 
+        if path:
+            raise ValueError("RK45 chooses its own steps and keeps no path: take a sampler on a grid")
+
         def velocity(t: Array, u: Array, _: None) -> Array:
-            F, half = (x.astype(u.dtype) for x in sde.velocity_factors(t))
+            F, half = (x.astype(u.dtype) for x in self.sde.velocity_factors(t))
             return product(F, u) + product(half, predict(eps_fn, u, t))
 
-        ts = _check_end(sde, check_grid(sde, ts))
-        start, end = jnp.asarray(ts[0], u.dtype), jnp.asarray(ts[-1], u.dtype)
+        start, end = jnp.asarray(self.start, u.dtype), jnp.asarray(self.end, u.dtype)
         try:
             solution = diffrax.diffeqsolve(
                 diffrax.ODETerm(velocity), diffrax.Dopri5(), start, end, None, u, max_steps=100_000,
@@ -180,11 +206,12 @@ class RK45(AbstractAdaptive):
             if "forward-mode" not in str(error):
                 raise
             raise ValueError("RK45 has no forward-mode derivative (jvp, jacfwd, hessian): use grad or jacrev") from None
-        calls = (
-            6 * solution.stats["num_steps"] + 2
-        )  # the last stage is the next step's first; two choose the first step
+        # the last stage is the next step's first; two choose the first step
+        calls = 6 * solution.stats["num_steps"] + 2
         u = jnp.asarray(solution.ys)[0]
-        return (u, calls) if last == "none" else (denoise(sde, eps_fn, u, ts[-1], last), calls + 1)
+        if self.last == "none":
+            return Solution(u, calls)
+        return Solution(denoise(self.sde, eps_fn, u, self.end, self.last), calls + 1)
 
 
 def triangular_root(GG: np.ndarray) -> np.ndarray:

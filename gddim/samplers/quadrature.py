@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from gddim.sde.base import AbstractLinearSDE
-from gddim.sde.collocation import DEPTH, DIFFERENTIATE, NODES, W, X, unresolved
+from gddim.sde.collocation import DEPTH, DIFFERENTIATE, GAUSS_NODES, GAUSS_WEIGHTS, NODES, unresolved
 from gddim.sde.host import on_host
 
 
@@ -43,7 +43,7 @@ class Panels:
         self.starts = np.searchsorted(self.step, np.arange(len(ts) - 1))
 
     def _place(self, step: np.ndarray, lower: np.ndarray, upper: np.ndarray) -> None:
-        y = (lower + upper)[:, None] / 2 + (upper - lower)[:, None] / 2 * X
+        y = (lower + upper)[:, None] / 2 + (upper - lower)[:, None] / 2 * GAUSS_NODES
         self.step, self.lower, self.upper = step, lower, upper
         self.tau = y**2
         self.slope = (upper - lower)[:, None] * y  # dτ/dξ on the panel, ξ in [-1, 1]
@@ -78,6 +78,10 @@ class Panels:
         """`(steps, …)` to what broadcasts against values at the nodes, `(panels, 1, …)`."""
         return per_step[self.step][:, None]
 
+    def times_at_nodes(self, per_step: np.ndarray) -> np.ndarray:
+        """A time of every step at each of its nodes, `(panels, nodes)`."""
+        return np.broadcast_to(self.to_nodes(per_step), self.tau.shape)
+
     def log_rate(self) -> np.ndarray:
         """`½ M dτ/dξ`, with `M = R⁻¹GGᵀR⁻ᵀ`, at the nodes: `Y⁻¹ dY/dξ` for `Y = Ψ(lower, τ) R_τ`; symmetric."""
         Y = self.local_psi() @ self.at(self.sde.noise_factor, self.tau)
@@ -86,7 +90,7 @@ class Panels:
 
     def integrate(self, values: np.ndarray) -> np.ndarray:
         """`∫_s^t values dξ` per step, for values at the nodes `(panels, nodes, …)`. Returns `(steps, …)`."""
-        return np.add.reduceat(np.einsum("i,mi...->m...", W, values), self.starts, axis=0)
+        return np.add.reduceat(np.einsum("i,mi...->m...", GAUSS_WEIGHTS, values), self.starts, axis=0)
 
     def stieltjes(self, nodes: np.ndarray, Q: np.ndarray, Q_s: np.ndarray, Q_t: np.ndarray) -> np.ndarray:
         """`∫_t^s ℓ_j(τ) dQ(τ)` for every step and every column j of `nodes` `(steps, q)`; NaN marks an absent node.

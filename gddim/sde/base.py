@@ -26,6 +26,29 @@ class AbstractLinearSDE(eqx.Module):
     times give JAX coefficients in their own precision, under any transformation. A subclass written in `jax.numpy`
     alone works too: it is then evaluated in float64 on the CPU where a table is computed. Fields are static (a process
     has no array leaves), so it passes through `jit` as it is.
+
+    A new process says its `k` and `horizon` and defines the four abstract methods: `transition`, `noise_factor`, and
+    `to_pixels` and `from_pixels`, which are the identity unless it works in another basis. All else follows. One given by F
+    and GGᵀ is a `LinearSDE`, one of a single field a `GaussianPath`; `python -m gddim.check module:object` measures its laws.
+
+    >>> class OrnsteinUhlenbeck(AbstractLinearSDE):  # du = −u dt + √2 dw
+    ...     k = 1
+    ...     horizon = 5.0
+    ...
+    ...     def transition(self, t, s):
+    ...         return jnp.exp(-(t - s) * jnp.ones((1, 1)))
+    ...
+    ...     def noise_factor(self, t):
+    ...         return jnp.sqrt(-jnp.expm1(-2 * t * jnp.ones((1, 1))))
+    ...
+    ...     def to_pixels(self, u):
+    ...         return u
+    ...
+    ...     def from_pixels(self, x):
+    ...         return x
+    >>> table = gddim.GDDIM(order=2).coefficients(OrnsteinUhlenbeck(), gddim.power_grid(5.0, 1e-3, steps=10))
+    >>> bool(np.allclose(OrnsteinUhlenbeck().diffusion_squared(0.3), 2.0))
+    True
     """
 
     k: eqx.AbstractVar[int]
@@ -104,14 +127,22 @@ class AbstractLinearSDE(eqx.Module):
         return product(self.transition(t, 0.0), u0) + product(self.noise_factor(t), eps)
 
     def sample_prior(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
-        """A state of `shape = (*dims, k, C)` from `N(0, Σ_T + ψψᵀ)`, `ψ = Ψ(T, 0) e_0`: what white data of variance 1
-        become at T. For VP this is N(0, 1), for CLD N(0, 1) × N(0, M) up to e^{−2B(T)√m_inv}.
+        """A state of `shape = (*dims, k, C)` from `N(0, Σ_T + ψψᵀ)`, the `prior_covariance` at T.
+
+        For VP this is N(0, 1), for CLD N(0, 1) × N(0, M) up to e^{−2B(T)√m_inv}.
         """
         xi = jax.random.normal(key, shape, jnp.float32)
         self.check_state(xi, "shape")
-        psi = self.transition(self.horizon, 0.0)[..., :, :1]
-        signal, noise = aligned(product(psi, transpose(psi)), self.covariance(self.horizon))
-        return product(symmetric_root(signal + noise), xi)
+        return product(symmetric_root(self.prior_covariance(self.horizon)), xi)
+
+    def prior_covariance(self, t: Time) -> Array:
+        """`Σ_t + ψψᵀ`, `ψ = Ψ(t, 0) e_0`: that of the state at t where data are white, of variance 1.
+
+        Returns `(*#dims, k, k)`.
+        """
+        psi = self.transition(t, 0.0)[..., :, :1]
+        signal, noise = aligned(product(psi, transpose(psi)), self.covariance(t))
+        return signal + noise
 
     def score(self, eps: Float[Array, "..."], t: Time) -> Float[Array, "..."]:
         """`∇log p_t(u) = −R_t⁻ᵀ ε(u, t)`, of the shape of ε. Infinite at a t where `R_t` is singular."""

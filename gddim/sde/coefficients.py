@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from gddim.sde.collocation import X
+from gddim.sde.collocation import GAUSS_NODES
 from gddim.sde.host import float64_on_cpu, in_float64
 from gddim.sde.linalg import transpose
 
@@ -45,7 +45,7 @@ class Coefficients:
     def kinds(self) -> tuple[np.ndarray, np.ndarray]:
         if self._kinds is None:
             if len(self._known) == 1:
-                for _, values in self._pieces(self.horizon * (1 + X) / 2):
+                for _, values in self._pieces(self.horizon * (1 + GAUSS_NODES) / 2):
                     self._tell_apart(*(v[:, index] for v, index in values))
             _, first, kind = np.unique(np.concatenate(self._known, -1), axis=0, return_index=True, return_inverse=True)
             self._kinds = first, kind.reshape(self.shape[:-2])
@@ -99,7 +99,7 @@ class Coefficients:
 
     def sizes(self) -> Iterator[tuple[str, float]]:
         """The root mean squares of F, GGᵀ and the covariance: what tells one process from another."""
-        for _, ((F, _), (GG, _)) in self._pieces(self.horizon * (1 + X) / 2):
+        for _, ((F, _), (GG, _)) in self._pieces(self.horizon * (1 + GAUSS_NODES) / 2):
             for name, v in dict(F=F, GG=GG, start=self.covariance).items():
                 yield name, float(np.sqrt(np.mean(v**2)))
 

@@ -7,15 +7,15 @@ import numpy as np
 TOLERANCE = 1e-12  # of the last Legendre coefficients, relative to the largest
 DEPTH = 14  # bisections at most: what float64 rounding keeps from resolving further is as exact as it gets
 NODES = 16
-X, W = np.polynomial.legendre.leggauss(NODES)
-TO_LEGENDRE = np.linalg.inv(np.polynomial.legendre.legvander(X, NODES - 1))
+GAUSS_NODES, GAUSS_WEIGHTS = np.polynomial.legendre.leggauss(NODES)
+TO_LEGENDRE = np.linalg.inv(np.polynomial.legendre.legvander(GAUSS_NODES, NODES - 1))
 _AT = np.polynomial.legendre.legval
 _BASIS = np.polynomial.legendre.legvander
 
 
 def _operator(of: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """The matrix that maps values at the nodes X to `of` their interpolating polynomial, at the nodes."""
-    return np.stack([_AT(X, of(column)) for column in TO_LEGENDRE.T], -1)
+    """The matrix that maps values at the nodes to `of` their interpolating polynomial, at the nodes."""
+    return np.stack([_AT(GAUSS_NODES, of(column)) for column in TO_LEGENDRE.T], -1)
 
 
 DIFFERENTIATE = _operator(np.polynomial.legendre.legder)
@@ -23,13 +23,13 @@ INTEGRATE = _operator(lambda c: np.polynomial.legendre.legint(c, lbnd=-1))  # fr
 
 # Gauss points of order 4 in every gap between two nodes, and between a node and an end of the panel: what is said to be a
 # polynomial is judged there, and integrals from the left end to each node are sums of positive terms over them.
-_ENDS = np.concatenate([[-1.0], X, [1.0]])
+_ENDS = np.concatenate([[-1.0], GAUSS_NODES, [1.0]])
 _GAUSS = np.polynomial.legendre.leggauss(4)
 GAPS = len(_ENDS) - 1
 BETWEEN = (_ENDS[:-1, None] + np.diff(_ENDS)[:, None] * (1 + _GAUSS[0]) / 2).reshape(-1)
 BETWEEN_W = (np.diff(_ENDS)[:, None] / 2 * _GAUSS[1]).reshape(-1)
 TO_BETWEEN = _BASIS(BETWEEN, NODES - 1) @ TO_LEGENDRE
-TO_END = _BASIS(np.ones(1), NODES - 1) @ TO_LEGENDRE
+TO_ENDS = _BASIS(_ENDS[[0, -1]], NODES - 1) @ TO_LEGENDRE
 
 
 def at_points(operator: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -45,7 +45,7 @@ def collocate(A: np.ndarray, *, backward: bool = False) -> tuple[np.ndarray, np.
     Picard's iteration, whose n-th term is at most `(2 max|A|)^n/n!`; on panels where that is large nothing is resolved.
     """
     k = A.shape[-1]
-    S = INTEGRATE - W if backward else INTEGRATE
+    S = INTEGRATE - GAUSS_WEIGHTS if backward else INTEGRATE
     entries = np.ascontiguousarray(np.moveaxis(A, (-2, -1), (0, 1)))  # long axes last: tiny matrices are slow in NumPy
     flat = entries.reshape(k, k, *A.shape[:2], -1)
     term = np.broadcast_to(np.eye(k)[..., None, None, None], flat.shape)
@@ -56,7 +56,7 @@ def collocate(A: np.ndarray, *, backward: bool = False) -> tuple[np.ndarray, np.
         if not np.abs(term).max() > 1e-20:
             break
     moved = np.einsum("ij...,jk...->ik...", flat, nodes)
-    end = np.eye(k)[..., None, None] + (-1 if backward else 1) * np.einsum("n,ijmnp->ijmp", W, moved)
+    end = np.eye(k)[..., None, None] + (-1 if backward else 1) * np.einsum("n,ijmnp->ijmp", GAUSS_WEIGHTS, moved)
     back = lambda values, shape: np.moveaxis(values.reshape(k, k, *shape), (0, 1), (-2, -1))
     return back(nodes, A.shape[:-2]), back(end, A.shape[:1] + A.shape[2:-2])
 

@@ -7,11 +7,12 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 from gddim import UserError
-from gddim.parallel import PreemptionGuard
-from gddim.parallel.processes import cluster
+from gddim.parallel import PreemptionGuard, agree, hosts, on_main
+from gddim.parallel.hosts import cluster
 
 SLURM = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NODELIST": "node[1-2]"}
 MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}
@@ -125,23 +126,37 @@ with ending_on_sigterm():
     assert "what is done is kept" in done.stderr
 
 
+def test_all_processes_agree_on_one_value_and_on_one_error(monkeypatch):
+    def refuse():
+        raise UserError("no room")
+
+    assert (agree(3), agree(3, np.max), on_main(lambda: "here")) == (3, 3, "here")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts.multihost_utils, "process_allgather", lambda x: np.stack([x, x + x.dtype.type(1)]))
+    assert (agree(3), agree(3, np.max), agree(3).dtype) == (3, 4, np.int32)
+    assert agree(np.arange(2), lambda both: both.sum(0).tolist()) == [1, 3]
+    assert on_main(lambda: ["any", "JSON", None]) == ["any", "JSON", None]
+    with pytest.raises(UserError, match="no room"):
+        on_main(refuse)
+
+
 FAILING = """
 import os, signal, sys, time
 from experiments import points
 from gddim.experiment import cli
-from gddim.parallel import processes
+from gddim.parallel import hosts
 
-processes.HEARTBEAT_SECONDS, processes.VERDICT_SECONDS = 10, 30
+hosts.HEARTBEAT_SECONDS, hosts.VERDICT_SECONDS = 10, 30
 rank, lost, error = int(os.environ["JAX_PROCESS_ID"]), sys.argv[1] == "lost", eval(sys.argv[2])
 
 def work(command):
-    processes.initialize()
+    hosts.initialize()
     if rank == 1 and lost:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(1 if rank == 0 else 60)
     raise error
 
-cli.carry_out = work
+cli.execute = work
 cli.main(points.EXPERIMENT, ["train"])
 """
 

@@ -1,4 +1,4 @@
-"""Start-up on several hosts, and stopping all of them at the same step."""
+"""Several hosts as one: start-up, what all processes agree on, and stopping all of them at the same step."""
 
 import contextlib
 import functools
@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jaxtyping import Array, ArrayLike, Shaped
 
 from gddim.errors import UserError
 
@@ -42,13 +43,13 @@ def _number(env: Mapping[str, str], name: str) -> int:
 
 
 def cluster(env: Mapping[str, str], on_tpu: bool) -> dict[str, Any] | None:
-    """What `jax.distributed.initialize` must be told in this environment; None on a plain machine.
+    """The arguments of `jax.distributed.initialize` in this environment; None on a plain machine.
 
     An address in JAX_COORDINATOR_ADDRESS comes first (with JAX_NUM_PROCESSES and JAX_PROCESS_ID, or the rank that
     Open MPI, SLURM or an indexed Kubernetes job sets); then SLURM and Open MPI jobs of more than one task; then TPU
     machines, on GCE or GKE. An interactive shell inside a SLURM allocation is a plain machine. Open MPI's ranks on one
     node take a GPU each; JAX sees to that only where it finds the variables of Open MPI 4.
-    Raises `UserError` for a job of which only a part is told.
+    Raises `UserError` for a job of which only a part is given.
     """
     pair = next((pair for pair in _RANKS if all(name in env for name in pair)), None)
     rank: dict[str, Any] = {}
@@ -152,21 +153,39 @@ def leave(status: int) -> NoReturn:
     sys.exit(status)
 
 
-def on_main(action: Callable[[], bool]) -> bool:
-    """What `action` returns on process 0, on every process; also the `UserError` that it raises there: all end alike."""
+def agree(value: ArrayLike, how: Callable[[np.ndarray], Any] = lambda values: values[0]) -> Any:
+    """What `how` makes of the values that all processes give, stacked in their order; by default that of process 0.
+
+    The same on every process, each of which has to call it.
+    """
+    value = np.asarray(value)
+    value = value.astype(jax.dtypes.canonicalize_dtype(value.dtype))
+    return how(value[None] if jax.process_count() == 1 else multihost_utils.process_allgather(value))
+
+
+def on_main(action: Callable[[], Any]) -> Any:
+    """What `action` returns on process 0, on every process; also the `UserError` that it raises there: all end alike.
+
+    JSON must be able to hold it.
+    """
     if jax.process_count() == 1:
         return action()
-    told = np.zeros(8192, np.uint8)
+    message = np.zeros(8192, np.uint8)
     if jax.process_index() == 0:
         try:
-            said = json.dumps([action(), ""])
+            text = json.dumps([action(), ""])
         except UserError as error:
-            said = json.dumps([False, str(error)[:1000]])
-        told[: len(said)] = list(said.encode())
-    value, error = json.loads(bytes(multihost_utils.broadcast_one_to_all(told)).rstrip(b"\0"))
+            text = json.dumps([None, str(error)[:1000]])
+        message[: len(text)] = list(text.encode())
+    value, error = json.loads(bytes(agree(message)).rstrip(b"\0"))
     if error:
         raise UserError(error)
     return value
+
+
+def to_host(x: Shaped[Array, "..."]) -> Shaped[np.ndarray, "..."]:
+    """The whole array on every host."""
+    return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))
 
 
 @functools.cache

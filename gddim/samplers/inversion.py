@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PRNGKeyArray
 
-from gddim.samplers import GDDIM, Coefficients
-from gddim.samplers.base import Calls, calls, run
-from gddim.samplers.gddim import count, history_nodes
+from gddim.samplers.adams import GDDIM, count, history_nodes
+from gddim.samplers.base import Coefficients, ProcessModel
 from gddim.samplers.grids import check_grid
 from gddim.samplers.quadrature import Panels
+from gddim.samplers.solver import AbstractSolver, TableSolver
 from gddim.sde import AbstractLinearSDE
-from gddim.sde.linalg import inverse, product, symmetric_root, transpose
+from gddim.sde.linalg import inverse, product, symmetric_root
 
 
 def encoding_table(sde: AbstractLinearSDE, ts: Any, order: int = 3) -> Coefficients:
@@ -26,14 +26,13 @@ def encoding_table(sde: AbstractLinearSDE, ts: Any, order: int = 3) -> Coefficie
     ts = check_grid(sde, ts)
     panels = Panels(sde, ts, lam=0.0)
     nodes = history_nodes(ts[::-1], order)[::-1]
-    at_t = panels.to_nodes(ts[:-1]) + 0 * panels.tau
-    Q = panels.psi(at_t, panels.tau) @ panels.at(sde.noise_factor, panels.tau)
+    Q = panels.psi(panels.times_at_nodes(ts[:-1]), panels.tau) @ panels.at(sde.noise_factor, panels.tau)
     R, psi = panels.at(sde.noise_factor, ts), panels.psi(ts[:-1], ts[1:])
     weights = -panels.stieltjes(nodes, Q, psi @ R[1:], R[:-1])
     one = np.broadcast_to(np.eye(sde.k), (len(ts), *psi.shape[1:]))
     rising = ts[::-1]
     return Coefficients(
-        rising, rising[:-1], psi[::-1], weights[::-1], 0 * psi, record_u=0 * one, record_eps=one,
+        rising, rising[:-1], psi[::-1], weights[::-1], np.zeros_like(psi), record_u=np.zeros_like(one), record_eps=one,
         orders=count(nodes)[::-1],
     )  # fmt: skip
 
@@ -45,25 +44,29 @@ class Coder(eqx.Module):
     state is one that the model has seen.
     """
 
-    model: Any
-    up: Calls
-    down: Calls
+    model: ProcessModel
+    up: TableSolver
+    down: AbstractSolver
     at_end: tuple[Any, Any]
     """`Ψ(t_min, 0)` and `R` at t_min."""
     whiten: Any
     """`S_T^{−1/2}`: latents times this are standard normal."""
 
     @staticmethod
-    def of(model: Any, ts: Float[np.ndarray, " n"], order: int = 3) -> "Coder":
+    def of(model: ProcessModel, ts: Float[np.ndarray, " n"], order: int = 3) -> "Coder":
         sde, end = model.sde, float(ts[-1])
-        last, sigma = sde.transition(float(ts[0]), 0.0)[..., :, :1], sde.covariance(float(ts[0]))
         return Coder(
             model,
-            calls(encoding_table(sde, ts, order), sde),
-            calls(GDDIM(order).coefficients(sde, ts), sde),
+            TableSolver.of(encoding_table(sde, ts, order), sde),
+            GDDIM(order).solver(sde, ts),
             (sde.transition(end, 0.0), sde.noise_factor(end)),
-            inverse(symmetric_root(product(last, transpose(last)) + sigma)),
+            inverse(symmetric_root(sde.prior_covariance(float(ts[0])))),
         )
+
+    @property
+    def nfe(self) -> int:
+        """Network calls each way."""
+        return len(self.up.rows.time)
 
     def noised(self, x: Float[Array, "*dims C"], key: PRNGKeyArray) -> Float[Array, "*dims k C"]:
         """The state of data at `t_min`."""
@@ -73,11 +76,11 @@ class Coder(eqx.Module):
 
     def encode(self, u: Float[Array, "*dims k C"]) -> Float[Array, "*dims k C"]:
         """A state at `t_min` to the latent at the grid's start, of the prior's distribution."""
-        return run(self.up, self.model, u, jax.random.key(0))
+        return self.up(self.model, u).state
 
     def decode(self, latent: Float[Array, "*dims k C"]) -> Float[Array, "*dims k C"]:
         """A latent to the state at `t_min`."""
-        return run(self.down, self.model, latent, jax.random.key(0))
+        return self.down(self.model, latent).state
 
     def between(
         self, a: Float[Array, "*dims k C"], b: Float[Array, "*dims k C"], shares: Float[Array, " n"]

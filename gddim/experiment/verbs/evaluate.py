@@ -8,15 +8,15 @@ import json
 import jax
 from etils import epath
 
+from gddim.evaluation.classes import Labelled, classes_in_words, classify
 from gddim.evaluation.page import REPORT, check_page, write_page
 from gddim.evaluation.report import plot, table
-from gddim.evaluation.statistics import write_whole
 from gddim.evaluation.sweep import RESULTS, read_rows, sweep
-from gddim.experiment.classes import Labelled, classify, told
+from gddim.experiment.checkpoints import restore_ema
 from gddim.experiment.drawing import draw_samples
 from gddim.experiment.measure import Measure, cells
 from gddim.experiment.plan import Plan
-from gddim.experiment.training import restore_ema
+from gddim.storage import write_whole
 
 
 def evaluate(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
@@ -38,6 +38,6 @@ def evaluate(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
         found = classify(experiment.data, draw_samples(experiment, plan.mesh, plan.model(params), more)[0])
         if jax.process_index() == 0:
             write_whole(workdir / "classes.json", json.dumps(found, indent=2).encode())
-            print(told(found), flush=True)
+            print(classes_in_words(found), flush=True)
     if jax.process_index() == 0:
         write_page(workdir)

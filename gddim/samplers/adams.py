@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal
 
 import equinox as eqx
 import numpy as np
 
-from gddim.samplers.base import AbstractSampler, Coefficients
+from gddim.samplers.base import Coefficients
 from gddim.samplers.grids import check_grid
 from gddim.samplers.quadrature import Panels, lagrange
+from gddim.samplers.solver import AbstractTableSampler
 from gddim.sde.base import AbstractLinearSDE
-from gddim.sde.collocation import W, collocate
+from gddim.sde.collocation import GAUSS_WEIGHTS, collocate
 from gddim.sde.host import as_index
 from gddim.sde.linalg import inverse
 
@@ -19,7 +21,7 @@ AMPLIFICATION = 256.0  # times the rounding of a network in bfloat16 this is the
 GAIN = 2.0  # of the prediction's error by a correction, where data are a point; for others it is less
 
 
-class GDDIM(AbstractSampler):
+class GDDIM(AbstractTableSampler):
     """gDDIM (Zhang, Tao, Chen, ICLR 2023, arXiv 2206.05564) of any order, in both interpolations, for any λ.
 
     With Ψ̂ the transition matrix of `F + (1+λ²)/2 GGᵀΣ⁻¹` (at λ = 0, `Ψ̂(s,t) = R_s R_t⁻¹`), ℓ_j the Lagrange basis on the
@@ -79,29 +81,22 @@ class GDDIM(AbstractSampler):
         return steps * (1 + self.corrector)
 
     def coefficients(self, sde: AbstractLinearSDE, ts: Any) -> Coefficients:
-        ts = check_grid(sde, ts)
-        panels = Panels(sde, ts, self.lam)
-        R, psi = panels.at(sde.noise_factor, ts), panels.psi(ts[1:], ts[:-1])
-        one = np.broadcast_to(np.eye(sde.k), (len(ts), *psi.shape[1:]))
-        z = Contraction(panels, R)
-        nodes = history_nodes(ts, self.order)
-        with_s = np.concatenate([ts[1:, None], nodes], 1)
-        if self.interpolate == "data":
-            return self._on_data(panels, R, psi, one, z, nodes, with_s)
-        return self._on_eps(panels, R, psi, one, z, nodes, with_s)
+        steps = Steps.of(sde, check_grid(sde, ts), self.lam, self.order)
+        return self._on_data(steps) if self.interpolate == "data" else self._on_eps(steps)
 
-    def _on_eps(self, panels, R, psi, one, z, nodes, with_s) -> Coefficients:
-        Q = panels.psi(panels.to_nodes(panels.ts[1:]) + 0 * panels.tau, panels.tau)
+    def _on_eps(self, steps: Steps) -> Coefficients:
+        panels, R, z, psi = steps.panels, steps.R, steps.contraction, steps.psi
+        Q = panels.psi(panels.times_at_nodes(panels.ts[1:]), panels.tau)
         Q = Q @ panels.at(panels.sde.noise_factor, panels.tau) @ z.to_t
         ends = R[1:] @ z.step, psi @ R[:-1]
         table: dict[str, Any] = dict(
-            ts=panels.ts, times=panels.ts[:-1], psi=psi, weights=panels.stieltjes(nodes, Q, *ends), noise=z.noise,
-            record_u=0 * one, record_eps=one, orders=count(nodes),
+            ts=panels.ts, times=panels.ts[:-1], psi=psi, weights=panels.stieltjes(steps.nodes, Q, *ends), noise=z.noise,
+            record_u=np.zeros_like(steps.one), record_eps=steps.one, orders=count(steps.nodes),
         )  # fmt: skip
         with np.errstate(divide="ignore", invalid="ignore"):
             shift, corrected = inverse(R[1:]) @ z.noise, np.full(len(psi), False)
             if self.corrector:  # acts on the history as it is after the step
-                corrector = panels.stieltjes(with_s, Q, *ends) @ inverse(z.step)[:, None]
+                corrector = panels.stieltjes(steps.nodes_with_s, Q, *ends) @ inverse(z.step)[:, None]
                 gain = np.linalg.norm(inverse(R[1:]) @ corrector[:, 0], axis=(-2, -1))
                 corrected = (gain <= GAIN).all(tuple(range(1, gain.ndim)))
         if panels.ts[-1] == 0 and not corrected[-1]:
@@ -111,29 +106,64 @@ class GDDIM(AbstractSampler):
             noise = z.noise - corrector.sum(1) @ shift
             table |= dict(corrector=corrector, corrector_noise=noise, corrected=corrected)
         if self.lam > 0:
-            table |= dict(carry=z.step + 0 * psi, shift=shift)
+            table |= dict(carry=steps.whole(z.step), shift=shift)
         return Coefficients(**table)
 
-    def _on_data(self, panels, R, psi, one, z, nodes, with_s) -> Coefficients:
-        def weights(
-            nodes: np.ndarray,
-        ) -> np.ndarray:  # Ψ(·, t_j) folded in: m_j is the history, not D_j = Ψ(0, t_j) m_j
+    def _on_data(self, steps: Steps) -> Coefficients:
+        panels, R, z, psi = steps.panels, steps.R, steps.contraction, steps.psi
+
+        def weights(nodes: np.ndarray) -> np.ndarray:
+            """Ψ(·, t_j) folded in: m_j is the history, not D_j = Ψ(0, t_j) m_j."""
             t = np.broadcast_to(panels.ts[:-1, None], nodes.shape)
             return panels.stieltjes(nodes, Q, *ends) @ panels.psi(t, np.where(np.isnan(nodes), t, nodes))
 
         with np.errstate(divide="ignore", invalid="ignore"):
-            psi_hat = R[1:] @ z.step @ inverse(R[:-1]) + 0 * psi
+            psi_hat = steps.whole(R[1:] @ z.step @ inverse(R[:-1]))
             regular = np.isfinite(inverse(R[1:])).reshape(len(psi), -1).all(1)  # elsewhere there is no ε at s
         Q = panels.to_nodes(R[1:]) @ z.from_s @ inverse(panels.at(panels.sde.noise_factor, panels.tau))
-        Q = Q @ panels.psi(panels.tau, panels.to_nodes(panels.ts[:-1]) + 0 * panels.tau)
+        Q = Q @ panels.psi(panels.tau, panels.times_at_nodes(panels.ts[:-1]))
         ends = psi, psi_hat
         corrector: dict[str, Any] = {}
         if self.corrector:
-            corrector = dict(corrector=weights(with_s), corrector_noise=z.noise, corrected=regular)
+            corrector = dict(corrector=weights(steps.nodes_with_s), corrector_noise=z.noise, corrected=regular)
         return Coefficients(
-            ts=panels.ts, times=panels.ts[:-1], psi=psi_hat, weights=weights(nodes), noise=z.noise,
-            record_u=one, record_eps=-R @ one, orders=count(nodes), **corrector,
+            ts=panels.ts, times=panels.ts[:-1], psi=psi_hat, weights=weights(steps.nodes), noise=z.noise,
+            record_u=steps.one, record_eps=-R @ steps.one, orders=count(steps.nodes), **corrector,
         )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """What the weights of the steps of one grid are made of, at one λ."""
+
+    panels: Panels
+    R: np.ndarray
+    """`R` at the times of the grid, `(steps + 1, *#dims, k, k)`."""
+    psi: np.ndarray
+    """`Ψ(s, t)`, `(steps, *#dims, k, k)`."""
+    contraction: Contraction
+    nodes: np.ndarray
+    """The times of each step's history, `(steps, order)`: see `history_nodes`."""
+
+    @staticmethod
+    def of(sde: AbstractLinearSDE, ts: np.ndarray, lam: float, order: int) -> Steps:
+        panels = Panels(sde, ts, lam)
+        R = panels.at(sde.noise_factor, ts)
+        return Steps(panels, R, panels.psi(ts[1:], ts[:-1]), Contraction(panels, R), history_nodes(ts, order))
+
+    @property
+    def nodes_with_s(self) -> np.ndarray:
+        """Those of the corrector, `(steps, order + 1)`."""
+        return np.concatenate([self.panels.ts[1:, None], self.nodes], 1)
+
+    @property
+    def one(self) -> np.ndarray:
+        """The identity at the times of the grid."""
+        return np.broadcast_to(np.eye(self.psi.shape[-1]), (len(self.R), *self.psi.shape[1:]))
+
+    def whole(self, matrices: np.ndarray) -> np.ndarray:
+        """`(steps, *#dims, k, k)` with all the dims of Ψ."""
+        return np.broadcast_to(matrices, np.broadcast_shapes(matrices.shape, self.psi.shape))
 
 
 def history_nodes(ts: np.ndarray, order: int) -> np.ndarray:
@@ -185,7 +215,7 @@ class Contraction:
 
     def _scalar(self, panels: Panels, R: np.ndarray) -> None:
         s, t, tau = panels.ts[1:], panels.ts[:-1], panels.tau
-        at_s, at_t = (panels.to_nodes(x) + 0 * tau for x in (s, t))
+        at_s, at_t = panels.times_at_nodes(s), panels.times_at_nodes(t)
         R_tau, square = panels.at(panels.sde.noise_factor, tau), panels.lam**2
         with np.errstate(divide="ignore"):
             log_step = square * np.log(R[1:] / (panels.psi(s, t) * R[:-1]))
@@ -200,13 +230,13 @@ class Contraction:
         to_upper, _ = collocate(square * rate, backward=True)
         values, vectors = np.linalg.eigh(rate)
         root = vectors * np.sqrt(2 * square * np.maximum(values, 0))[..., None, :]
-        root *= np.sqrt(W).reshape(-1, *(1,) * (rate.ndim - 2))
+        root *= np.sqrt(GAUSS_WEIGHTS).reshape(-1, *(1,) * (rate.ndim - 2))
         left, right = np.empty_like(whole), np.empty_like(whole)  # Z(s, lower) and Z(upper, t)
         self.step = np.empty((len(R) - 1, *whole.shape[1:]))
         self.noise = np.empty_like(self.step)
         one = np.broadcast_to(np.eye(R.shape[-1]), whole.shape[1:])
         for step, (start, stop) in enumerate(zip(panels.starts, [*panels.starts[1:], len(whole)], strict=True)):
-            Z, factor = one, 0 * one
+            Z, factor = one, np.zeros_like(one)
             for p in range(start, stop):
                 left[p] = Z
                 increments = np.moveaxis(Z @ from_lower[p] @ root[p], 0, -2)  # (*#dims, k, nodes, k)

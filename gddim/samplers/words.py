@@ -4,8 +4,10 @@ import dataclasses
 from typing import Any
 
 from gddim.errors import UserError
-from gddim.samplers import GDDIM, RK45, SSCS, AbstractSampler, CholeskyMultistep, EulerMaruyama, Heun, count_calls
-from gddim.samplers.base import AbstractAdaptive, Last
+from gddim.samplers.adams import GDDIM
+from gddim.samplers.base import Last
+from gddim.samplers.baselines import RK45, SSCS, CholeskyMultistep, EulerMaruyama, Heun
+from gddim.samplers.solver import AbstractSampler, count_calls
 
 _FORMS = {"gddim": GDDIM, "cholesky": CholeskyMultistep, "em": EulerMaruyama, "heun": Heun, "sscs": SSCS, "rk45": RK45}
 _WORDS = {"eps": ("interpolate", "eps"), "data": ("interpolate", "data"), "corrector": ("corrector", True)}
@@ -15,18 +17,18 @@ ACCEPTED = (
 )
 
 
-def parse_sampler(text: str) -> AbstractSampler | AbstractAdaptive:
+def parse_sampler(text: str) -> AbstractSampler:
     """The sampler that a word such as `gddim:3:data` names. Raises `UserError` that lists what is accepted."""
     name, *options = text.strip().lower().split(":")
     if name not in _FORMS:
-        raise UserError(f"sampler {text!r}: {name!r} is none; accepted are {ACCEPTED}")
+        raise UserError(f"unknown sampler {text!r}; accepted are {ACCEPTED}")
     known = {field.name for field in dataclasses.fields(_FORMS[name])}
     arguments: dict[str, Any] = {}
     for option in options:
         argument, value = _argument(option)
         if argument not in known or argument in arguments:
-            why = "is given twice" if argument in arguments else f"is no option of {name}"
-            raise UserError(f"sampler {text!r}: {option!r} {why}; accepted are {ACCEPTED}")
+            why = f"{option!r} sets {argument} again" if argument in arguments else f"{name} has no option {option!r}"
+            raise UserError(f"sampler {text!r}: {why}; accepted are {ACCEPTED}")
         arguments[argument] = value
     try:
         return _FORMS[name](**arguments)
@@ -47,7 +49,7 @@ def _argument(option: str) -> tuple[str, Any]:
         return "", None
 
 
-def sampler_name(sampler: AbstractSampler | AbstractAdaptive) -> str:
+def sampler_name(sampler: AbstractSampler) -> str:
     """The shortest word that `parse_sampler` reads as this sampler; the `repr` of one that has no word."""
     name = next((name for name, form in _FORMS.items() if isinstance(sampler, form)), None)
     if name is None:
@@ -63,12 +65,14 @@ def sampler_name(sampler: AbstractSampler | AbstractAdaptive) -> str:
     return ":".join(words)
 
 
-def steps_for(sampler: Any, nfe: int, last: Last = "none") -> int:
-    """The most steps that make at most `nfe` network calls, the last one included.
+def steps_for(sampler: AbstractSampler, nfe: int, last: Last = "none") -> int:
+    """The most steps that make at most `nfe` network calls, the last one included; 1 if the sampler chooses its own.
 
     What is left over (Heun with an odd number of calls) is not spent; rows of a table tell the calls made. Raises
     `UserError` if one step makes too many.
     """
+    if sampler.nfe(1) is None:
+        return 1
     least = count_calls(sampler, 1, last)
     if nfe < least:
         raise UserError(f"nfe: {nfe} given, but {sampler_name(sampler)} with last={last} makes at least {least} calls")

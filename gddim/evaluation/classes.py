@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from gddim.data import Source
+from gddim.data import Source, data_alone
 
 
 @runtime_checkable
@@ -32,7 +32,7 @@ def classify(data: Labelled, samples: Shaped[np.ndarray, "n ..."]) -> dict[str, 
     from sklearn.calibration import CalibratedClassifierCV
     from sklearn.svm import SVC
 
-    train, test = data.train(), data.test()
+    train, test = data_alone(data.train()), data_alone(data.test())
     labels, held_out = data.labels()
 
     def pixels(records: np.ndarray) -> np.ndarray:
@@ -50,7 +50,7 @@ def classify(data: Labelled, samples: Shaped[np.ndarray, "n ..."]) -> dict[str, 
     }
 
 
-def told(found: dict[str, Any]) -> str:
+def classes_in_words(found: dict[str, Any]) -> str:
     """What `classify` found, in a line."""
     shares = ", ".join(f"{name}: {share:.1%}" for name, share in found["shares"].items())
     return (

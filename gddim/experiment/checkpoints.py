@@ -1,0 +1,91 @@
+"""The checkpoints of a run: what they hold, and what training and sampling begin with."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from typing import NamedTuple
+
+import jax
+from etils import epath
+from jaxtyping import PyTree
+
+from gddim.checkpoint import Checkpointer, checksums
+from gddim.errors import UserError
+from gddim.experiment.config import Experiment
+from gddim.experiment.plan import Plan
+from gddim.experiment.workdir import describe, differences, may_change
+from gddim.train import TrainState
+
+
+class Start(NamedTuple):
+    """Where training begins: a step, the state there, and what a user should know of it."""
+
+    step: int
+    state: TrainState
+    notes: tuple[str, ...] = ()
+
+
+def checkpoints(experiment: Experiment, workdir: epath.Path) -> Checkpointer:
+    """Those of the run in a workdir."""
+    settings = experiment.train
+    return Checkpointer(workdir / "checkpoints", keep_last=settings.keep, keep_every=settings.keep_every or None)
+
+
+def items_of(state: TrainState) -> dict[str, object]:
+    """What a checkpoint holds, the average apart from the rest so that it can be read alone."""
+    return {"train": {"step": state.step, "model": state.model, "opt_state": state.opt_state}, "ema": state.ema}
+
+
+def checkpoint_digest(params: PyTree) -> str:
+    """Tells apart parameters that differ in any bit, whatever mesh they are on."""
+    return hashlib.sha256(json.dumps(checksums(jax.tree.leaves(params))).encode()).hexdigest()[:16]
+
+
+def restore_ema(plan: Plan, workdir: epath.Path, step: int | None = None) -> tuple[PyTree, int]:
+    """The averaged parameters of a checkpoint, the newest whole one if no step is given, and its step."""
+    with contextlib.closing(checkpoints(plan.experiment, workdir)) as saved:
+        items, step = saved.restore({"ema": plan.shapes.ema}, step)
+    return items["ema"], step
+
+
+def start(plan: Plan, saved: Checkpointer, borrowed: Start | None = None) -> Start:
+    """Of the newest whole checkpoint, else what was borrowed, else fresh."""
+    return _restored(plan, saved) if saved.any() else borrowed or Start(0, plan.init())
+
+
+def borrow(plan: Plan) -> Start:
+    """The start that `train.init` names. Raises `UserError` for a run that is none, a step that it lacks, another network."""
+    settings = plan.experiment.train
+    word = settings.init or ""
+    run, step = re.fullmatch(r"(.*?)(?:@(\d+))?", word, re.DOTALL).groups()  # pyright: ignore[reportOptionalMemberAccess]
+    try:
+        with contextlib.closing(Checkpointer(epath.Path(run).expanduser() / "checkpoints")) as saved:
+            if not saved.any():
+                raise UserError("no run with checkpoints is there; give RUN or RUN@STEP, RUN being its workdir")
+            start = _restored(plan, saved, None if step is None else int(step))
+            config = saved.config(start.step)
+    except UserError as error:
+        raise UserError(f"--train.init {word}: {error}") from error
+    if start.step >= settings.steps:
+        raise UserError(
+            f"--train.init {word} is at step {start.step}: --train.steps must be more, not {settings.steps}"
+        )
+    free = may_change(plan.experiment) - {"train.steps"} | {"train.init"}
+    changes = "; ".join(line.strip() for line in differences(config, describe(plan.experiment), free))
+    return start._replace(notes=(f"from {run}, step {start.step}: {changes or 'nothing is changed'}", *start.notes))
+
+
+def _restored(plan: Plan, saved: Checkpointer, step: int | None = None) -> Start:
+    """A checkpoint's state; it notes where other steps in all than those that were to be move the cooldown."""
+    items, step = saved.restore(items_of(plan.shapes), step)
+    state, settings = TrainState(**items["train"], ema=items["ema"]), plan.experiment.train
+    before = saved.config(step).get("train", {}).get("steps", settings.steps)
+    old, new = before - settings.cooldown, settings.steps - settings.cooldown
+    if not settings.cooldown or old == new:
+        return Start(step, state)
+    note = f"train.steps was {before} and is {settings.steps}: the cooldown begins at step {max(new, 0)}, not {max(old, 0)}"
+    note += ", and the learning rate, which fell already, rises again" if new > old and step > old else ""
+    return Start(step, state, (note,))

@@ -1,0 +1,79 @@
+"""The verb `encode`: held-out data to their latents and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jaxtyping import Array, Int, Key
+
+from gddim.data import to_unit
+from gddim.errors import UserError
+from gddim.evaluation.figures import label_in_words
+from gddim.evaluation.page import write_page
+from gddim.experiment.checkpoints import restore_ema
+from gddim.experiment.measure import held_out
+from gddim.experiment.outputs import check_names, write_figure, write_npz
+from gddim.experiment.pictures import gallery, rows
+from gddim.experiment.plan import Plan
+from gddim.experiment.workdir import describe
+from gddim.parallel import batch_sharding, round_up, to_host
+from gddim.samplers import GDDIM
+from gddim.samplers.inversion import Coder, interpolate, reconstruct
+from gddim.samplers.words import sampler_name
+
+ROWS, COLUMNS = 8, 9  # of the picture of interpolations
+
+
+def encode(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
+    """Bring the first held-out records to their latents and back; writes both, and pictures of what lies between."""
+    experiment, settings = plan.experiment, plan.experiment.sampling
+    match settings.sampler:
+        case GDDIM(order=order, lam=0.0, corrector=False):
+            sampler = GDDIM(order)  # whichever prediction samples
+        case _:
+            raise UserError("encode: it needs the coefficients of gddim[:ORDER], without noise and corrector")
+    if settings.samples < 2:
+        raise UserError("sampling.samples: 1 given, encode shows what lies between pairs and needs at least 2")
+    check_names(workdir, "latents", "reconstructions", "interpolations")
+    source = held_out(experiment)
+    params, step = restore_ema(plan, workdir, step)
+    count = min(settings.samples, len(source))
+    size = round_up(min(settings.batch, count), plan.mesh.size)
+    coder = Coder.of(plan.model(params), settings.method.grid(experiment.sde), order)
+    parts = []
+    for first in range(0, count, size):
+        numbers = np.minimum(np.arange(first, first + size), count - 1)
+        x, numbers = jax.device_put((source[numbers], numbers), batch_sharding(plan.mesh))
+        parts.append(jax.tree.map(to_host, reconstruct(coder, to_unit(x), _keys(settings.seed, numbers))))
+    latents, data, errors = (np.concatenate(part)[:count] for part in zip(*parts, strict=True))
+    shown = min(ROWS, count // 2)
+    ends = to_unit(jnp.asarray(source[np.arange(2 * shown)]))
+    between = interpolate(coder, ends[:shown], ends[shown:], COLUMNS, _keys(settings.seed, jnp.arange(shown)))
+    if jax.process_index() == 0:
+        made = dataclasses.replace(settings, sampler=sampler)
+        origin = {"experiment": experiment.name, "step": step, **describe(made)}
+        run = f"{experiment.name}, step {step}: held-out data"
+        by = f"{label_in_words(sampler_name(sampler))}, {coder.nfe} network calls each way"
+        write_npz(workdir / "latents.npz", latents, origin)
+        pairs, title = np.stack([np.asarray(ends), data[: 2 * shown]]), f"{run}, encoded and decoded\n{by}"
+        back = rows(pairs, title, ("data", "decoded")) if data.ndim == 4 else gallery(data, title)
+        write_figure(workdir / "reconstructions", back, origin)
+        title = f"{run}, and what lies between their latents\n{by}"
+        write_figure(workdir / "interpolations", rows(to_host(between), title), origin)
+        write_page(workdir)
+        print(
+            f"{count:,} held-out records encoded and decoded in {coder.nfe} calls each way at step {step}: root "
+            f"mean square error {errors.mean():.4g}, at most {errors.max():.4g}; {workdir}: latents.npz, "
+            "reconstructions.png, interpolations.png, report.html",
+            flush=True,
+        )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _keys(seed: int, numbers: Int[Array, " n"]) -> Key[Array, " n"]:
+    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(numbers)

@@ -1,0 +1,56 @@
+"""The verb `likelihood`: bits per dimension of held-out data."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+from etils import epath
+
+from gddim.evaluation.likelihood import bits_per_dimension
+from gddim.evaluation.page import REPORT, check_page, write_page
+from gddim.evaluation.provenance import hardware, software
+from gddim.experiment.checkpoints import checkpoint_digest, restore_ema
+from gddim.experiment.config import require
+from gddim.experiment.measure import held_out
+from gddim.experiment.plan import Plan
+from gddim.experiment.workdir import describe
+from gddim.parallel import batch_sharding, round_up
+from gddim.storage import write_whole
+
+
+def likelihood(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
+    """Tell the bits per dimension of the first held-out records, as many as an evaluation has samples."""
+    experiment, settings = plan.experiment, plan.experiment.sampling
+    check_page(workdir / REPORT)
+    require(experiment.eval.samples >= 2, "eval.samples: 1 given, likelihood needs at least 2")
+    source = held_out(experiment)
+    params, step = restore_ema(plan, workdir, step)
+    found = bits_per_dimension(
+        plan.model(params),
+        source,
+        min(experiment.eval.samples, len(source)),
+        settings.seed,
+        round_up(settings.batch, plan.mesh.size),
+        batch_sharding(plan.mesh),
+    )
+    row = {
+        "bits_per_dimension": found.mean,
+        "standard_error": found.standard_error,
+        "records": len(found.each),
+        "kind": "exact" if experiment.sde.k == 1 and source.dtype != np.uint8 else "upper bound",
+        "checkpoint": checkpoint_digest(params),
+        "experiment": describe(experiment),
+        "step": step,
+        "devices": hardware(),
+        **software(),
+    }
+    if jax.process_index() == 0:
+        write_whole(workdir / "likelihood.json", (json.dumps(row, indent=2) + "\n").encode())
+        write_page(workdir)
+        print(
+            f"{found.mean:.4f} ± {found.standard_error:.4f} bits per dimension ({row['kind']}) of {len(found.each):,} "
+            f"held-out records at step {step}; {workdir}: likelihood.json",
+            flush=True,
+        )

@@ -1,0 +1,186 @@
+"""What every sampler is: it makes a solver for a process and a grid, and counts its own network calls."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Num, PRNGKeyArray
+
+from gddim.samplers.base import Calls, Coefficients, EpsFn, Last, Path, calls, run, to_data
+from gddim.samplers.grids import check_grid
+from gddim.sde.base import AbstractLinearSDE
+from gddim.sde.linalg import Array, namespace, product
+
+
+class Solution(NamedTuple):
+    """What a solver found."""
+
+    state: Array
+    """The state at the end, `(*dims, k, C)`."""
+    calls: Any
+    """The network calls that it took: an integer, traced where the sampler chooses its own steps."""
+    path: Path | None = None
+    """How it came about, where that was asked for."""
+
+
+class AbstractSolver(eqx.Module):
+    """A sampler on a process and a grid, made once for any number of states. A pytree: what it holds may be traced."""
+
+    sde: eqx.AbstractVar[AbstractLinearSDE]
+
+    @abc.abstractmethod
+    def solve(self, eps_fn: EpsFn, u: Array, key: PRNGKeyArray | None, path: bool) -> Solution:
+        """The solution from the state `u`, which is of this process and of float32 at least."""
+
+    def __call__(
+        self, eps_fn: EpsFn, u: Num[Array, "..."], key: PRNGKeyArray | None = None, path: bool = False
+    ) -> Solution:
+        """Carry one state to the end of the grid: see `sample` for the arguments and what is refused.
+
+        With `path` the solution tells also the states, ε and data foreseen at every network call.
+        """
+        u = jnp.asarray(u)
+        self.sde.check_state(u)
+        if not jnp.issubdtype(u.dtype, jnp.floating):
+            raise ValueError(f"u has dtype {u.dtype}; a state is of floating-point numbers")
+        single = u.astype(jnp.float32) if u.dtype.itemsize < 4 else u
+        solution = self.solve(eps_fn, single, key, path)
+        return solution._replace(state=solution.state.astype(u.dtype))
+
+
+class AbstractSampler(eqx.Module):
+    """A sampler: a description that becomes a solver on a process and a grid. Fields are static."""
+
+    @abc.abstractmethod
+    def nfe(self, steps: int) -> int | None:
+        """Network calls of that many steps, without the final denoising call; None if it chooses its own steps."""
+
+    @abc.abstractmethod
+    def solver(self, sde: AbstractLinearSDE, ts: Any, last: Last = "none") -> AbstractSolver:
+        """The solver on the grid `ts`, with a `last` call to 0. A sampler that has its own grid, or chooses its steps,
+        takes from `ts` what it needs. Raises `ValueError` for a grid that does not decrease within [0, horizon].
+        """
+
+
+class AbstractTableSampler(AbstractSampler):
+    """A sampler that is a table of numbers on any grid, read by the one loop: a new one writes `coefficients` and `nfe`.
+
+    >>> class Euler(AbstractTableSampler):  # on the probability flow, du/dt = F u + ½ GGᵀR⁻ᵀ ε
+    ...     def nfe(self, steps):
+    ...         return steps
+    ...
+    ...     def coefficients(self, sde, ts):
+    ...         F, half = sde.velocity_factors(ts[:-1])
+    ...         h, one = np.diff(ts)[:, None, None], np.broadcast_to(np.eye(sde.k), (len(ts), *F.shape[1:]))
+    ...         zero = np.zeros_like(one)
+    ...         return Coefficients(ts, ts[:-1], one[1:] + h * F, (h * half)[:, None], zero[1:], record_u=zero, record_eps=one)
+    >>> times, u = gddim.power_grid(1.0, 1e-3, steps=50), jnp.ones((2, 3))
+    >>> ours, theirs = (gddim.sample(s, gddim.CLD(), jnp.multiply, u, times) for s in (Euler(), gddim.EulerMaruyama()))
+    >>> bool(jnp.allclose(ours, theirs))
+    True
+    """
+
+    @abc.abstractmethod
+    def coefficients(self, sde: AbstractLinearSDE, ts: Any) -> Coefficients:
+        """The table on the grid `ts`. Raises `ValueError` for a grid that does not decrease within [0, horizon]."""
+
+    def solver(self, sde: AbstractLinearSDE, ts: Any, last: Last = "none") -> TableSolver:
+        return TableSolver.of(self.coefficients(sde, ts), sde, last)
+
+
+class TableSolver(AbstractSolver):
+    """A table laid out as network calls, an argument of the compiled loop: solvers that make as many calls share one."""
+
+    sde: AbstractLinearSDE
+    rows: Calls
+    start: tuple[Array, Array] | None
+    foresee: tuple[Array, Array]
+
+    @staticmethod
+    def of(table: Coefficients, sde: AbstractLinearSDE, last: Last = "none") -> TableSolver:
+        """The solver of a table, which may be traced: a sample is differentiable in every number of it.
+
+        >>> sde, u, times = gddim.VP(), jnp.ones((1, 2)), gddim.power_grid(1.0, 1e-3, steps=4)
+        >>> table = gddim.GDDIM(order=2).coefficients(sde, times)
+        >>> def size(times, weights):
+        ...     moved = eqx.tree_at(lambda table: (table.times, table.weights), table, (times, weights))
+        ...     return jnp.mean(TableSolver.of(moved, sde)(jnp.multiply, u).state ** 2)
+        >>> of_times, of_weights = jax.grad(size, (0, 1))(jnp.asarray(table.times), jnp.asarray(table.weights))
+        >>> of_times.shape, of_weights.shape
+        ((4,), (4, 2, 1, 1))
+        """
+        rows = calls(table, sde, last)
+        return TableSolver(sde, rows, table.start, to_data(sde, rows.time))
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether it adds noise, or may because its noise is traced."""
+        noise = (self.rows.noisy, *(() if self.start is None else self.start[1:]))
+        return any(namespace(x) is jnp or bool(np.any(x)) for x in noise)
+
+    def solve(self, eps_fn: EpsFn, u: Array, key: PRNGKeyArray | None, path: bool) -> Solution:
+        if key is None and self.stochastic:
+            raise ValueError("this sampler adds noise: give a key")
+        first, rest = jax.random.split(jax.random.key(0) if key is None else key)
+        if self.start is not None:
+            psi, noise = self.start
+            u = product(psi, u) + product(noise, jax.random.normal(first, u.shape, u.dtype))
+        state, way = run(self.rows, eps_fn, u, rest, self.foresee if path else None)
+        return Solution(state, len(self.rows.time), way)
+
+
+def count_calls(sampler: AbstractSampler, steps: int, last: Last = "none") -> int:
+    """NFE of `sample` with that many steps: network calls, the final denoising call included.
+
+    Raises `ValueError` for a sampler that chooses its own steps.
+    """
+    count = sampler.nfe(steps)
+    if count is None:
+        raise ValueError(f"{sampler} chooses its own steps: only its solution tells the number of its calls")
+    return count + (last != "none")
+
+
+def sample(
+    sampler: AbstractSampler,
+    sde: AbstractLinearSDE,
+    eps_fn: EpsFn,
+    u: Num[Array, "..."],
+    ts: Any,
+    key: PRNGKeyArray | None = None,
+    last: Last = "none",
+) -> Float[Array, "..."]:
+    """Carry one state `u` `(*dims, k, C)` at `ts[0]` to `ts[-1]`, or to 0 with a `last` call.
+
+    `sampler`: a `GDDIM` or another of this package, or your own.
+    `sde`: the process.
+    `eps_fn`: `ε(u, t)`, takes and returns one state. Its result is cast to the precision of the loop, which is that of `u`
+    but at least float32 (CLD multiplies rounding by e^8): a state in half precision is cast back at the end.
+    `u`: one state at `ts[0]`; `jax.vmap` maps over several.
+    `ts`: the grid, a decreasing list of times in [0, horizon].
+    `key`: draws the noise of λ > 0.
+    `last`: one more network call from `ts[-1]` to 0, "euler" (a step of the reverse SDE without noise) or "data" (the data
+    foreseen); "none" makes none.
+
+    Returns one state, of the shape and precision of `u`. Runs under `jit`, `vmap` and `shard_map`; coefficients are
+    computed on the host and are arguments of the compiled loop, which is one program for every sampler of this package on
+    grids that make the same number of calls. An Equinox module as `eps_fn` (`EpsModel`, `Denoiser`, your own) or one
+    function compiles once, whatever arrays the module holds; a fresh lambda at each call compiles anew, and it and the
+    arrays that it closes over are kept alive.
+
+    Raises `ValueError` for a state or an ε of a wrong shape, a state of integers, a grid that does not decrease within
+    [0, horizon], a missing key, a `last` call after a grid that ends at 0.
+
+    >>> sde, x0 = gddim.VP(), jnp.array([0.3, -0.8])
+    >>> def eps_fn(u, t):  # the exact ε of data that are the one point x0
+    ...     return (u - sde.transition(t, 0.0) * sde.lift(x0)) / sde.noise_factor(t)
+    >>> u = sde.sample_prior(jax.random.key(0), (1, 2))
+    >>> one_step = sample(gddim.GDDIM(order=1), sde, eps_fn, u, [1.0, 0.0])
+    >>> bool(jnp.allclose(sde.project(one_step), x0, atol=1e-4))
+    True
+    """
+    return sampler.solver(sde, check_grid(sde, ts), last)(eps_fn, u, key).state

@@ -1,0 +1,72 @@
+"""Files on disks and in buckets: written whole or not at all, folders held by one process, room that is left."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from etils import epath
+
+
+def write_whole(path: epath.Path, content: bytes) -> None:
+    """Write a file such that a kill at any moment, or the `OSError` that names it, leaves the old content or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = _beside(path)
+    try:
+        new.write_bytes(content)
+        new.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise OSError(f"{path}: {error.strerror or error}; what was there before remains") from error
+
+
+def check_writable(path: epath.Path) -> None:
+    """Raise `OSError` now for a file that could not be written after long work. Leaves its folder behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = _beside(path)
+    new.write_bytes(b"")
+    new.unlink()
+
+
+def _beside(path: epath.Path) -> epath.Path:
+    return path.parent / f".{path.name}.new"
+
+
+def is_local(path: os.PathLike[str]) -> bool:
+    """Whether a path is on this machine, not in a bucket."""
+    return "://" not in os.fspath(path)
+
+
+def free_bytes(path: os.PathLike[str]) -> float:
+    """The room on the disk of a folder; a bucket has no end."""
+    return float(shutil.disk_usage(path).free) if is_local(path) else math.inf
+
+
+@contextlib.contextmanager
+def locked(path: os.PathLike[str], busy: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Hold a folder, or a file that is made for it, alone among processes; the system releases it however this one ends.
+
+    Where another one has it, `busy` is called, and unless that raises, it is waited for. Buckets have no locks, nor have
+    some file systems: nothing is held there.
+    """
+    if not is_local(path):
+        yield
+        return
+    handle = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDONLY | os.O_CREAT, 0o666)
+    try:
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                busy()
+                fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

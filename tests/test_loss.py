@@ -1,0 +1,122 @@
+"""The objective: one object for training, `denoising_loss` and a loop of one's own; what conditions a network reaches it."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_train import EXPERIMENT
+from test_trees import PICTURES, Classes
+
+import gddim
+from gddim.data import batches
+from gddim.experiment.plan import Plan
+from gddim.loss import AbstractObjective, Row, ScoreMatching
+from gddim.nn import MLPConfig, NCSNppConfig
+from gddim.train import TrainState, adam, make_update
+
+OPTIMIZER = adam()
+SHAPE = (8, 8, 3)
+
+
+def test_training_the_public_loss_and_the_objective_are_one():
+    plan = Plan(EXPERIMENT)
+    batch = next(batches(EXPERIMENT.data.train(), 16, EXPERIMENT.seed))
+    key = jax.random.fold_in(jax.random.key(EXPERIMENT.seed), 0)  # of the first step
+    state = plan.init()
+    trained = jax.jit(plan.step(flip=False))(state, batch)[1]["loss"]
+    model = eqx.combine(state.model, plan.static)
+    noise_key = jax.random.split(key)[1]
+    for loss in (gddim.denoising_loss, EXPERIMENT.objective):
+        np.testing.assert_allclose(loss(model, jnp.asarray(batch), noise_key), trained, rtol=1e-6)
+
+
+def test_times_are_uniform_in_their_power():
+    x0 = jnp.zeros((20_000, *SHAPE[-1:]))
+    for power in (1.0, 3.0):
+        rows = ScoreMatching(gddim.CLD(), power).rows(x0, jax.random.key(0))
+        assert rows.noise.shape == (20_000, 2, 3)
+        u = np.sort(rows.level ** (1 / power))
+        np.testing.assert_allclose(u, np.linspace(1e-5 ** (1 / power), 1, len(u)), atol=0.02)
+
+
+class LogNormal(AbstractObjective):
+    """Another objective: a denoiser of white noise whose standard deviation is log-normal."""
+
+    mean: float = -1.2
+    std: float = 1.2
+
+    def rows(self, x0: Any, key: Any, cond: Any = None) -> Row:
+        keys = jax.random.split(key, 3)
+        sigma = jnp.exp(self.mean + self.std * jax.random.normal(keys[0], x0.shape[:1]))
+        return Row(x0, sigma, jax.random.normal(keys[1], x0.shape), jax.random.split(keys[2], len(x0)), cond)
+
+    def loss(self, model: Any, row: Row) -> Any:
+        return jnp.mean((model(row.x0 + row.level * row.noise, row.level) - row.x0) ** 2) / row.level**2
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_another_objective_trains_without_a_change_elsewhere(accumulate):
+    """On `N(0, 1)` the denoiser is `y/(1 + σ²)`, which is learned as `y/(1 + gain σ²)`."""
+    objective = LogNormal()
+    denoiser = lambda gain: lambda y, sigma: y / (1 + gain * sigma**2)
+    update = make_update(
+        lambda batch, key: objective.rows(batch, key), lambda gain, *rows: objective.mean_loss(denoiser(gain), Row(*rows)),
+        OPTIMIZER, lambda step: jnp.float32(0.02), seed=0, ema=0.9, accumulate=accumulate,
+    )  # fmt: skip
+    state = TrainState.create(jnp.asarray(0.3), OPTIMIZER)
+    data = jax.random.normal(jax.random.key(7), (200, 64, 4))
+    state, _ = jax.jit(lambda state: jax.lax.scan(update, state, data))(state)
+    np.testing.assert_allclose(state.ema, 1.0, atol=0.1)
+
+
+@pytest.mark.parametrize(("model", "width"), [(gddim.Denoiser, 3), (gddim.EpsModel, 6)])
+@pytest.mark.parametrize("sde", [gddim.VP(), gddim.CLD(), gddim.Blurring(8)], ids=lambda sde: type(sde).__name__)
+def test_what_conditions_a_network_reaches_it(model, width, sde):
+    width = width if model is gddim.Denoiser else 3 * sde.k
+
+    def net(x, level, cond=None, *, key=None):
+        seen.append((cond, key is not None))
+        return jnp.zeros((*x.shape[:-1], width))
+
+    model, seen, cond = model(sde, net), [], {"label": jnp.arange(2)}
+    u, key = jnp.ones((8, 8, sde.k, 3)), jax.random.key(0)
+    model(u, 0.5)
+    model(u, 0.5, cond, key=key)
+    model.loss(u[..., 0, :], 0.5, u, cond, key=key)
+    if isinstance(model, gddim.Denoiser):
+        model.denoise(u, 0.5, cond, key=key)
+    assert [where for where, _ in seen] == [None, *[cond] * (len(seen) - 1)]
+    assert [keyed for _, keyed in seen] == [False, *[True] * (len(seen) - 1)]
+    gddim.denoising_loss(model, jnp.ones((2, *SHAPE)), key, cond=cond)
+    assert seen[-1][0]["label"].shape == ()  # of one example
+
+
+def test_each_example_has_its_own_condition():
+    model = Plan(PICTURES).experiment.build(jax.random.key(0))
+    x0, key, label = jnp.zeros((4, *SHAPE)), jax.random.key(1), jnp.array([0, 1, 2, 3])
+    one, other = (gddim.denoising_loss(model, x0, key, cond={"label": each}) for each in (label, label[::-1]))
+    assert float(one) != float(other)
+    rows = PICTURES.objective.rows(x0, key, {"label": label})
+    alone = [PICTURES.objective.loss(model, jax.tree.map(lambda leaf, i=i: leaf[i], rows)) for i in range(4)]
+    np.testing.assert_allclose(one, np.mean(alone), rtol=1e-6)
+    assert isinstance(model.net, Classes)
+
+
+@pytest.mark.parametrize(
+    ("config", "shape"), [(MLPConfig(width=8), (3,)), (NCSNppConfig(width=8, multipliers=(1,), blocks=1), SHAPE)]
+)
+def test_a_network_that_takes_no_condition_says_so(config, shape):
+    net = config.build(shape, 3, jax.random.key(0))
+    with pytest.raises(ValueError, match=rf"label.*this {type(net).__name__} takes None"):
+        net(jnp.zeros(shape), 1.0, {"label": jnp.array(3)})
+
+
+def test_the_mixed_score_of_an_infinite_position_is_that_of_the_velocity():
+    sde, t = gddim.CLD(), 0.5
+    model = gddim.EpsModel(sde, lambda x, level, cond=None, *, key=None: jnp.zeros_like(x), mixed_score=True)
+    u = jnp.ones((2, 2, 2, 3))
+    infinite = u.at[..., 0, :].set(jnp.inf)
+    np.testing.assert_array_equal(model(infinite, t), model(u, t))

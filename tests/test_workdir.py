@@ -1,0 +1,69 @@
+"""What may differ between a run and the command that goes on with it: its fields say so themselves."""
+
+import dataclasses
+
+import pytest
+
+from experiments import cld_cifar10, points
+from gddim.data import CelebA, ImageFolder
+from gddim.experiment.workdir import describe, differences, may_change
+from gddim.nn import MLPConfig
+from gddim.settings import MAY_CHANGE, MAY_CHANGE_AFTER
+
+RUN = dataclasses.replace(cld_cifar10.EXPERIMENT, data=ImageFolder("here", 32))
+TRAIN = {"steps", "accumulate", "fused", "report_every", "show_every", "save_every", "keep", "keep_every"}
+
+
+def test_a_run_goes_on_with_whatever_changes_no_gradient():
+    free = may_change(RUN)
+    top = {name for name in free if "." not in name}
+    assert top == {"sampling", "sampler", "eval", "mesh", "rule"}
+    inner = {name for name in free if name.partition(".")[0] not in top}
+    assert inner == {f"train.{name}" for name in TRAIN} | {
+        *("net.remat", "net.scan_blocks", "data.path", "data.skip_damaged")
+    }
+
+
+def test_a_trained_run_is_measured_with_whatever_shapes_no_parameter():
+    more = may_change(RUN, after=True) - may_change(RUN)
+    assert {name for name in more if not name.startswith("train.")} == {"train", "seed", "net.dtype", "net.dropout"}
+    assert more >= {"train.batch", "train.learning_rate"}
+    assert "data.root" in may_change(dataclasses.replace(RUN, data=CelebA()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    """A part of a network's configuration."""
+
+    tiles: int = 1
+    heads: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Net:
+    """A network of somebody else, which brings its own marks."""
+
+    width: int = 8
+    kernel: str = dataclasses.field(default="plain", metadata=MAY_CHANGE)
+    noise: float = dataclasses.field(default=0.1, metadata=MAY_CHANGE_AFTER)
+    inner: Inner = dataclasses.field(default=Inner(), metadata=MAY_CHANGE)
+
+    def build(self, in_shape, out_channels, key):
+        return MLPConfig(self.width).build(in_shape, out_channels, key)
+
+
+@pytest.mark.parametrize(
+    ("change", "after", "held"),
+    [
+        ({"width": 9}, True, ["net.width"]),
+        ({"kernel": "fast"}, False, []),
+        ({"noise": 0.0}, False, ["net.noise"]),
+        ({"noise": 0.0}, True, []),
+        ({"inner": Inner(tiles=2, heads=2)}, False, []),
+    ],
+)
+def test_a_network_says_itself_what_of_it_may_change(change, after, held):
+    run = dataclasses.replace(points.EXPERIMENT, net=Net())
+    given = dataclasses.replace(run, net=Net(**change))
+    found = differences(describe(run), describe(given), may_change(given, after))
+    assert [line.split(":")[0].strip() for line in found] == held
