@@ -149,7 +149,7 @@ def slope(sde: AbstractLinearSDE, sampler: GDDIM, steps: int = 96, std: float = 
     return float(np.log2(coarse / fine))
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def _reference(sde: AbstractLinearSDE, steps: int, std: float, t_min: float) -> tuple[Callable[..., Any], jax.Array]:
     """A function of sampler and steps that carries 24 states to `t_min`, which compiles once for all, and their true ends."""
     dims = dims_of(sde)
