@@ -1,5 +1,6 @@
 """What `python -m gddim.evaluation` takes for two sets of one kind, and what it refuses to compare."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -8,9 +9,12 @@ import pytest
 from data_helpers import pixels
 from PIL import Image
 
+from experiments import points
+from gddim.data import ArraySource
 from gddim.errors import UserError
 from gddim.evaluation import __main__
 from gddim.evaluation.statistics import Statistics
+from gddim.experiment.measure import held_out, measured_against
 
 COLOUR = pixels(0, 12, 8, 8, 3)
 
@@ -96,3 +100,20 @@ def test_an_array_is_no_file_of_statistics(tmp_path):
         UserError, match=r"a\.npy holds no statistics .* it is one array uint8 \(12, 8, 8, 3\), no \.npz"
     ):
         Statistics.load(tmp_path / "a.npy")
+
+
+def test_a_run_whose_held_out_records_have_another_shape_does_not_begin():
+    @dataclasses.dataclass(frozen=True)
+    class Unlike:
+        shape = (2,)
+
+        def train(self):
+            return ArraySource(np.ones((50, 2), np.float32))
+
+        def test(self):
+            return ArraySource(np.ones((20, 3), np.float32))
+
+    experiment = dataclasses.replace(points.EXPERIMENT, data=Unlike())
+    for look in (measured_against, held_out):
+        with pytest.raises(ValueError, match=r"records \(3,\) are held out, those to train on are \(2,\)"):
+            look(experiment)

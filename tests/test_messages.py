@@ -263,30 +263,6 @@ def test_a_run_that_could_not_be_evaluated_does_not_begin(shards_without_the_hel
     assert not workdir.exists()
 
 
-def test_a_dry_run_tells_that_the_data_are_absent(tmp_path, capsys):
-    experiment = dataclasses.replace(cld_digits.EXPERIMENT, data=ImageFolder(str(tmp_path / "no"), 8, channels=1))
-    for path, says in ((tmp_path / "no", f"data: absent: {tmp_path / 'no'} does not exist"), (tmp_path, f"data: {tmp_path}")):
-        assert status_of(experiment, f"--workdir={tmp_path / 'w'}", "--dry-run", f"--data.path={path}") == 0
-        assert says in capsys.readouterr().out.splitlines()
-
-
-def test_a_run_whose_held_out_records_have_another_shape_does_not_begin():
-    @dataclasses.dataclass(frozen=True)
-    class Unlike:
-        shape = (2,)
-
-        def train(self):
-            return ArraySource(np.ones((50, 2), np.float32))
-
-        def test(self):
-            return ArraySource(np.ones((20, 3), np.float32))
-
-    experiment = dataclasses.replace(points.EXPERIMENT, data=Unlike())
-    for look in (measured_against, held_out):
-        with pytest.raises(ValueError, match=r"records \(3,\) are held out, those to train on are \(2,\)"):
-            look(experiment)
-
-
 def test_what_a_run_would_not_overwrite_at_its_end_is_told_at_its_start(tmp_path, capsys):
     small = [*SMALL, f"--workdir={tmp_path / 'w'}"]
     assert status_of(points.EXPERIMENT, "train", *small) == 0
