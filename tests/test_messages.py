@@ -250,7 +250,7 @@ def test_a_run_that_could_not_be_evaluated_does_not_begin(shards_without_the_hel
     reference.unlink()
     source_statistics(Digits().test(), PixelFeatures(), "digits", progress=False).save(reference)
     said = refused(capsys, points.EXPERIMENT, *small, f"--eval.reference={reference}")
-    assert "has features of dimension 64, samples (2,) have 2" in said
+    assert "records (8, 8, 1) and (2,) cannot be compared pixel by pixel" in said
     for count in (1, 3):
         said = refused(capsys, points.EXPERIMENT, *small, f"--data.test-points={count}")
         assert f"{count} records are held out, an evaluation needs at least 4" in said
