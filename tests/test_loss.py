@@ -29,7 +29,8 @@ def test_training_the_public_loss_and_the_objective_are_one():
     trained = jax.jit(plan.step(flip=False))(state, batch)[1]["loss"]
     model = eqx.combine(state.model, plan.static)
     noise_key = jax.random.split(key)[1]
-    for loss in (gddim.denoising_loss, EXPERIMENT.objective):
+    losses: list[Any] = [gddim.denoising_loss, EXPERIMENT.objective]
+    for loss in losses:
         np.testing.assert_allclose(eqx.filter_jit(loss)(model, jnp.asarray(batch), noise_key), trained, rtol=1e-6)
 
 
