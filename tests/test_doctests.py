@@ -8,8 +8,9 @@ import pytest
 import gddim
 
 MODULES = (
-    "samplers.adams", "samplers.grids", "samplers.method", "samplers.solver", "sde.cld", "sde.general", "sde.path", "sde.vp",
-    "model", "denoiser", "loss", "nn", "nn.mlp", "nn.ncsnpp", "data", "data.sources",
+    "samplers.adams", "samplers.grids", "samplers.solver", "samplers.method", "sde.base", "sde.cld", "sde.general",
+    "sde.path", "sde.vp", "model", "denoiser",
+    "loss", "nn", "nn.mlp", "nn.ncsnpp", "data", "data.sources",
 )  # fmt: skip
 
 

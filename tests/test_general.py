@@ -90,17 +90,18 @@ def test_a_first_use_while_something_is_traced():
 
 
 @pytest.mark.parametrize("k", [1, 2])
-@pytest.mark.parametrize("breakpoints", [(), (0.39,)], ids=["found", "given"])
-def test_a_jump(k, breakpoints):
-    """Of F and GGᵀ, in the middle of what was a panel: Ψ and Σ in closed form."""
-    rate, one = lambda t: jnp.where(t < 0.39, 1.0, 2.0), np.eye(k)
-    jumps = LinearSDE(lambda t: -rate(t) * one, lambda t: 1 / rate(t) * one, one, breakpoints=breakpoints)
-    np.testing.assert_allclose(jumps.transition(1.0, 0.0), np.exp(-0.39 - 1.22) * one, rtol=1e-12)
-    np.testing.assert_allclose(jumps.transition(0.2, 0.9), np.exp(0.19 + 1.02) * one, rtol=1e-12)
-    middle = np.exp(-0.78) + -np.expm1(-0.78) / 2
-    sigma = middle * np.exp(-2.44) - np.expm1(-2.44) / 8
+@pytest.mark.parametrize("at", [0.39, 2**-8 - 7e-7], ids=["middle", "edge"])
+@pytest.mark.parametrize("given", [False, True], ids=["found", "given"])
+def test_a_jump(k, at, given):
+    """Of F and GGᵀ, in the middle of what was a panel or all but at its end: Ψ and Σ in closed form."""
+    rate, one = lambda t: jnp.where(t < at, 1.0, 2.0), np.eye(k)
+    jumps = LinearSDE(lambda t: -rate(t) * one, lambda t: 1 / rate(t) * one, one, breakpoints=[at] if given else [])
+    np.testing.assert_allclose(jumps.transition(1.0, 0.0), np.exp(at - 2) * one, rtol=1e-12)
+    np.testing.assert_allclose(jumps.transition(at / 2, 0.9), np.exp(1.8 - 1.5 * at) * one, rtol=1e-12)
+    middle = np.exp(-2 * at) - np.expm1(-2 * at) / 2
+    sigma = middle * np.exp(4 * at - 4) - np.expm1(4 * at - 4) / 8
     np.testing.assert_allclose(jumps.covariance(1.0), sigma * one, rtol=1e-12)
-    assert panels(jumps) < (20 if breakpoints else 120)
+    assert panels(jumps) < (20 if given else 120)
 
 
 @pytest.mark.parametrize("width", [1e-3, 1e-4])

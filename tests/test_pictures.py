@@ -61,7 +61,8 @@ def test_the_axis_of_distances_has_numbers_at_1_2_5_also_within_a_decade(low: fl
     (axes,) = draw(results(low, high)).axes
     found = numbers(axes.yaxis)
     assert len(found) >= 2
-    assert {f"{value:e}"[0] for value in found} <= {"1", "2", "5"}
+    below, above = axes.yaxis.get_view_interval()
+    assert found == [n for e in range(-4, 4) for d in (1, 2, 5) if below <= (n := float(f"{d}e{e}")) <= above]
     assert numbers(axes.xaxis) == [6, 10, 20, 50]
 
 

@@ -105,10 +105,9 @@ def calls(table: Coefficients, sde: AbstractLinearSDE, last: Last = "none") -> C
 
     There are as many history entries as the widest step reads, at least SLOTS.
     """
-    xp, table = _of_one_kind(table)
-    n, shape = len(table.times), table.psi.shape[1:]
-    one = xp.broadcast_to(xp.eye(shape[-1], dtype=table.psi.dtype), table.psi.shape)
-    zero, steps, corrected = xp.zeros_like(table.psi), np.arange(n), table.corrected
+    n, shape, corrected = len(table.times), table.psi.shape[1:], table.corrected
+    one, zero = np.broadcast_to(np.eye(shape[-1]), table.psi.shape), np.zeros(table.psi.shape)
+    steps = np.arange(n)
     if corrected is None:
         corrected = np.full(n, table.corrector is not None)
     slots = max(SLOTS, *(w.shape[1] for w in (table.weights, table.corrector) if w is not None))
@@ -123,44 +122,45 @@ def calls(table: Coefficients, sde: AbstractLinearSDE, last: Last = "none") -> C
         # where it does not act it leaves an accepted prediction as it is, and calls ε at t: at s = 0 there may be none
         acts = corrected.reshape(-1, *(1,) * len(shape))
         parts.append(predictor | dict(
-            time=xp.where(corrected, table.ts[1:], table.times), slot=(steps + 1) % slots,
-            record_u=table.record_u[1:], record_eps=table.record_eps[1:], psi=xp.where(acts, table.psi, one),
-            weights=xp.where(acts[:, None], _padded(table.corrector, slots), 0), accept=np.full(n, True),
-            noise=xp.where(acts, table.corrector_noise, 0), carry=one, shift=zero,
+            time=_where(corrected, table.ts[1:], table.times), slot=(steps + 1) % slots,
+            record_u=table.record_u[1:], record_eps=table.record_eps[1:], psi=_where(acts, table.psi, one),
+            weights=_where(acts[:, None], _padded(table.corrector, slots), 0.0), accept=np.full(n, True),
+            noise=_where(acts, table.corrector_noise, 0.0), carry=one, shift=zero,
         ))  # fmt: skip
-    columns = {name: [part[name] for part in parts] for name in predictor}
-    rows = {name: namespace(*values).stack(values, 1) for name, values in columns.items()}
+    rows = {name: _joined("stack", [part[name] for part in parts], 1) for name in predictor}
     rows = {name: value.reshape(-1, *value.shape[2:]) for name, value in rows.items()}
     if last != "none":
-        psi, weight = (xp.broadcast_to(matrix, shape) for matrix in denoising_call(sde, table.ts[-1], last))
-        final = dict(
-            time=table.ts[-1], slot=n % slots, record_u=zero[0], record_eps=one[0], psi=psi,
-            weights=_padded(weight[None, None], slots)[0], accept=True, step=n, noise=zero[0], carry=one[0], shift=zero[0],
+        psi, weight = (namespace(A).broadcast_to(A, shape) for A in denoising_call(sde, table.ts[-1], last))
+        final: dict[str, Any] = dict(
+            time=table.ts[-1], slot=np.asarray(n % slots), record_u=zero[0], record_eps=one[0], psi=psi,
+            weights=_padded(weight[None, None], slots)[0], accept=np.asarray(True), step=np.asarray(n),
+            noise=zero[0], carry=one[0], shift=zero[0],
         )  # fmt: skip
-        rows = {
-            name: namespace(value).concatenate([value, xp.asarray(final[name])[None]]) for name, value in rows.items()
-        }
-    order = (
-        rows["slot"][:, None] - np.arange(slots)
-    ) % slots  # how many calls before a slot was written, and its inverse
+        rows = {name: _joined("concatenate", [value, final[name][None]]) for name, value in rows.items()}
+    order = (rows["slot"][:, None] - np.arange(slots)) % slots  # before how many calls each slot was written
     by_slot = rows["weights"][np.arange(len(order))[:, None], order]
-    noisy = (rows["noise"] != 0).any(tuple(range(1, rows["noise"].ndim)))
+    noisy = np.full(len(order), True)  # what is traced may be noise, and is differentiated as such also where it is 0
+    if namespace(rows["noise"], rows["carry"], rows["shift"]) is np:
+        noisy = (rows["noise"] != 0).any(tuple(range(1, rows["noise"].ndim)))
     return Calls(**(rows | dict(weights=by_slot, noisy=noisy)))
 
 
-def _of_one_kind(table: Coefficients) -> tuple[Any, Coefficients]:
-    """The namespace of a table, and it with all numbers as that one's arrays: NumPy unless one is traced."""
-    numbers, rest = eqx.partition(table, lambda x: jnp.issubdtype(x.dtype, jnp.floating))
-    leaves, structure = jax.tree.flatten(numbers)
-    xp, *leaves = as_times(*leaves)
-    return xp, eqx.combine(jax.tree.unflatten(structure, leaves), rest)
+def _joined(how: str, values: list[Array], axis: int = 0) -> Array:
+    """`stack` or `concatenate` of arrays: in NumPy, or if one is JAX's then in its precision."""
+    xp, traced = namespace(*values), [v.dtype for v in values if isinstance(v, jax.Array)]
+    dtype = jnp.result_type(*traced) if traced else None
+    return getattr(xp, how)([xp.asarray(v, dtype) for v in values], axis)
+
+
+def _where(condition: Array, x: Array, y: Array) -> Array:
+    _, x, y = as_times(x, y)
+    return namespace(condition, x).where(condition, x, y)
 
 
 def _padded(weights: Array, slots: int) -> Array:
     """Weights `(n, q, …)` to `(n, slots, …)`."""
     n, q, *shape = weights.shape
-    xp = namespace(weights)
-    return xp.concatenate([weights, xp.zeros((n, slots - q, *shape), weights.dtype)], 1)
+    return _joined("concatenate", [weights, np.zeros((n, slots - q, *shape))], 1)
 
 
 def denoising_call(sde: AbstractLinearSDE, t: Array, last: Last) -> tuple[Array, Array]:
@@ -224,9 +224,9 @@ def run(
     )
 
     def step(
-        state: tuple[Fields, Fields, list[Fields]], row: tuple[Calls, tuple[Array, Array] | None]
+        state: tuple[Fields, Fields, list[Fields]], call: tuple[Calls, tuple[Array, Array] | None]
     ) -> tuple[tuple[Fields, Fields, list[Fields]], Path | None]:
-        (base, fields, history), (row, foresee) = state, row
+        (base, fields, history), (row, foresee) = state, call
         u = _together(fields)
         eps = predict(eps_fn, u, row.time)
         path = None

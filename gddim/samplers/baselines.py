@@ -23,8 +23,9 @@ from gddim.sde.linalg import Array, inverse, lq, product
 class CholeskyMultistep(AbstractTableSampler):
     """The exponential Adams–Bashforth method in the Cholesky parameterisation, K = L in gDDIM's Table 1.
 
-    `u_s = Ψ(s,t) u_t + Σ_j [∫_t^s ½ Ψ(s,τ) GGᵀ L_τ⁻ᵀ ℓ_j(τ) dτ] ε^L_j`, with `ε^L = L⁻¹R ε` as history. Raises `ValueError` for
-    an order outside 1 … 4.
+    `u_s = Ψ(s,t) u_t + Σ_j [∫_t^s ½ Ψ(s,τ) GGᵀ L_τ⁻ᵀ ℓ_j(τ) dτ] ε^L_j`, with `ε^L = L⁻¹R ε` as history.
+
+    `order`: the number of nodes of the polynomials, 1 to 4. Raises `ValueError` for another.
     """
 
     order: int = eqx.field(default=3, static=True, converter=as_index)
@@ -58,7 +59,7 @@ class CholeskyMultistep(AbstractTableSampler):
 class EulerMaruyama(AbstractTableSampler):
     """`u_s = u − h [F u + (1+λ²)/2 GGᵀR⁻ᵀ ε] + λ √h G ξ`, `h = t − s`: the reverse family by Euler's method.
 
-    λ = 0 is Euler on the probability flow. Raises `ValueError` for λ < 0.
+    `lam`: λ ≥ 0; 0 is Euler on the probability flow, 1 the reverse SDE. Raises `ValueError` for λ < 0.
     """
 
     lam: float = eqx.field(default=0.0, static=True, converter=float)
@@ -151,6 +152,8 @@ class SSCS(AbstractTableSampler):
 
 class RK45(AbstractSampler):
     """The probability flow by Dormand–Prince 5(4) with adaptive steps (diffrax), as in Song et al. 2021.
+
+    `rtol`, `atol`: relative and absolute tolerance of a step.
 
     Raises `ValueError` for a tolerance ≤ 0, or a grid that ends where R is singular (VP at t = 0).
     """

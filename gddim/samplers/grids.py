@@ -15,9 +15,14 @@ Number = Any  # a Python, NumPy or JAX scalar
 
 
 def power_grid(t_max: Number, t_min: Number, steps: Number, power: Number = 2.0) -> np.ndarray:
-    """Times uniform in `t^{1/power}` from `t_max` down to `t_min`. Returns `(steps + 1,)`.
+    """Times uniform in `t^{1/power}` from `t_max` down to `t_min`. Returns `(steps + 1,)`. gDDIM, appendix C.
 
-    Raises `ValueError` unless `0 ≤ t_min < t_max`, `steps ≥ 1` and `power > 0`. gDDIM, appendix C.
+    `t_max`: where sampling starts, the horizon of a process.
+    `t_min`: where it ends, small; 0 for samplers that make no call there.
+    `steps`: how many.
+    `power`: 1 is uniform in t, more has more of the small times.
+
+    Raises `ValueError` unless `0 ≤ t_min < t_max`, `steps ≥ 1` and `power > 0`.
 
     >>> power_grid(1.0, 0.0, steps=4)
     array([1.    , 0.5625, 0.25  , 0.0625, 0.    ])
@@ -32,14 +37,18 @@ def power_grid(t_max: Number, t_min: Number, steps: Number, power: Number = 2.0)
 
 
 def uniform_grid(t_max: Number, t_min: Number, steps: Number) -> np.ndarray:
-    """Times uniform in t. Returns `(steps + 1,)`."""
+    """Times uniform in t: the `power_grid` of power 1, whose arguments these are. Returns `(steps + 1,)`."""
     return power_grid(t_max, t_min, steps, power=1.0)
 
 
 def two_phase_grid(
     t_max: Number, t_min: Number, steps: Number, share: Number = 0.5, fraction: Number = 0.5, power: Number = 2.0
 ) -> np.ndarray:
-    """A `share` of the steps uniform from `t_max` to `fraction · t_max`, the rest a power grid down to `t_min`.
+    """A share of the steps uniform from `t_max` to `fraction · t_max`, the rest a power grid down to `t_min`.
+
+    `t_max`, `t_min`, `steps`, `power`: as in `power_grid`.
+    `share`: of the steps, those of the first phase.
+    `fraction`: of `t_max`, where the first phase ends.
 
     Returns `(steps + 1,)`. Raises `ValueError` unless share and fraction lie in (0, 1), `fraction · t_max > t_min`, and
     both phases have a step.
@@ -58,6 +67,8 @@ def two_phase_grid(
 
 def log_snr_grid(sde: AbstractLinearSDE, t_max: Number, t_min: Number, steps: Number) -> np.ndarray:
     """Times uniform in the log signal-to-noise ratio `log ψᵀΣ_t⁻¹ψ`, `ψ = Ψ(t, 0) e_0`. Returns `(steps + 1,)`.
+
+    `sde`: the process; `t_max`, `t_min`, `steps`: as in `power_grid`.
 
     For k = 1 this is the usual `log α_t/σ_t²`; for CLD it is the precision that the whole state gives of the data. Raises
     `ValueError` for a process with one ratio per frequency, and for `t_min = 0` where the ratio is infinite.

@@ -28,8 +28,7 @@ class Method:
     >>> method = Method(gddim.GDDIM(order=3, interpolate="data"), nfe=10)
     >>> sde = gddim.CLD()
     >>> solver = method.solver(sde)  # its table is computed once, for any number of states
-    >>> u = sde.sample_prior(jax.random.key(0), (8, 8, 2, 3))
-    >>> solution = solver(lambda u, t: 0 * u, u, path=True)
+    >>> solution = solver(lambda u, t: 0.1 * u, np.ones((8, 8, 2, 3)), path=True)
     >>> solution.state.shape, solution.calls, solution.path.states.shape
     ((8, 8, 2, 3), 10, (10, 8, 8, 2, 3))
     """

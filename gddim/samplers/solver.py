@@ -14,7 +14,7 @@ from jaxtyping import Float, Num, PRNGKeyArray
 from gddim.samplers.base import Calls, Coefficients, EpsFn, Last, Path, calls, run, to_data
 from gddim.samplers.grids import check_grid
 from gddim.sde.base import AbstractLinearSDE
-from gddim.sde.linalg import Array, product
+from gddim.sde.linalg import Array, namespace, product
 
 
 class Solution(NamedTuple):
@@ -119,9 +119,9 @@ class TableSolver(AbstractSolver):
 
     @property
     def stochastic(self) -> bool:
-        """Whether it adds noise; one that is being traced may."""
-        noisy = (self.rows.noisy, *(() if self.start is None else self.start[1:]))
-        return any(isinstance(x, jax.core.Tracer) or bool(np.any(x)) for x in noisy)
+        """Whether it adds noise, or may because its noise is traced."""
+        noise = (self.rows.noisy, *(() if self.start is None else self.start[1:]))
+        return any(namespace(x) is jnp or bool(np.any(x)) for x in noise)
 
     def solve(self, eps_fn: EpsFn, u: Array, key: PRNGKeyArray | None, path: bool) -> Solution:
         if key is None and self.stochastic:

@@ -26,6 +26,29 @@ class AbstractLinearSDE(eqx.Module):
     times give JAX coefficients in their own precision, under any transformation. A subclass written in `jax.numpy`
     alone works too: it is then evaluated in float64 on the CPU where a table is computed. Fields are static (a process
     has no array leaves), so it passes through `jit` as it is.
+
+    A new process says its `k` and `horizon` and defines the four abstract methods: `transition`, `noise_factor`, and
+    `to_pixels` and `from_pixels`, which are the identity unless it works in another basis. All else follows. One given by F
+    and GGᵀ is a `LinearSDE`, one of a single field a `GaussianPath`; `python -m gddim.check module:object` measures its laws.
+
+    >>> class OrnsteinUhlenbeck(AbstractLinearSDE):  # du = −u dt + √2 dw
+    ...     k = 1
+    ...     horizon = 5.0
+    ...
+    ...     def transition(self, t, s):
+    ...         return jnp.exp(-(t - s) * jnp.ones((1, 1)))
+    ...
+    ...     def noise_factor(self, t):
+    ...         return jnp.sqrt(-jnp.expm1(-2 * t * jnp.ones((1, 1))))
+    ...
+    ...     def to_pixels(self, u):
+    ...         return u
+    ...
+    ...     def from_pixels(self, x):
+    ...         return x
+    >>> table = gddim.GDDIM(order=2).coefficients(OrnsteinUhlenbeck(), gddim.power_grid(5.0, 1e-3, steps=10))
+    >>> bool(np.allclose(OrnsteinUhlenbeck().diffusion_squared(0.3), 2.0))
+    True
     """
 
     k: eqx.AbstractVar[int]

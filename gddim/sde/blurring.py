@@ -49,7 +49,14 @@ class Blurring(AbstractLinearSDE):
     """`Ψ(t, s) = √(α_t/α_s) d_t/d_s` per frequency, `R_t = √(1 − α_t)`: Hoogeboom, Salimans 2022 (arXiv 2209.05557).
 
     States are in the orthonormal DCT-II basis over H and W. `τ_t = ½ (σ_max sin²(πt/2))²`,
-    `d_t = (1 − d_min) e^{−λτ_t} + d_min`, `α_t = cos²((t + 0.004)/1.008 · π/2)`. Raises `ValueError` outside the ranges.
+    `d_t = (1 − d_min) e^{−λτ_t} + d_min`, `α_t = cos²((t + 0.004)/1.008 · π/2)`.
+
+    `size`: height and width of the images, in pixels.
+    `sigma_max`: the blur at t = 1, in pixels, ≥ 0.
+    `d_min`: what the blur leaves of the highest frequencies, in (0, 1].
+    `horizon`: T, the largest time, ≤ 1; `start_time` is that of a noise-to-signal ratio.
+
+    Raises `ValueError` outside the ranges.
     """
 
     size: int = eqx.field(default=32, static=True, converter=as_index)

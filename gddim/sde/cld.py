@@ -36,7 +36,15 @@ class CLD(AbstractLinearSDE):
     """`F = β [[0, m⁻¹], [−1, −Γm⁻¹]]`, `GGᵀ = diag(0, 2Γβ)`, `β = β0 + β1 t`, `Γ = 2/√m_inv`; fields (x, v).
 
     Dockhorn, Vahdat, Kreis, ICLR 2022 (arXiv 2112.07068), with hybrid score matching: the velocity starts at
-    `N(0, γM)` and is integrated out, `Σ_0 = diag(ε, γM + ε)`, `M = 1/m_inv`. Raises `ValueError` outside the ranges.
+    `N(0, γM)` and is integrated out, `Σ_0 = diag(ε, γM + ε)`, `M = 1/m_inv`.
+
+    `m_inv`: the inverse mass, > 0; 4 lets the velocity settle at a standard deviation of ½.
+    `beta0`, `beta1`: β at t = 0 per unit of time, and its slope, ≥ 0 and not both 0.
+    `gamma`: γ ≥ 0, variance of the initial velocity over M.
+    `epsilon`: ε > 0, variance added to both fields at t = 0.
+    `horizon`: T, the time at which sampling starts.
+
+    Raises `ValueError` outside the ranges.
 
     >>> sde = CLD()
     >>> R = sde.noise_factor(0.5)  # a Python time: NumPy, float64; a JAX time gives a JAX array

@@ -29,7 +29,7 @@ GAPS = len(_ENDS) - 1
 BETWEEN = (_ENDS[:-1, None] + np.diff(_ENDS)[:, None] * (1 + _GAUSS[0]) / 2).reshape(-1)
 BETWEEN_W = (np.diff(_ENDS)[:, None] / 2 * _GAUSS[1]).reshape(-1)
 TO_BETWEEN = _BASIS(BETWEEN, NODES - 1) @ TO_LEGENDRE
-TO_END = _BASIS(np.ones(1), NODES - 1) @ TO_LEGENDRE
+TO_ENDS = _BASIS(_ENDS[[0, -1]], NODES - 1) @ TO_LEGENDRE
 
 
 def at_points(operator: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -25,12 +25,19 @@ class LinearSDE(AbstractLinearSDE):
     `R' = F̂ R`. From then on they are polynomials, on host and device. For k = 1 a decay may be of any rate.
 
     The polynomials are compared with the coefficients between the nodes and at the ends of the panels, and at 16,384 times
-    spread over the horizon T, so that a pulse of width T/10,000 is surely seen (of `elements` T/1.6e8 where a time has
-    more than 16,384 elements). Jumps, pulses and kinks are found and resolved, a hundred of them or so; more of them, or
-    narrower ones, need their times as `breakpoints`. A warning tells where rounding in the coefficients (single precision,
-    a cancellation as in 1 − t near 1) keeps the solution from 1e-10.
+    spread over the horizon T, so that what lasts for T/10,000 is surely seen (longer in proportion where F or GGᵀ has more
+    than 16,384 elements). Jumps, pulses and kinks are found and resolved, a hundred or so; more of them, or shorter ones,
+    need their times as `breakpoints`. A warning tells where rounding in the coefficients (single precision, a cancellation
+    as in 1 − t near 1) leaves more than 1e-10.
 
-    `drift` and `diffusion_squared` are functions of a scalar time, in NumPy, JAX or plain Python. Raises `ValueError`,
+    `drift`, `diffusion_squared`: F and GGᵀ, functions of a scalar time, in NumPy, JAX or plain Python.
+    `initial_covariance`: Σ_0, the covariance of the state at t = 0 given the data.
+    `horizon`: T, the time at which sampling starts.
+    `basis`: the pair `(from_pixels, to_pixels)` where dims are not pixels, e.g. `(dct2, idct2)`.
+    `breakpoints`: times in [0, horizon] at which `drift` or `diffusion_squared` may jump or kink; they are not evaluated
+    there, but on either side. E.g. `np.arange(1, 1000) / 1000` for the steps of a thousand betas.
+
+    Raises `ValueError`,
     naming the argument, for coefficients that are not finite or not of one shape `(*#dims, k, k)`, a GGᵀ that is not
     positive semidefinite, an initial covariance that is not positive definite (for k = 1 it may be 0 where GGᵀ is not),
     a horizon ≤ 0, breakpoints outside it; and, naming the time, for coefficients that are singular (flow matching at its
@@ -56,11 +63,6 @@ class LinearSDE(AbstractLinearSDE):
         basis: tuple[Callable, Callable] | None = None,
         breakpoints: Any = (),
     ):
-        """`basis`: the pair `(from_pixels, to_pixels)` where dims are not pixels, e.g. `(dct2, idct2)`.
-
-        `breakpoints`: times in [0, horizon] at which `drift` or `diffusion_squared` may jump or kink; they are not
-        evaluated there, but on either side. E.g. `np.arange(1, 1000) / 1000` for the steps of a thousand betas.
-        """
         if not 0 < horizon < np.inf:
             raise ValueError(f"horizon={horizon} must be > 0")
         with jax.enable_x64(True):

@@ -8,20 +8,24 @@ from gddim.sde.coefficients import Coefficients
 from gddim.sde.collocation import (
     BETWEEN,
     BETWEEN_W,
+    DIFFERENTIATE,
     GAPS,
     GAUSS_NODES,
     GAUSS_WEIGHTS,
     INTEGRATE,
     NODES,
     TO_BETWEEN,
-    TO_END,
+    TO_ENDS,
     at_points,
     collocate,
     tail,
 )
 from gddim.sde.linalg import inverse, matrix, transpose
 
-POINTS = np.append(GAUSS_NODES, BETWEEN)
+# Where a panel is judged, and what of it an error there stands for: between the nodes, and at the ends, where a jump that
+# lies beyond the last point before them is seen.
+JUDGE = np.vstack([TO_BETWEEN, TO_ENDS])
+JUDGE_W = np.concatenate([BETWEEN_W, [1 + BETWEEN[0], 1 - BETWEEN[-1]]])
 INTEGRATE_TO = np.vstack([INTEGRATE, GAUSS_WEIGHTS])  # from the lower edge to every node, and to the upper edge
 
 
@@ -59,7 +63,7 @@ class Panels(NamedTuple):
 def measure(coefficients: Coefficients, lower: np.ndarray, upper: np.ndarray) -> Panels:
     """The panels [lower, upper] of y, in pieces that fit in memory."""
     k = coefficients.shape[-1]
-    at_once = max(1, 2**21 // (len(POINTS) * len(coefficients.kinds[0]) * k * k))
+    at_once = max(1, 2**21 // ((NODES + len(JUDGE)) * len(coefficients.kinds[0]) * k * k))
     cuts = range(at_once, len(lower), at_once)
     pieces = [_measure(coefficients, *ends) for ends in zip(np.split(lower, cuts), np.split(upper, cuts), strict=True)]
     return Panels(*map(np.concatenate, zip(*pieces, strict=True)))
@@ -67,16 +71,21 @@ def measure(coefficients: Coefficients, lower: np.ndarray, upper: np.ndarray) ->
 
 def _measure(coefficients: Coefficients, lower: np.ndarray, upper: np.ndarray) -> Panels:
     width = (upper - lower)[:, None]
-    y = lower[:, None] + width * (1 + POINTS) / 2
+    inset = np.maximum(2.0**-41 * width, 4 * np.finfo(float).eps * upper[:, None])  # its square is inside, too
+    inside = lower[:, None] + width * (1 + np.append(GAUSS_NODES, BETWEEN)) / 2
+    y = np.concatenate([inside, lower[:, None] + inset, upper[:, None] - inset], 1)
     F, GG = coefficients.at(y**2)
     slope = (width * y)[..., None, None, None]  # dτ/dξ
-    nodes, between = slice(NODES), slice(NODES, None)
+    shift = (2 * inset / width * [1, -1])[..., None, None, None]
+    nodes, between, judge = slice(NODES), slice(NODES, -2), slice(NODES, None)
     judged: list[np.ndarray] = []
     for values in (F, GG):
         last, size = tail(values[:, nodes])
-        gap = np.abs(at_points(TO_BETWEEN, values[:, nodes]) - values[:, between])
+        found = at_points(JUDGE, values[:, nodes])
+        found[:, -2:] += shift * at_points(TO_ENDS @ DIFFERENTIATE, values[:, nodes])
+        gap = np.abs(found - values[:, judge])
         judged.append(np.maximum(last, gap.max(1)) / np.where(size > 0, size, 1))
-        judged.append((slope[:, between] * BETWEEN_W[:, None, None, None] * gap).sum(1))
+        judged.append((slope[:, judge] * JUDGE_W[:, None, None, None] * gap).sum(1))
     A = slope[:, nodes] * F[:, nodes]
     G, negative = _semidefinite_root(GG[:, between])
     G = G * np.sqrt(slope[:, between] * BETWEEN_W[:, None, None, None])
@@ -126,7 +135,7 @@ def _scalar(A: np.ndarray, g: np.ndarray, G: np.ndarray) -> tuple[np.ndarray, ..
         a, rhs = A[panel, :, kind, 0, 0], g[panel, :, kind, 0, 0] @ INTEGRATE.T
         system = np.eye(NODES) - 2 * INTEGRATE * a[:, None]
         found = np.linalg.solve(system, np.stack([np.ones_like(rhs), rhs], -1))
-        found = np.concatenate([found, at_points(TO_END, found)], 1)
+        found = np.concatenate([found, at_points(TO_ENDS[1:], found)], 1)
         gain[panel, :, kind, 0, 0], noise[panel, :, kind, 0, 0] = found[..., 0], found[..., 1]
     return log[:, :NODES], log[:, NODES], gain, noise
 

@@ -59,7 +59,10 @@ class GaussianPath(AbstractPath):
 
     `alpha`, `sigma`: functions of t, elementwise, in `numpy`, `jax.numpy` or plain arithmetic; derivatives are found by
     differentiating them. `σ_0 > 0` is allowed: it is noise on the data at t = 0, `Σ_0 = σ_0²`. `α_0` should be 1: data enter
-    as `u_0 = x_0`, and `Ψ(t, 0) = α_t/α_0`. Raises `ValueError` unless, on [0, horizon], both are finite, α > 0 (it may be 0
+    as `u_0 = x_0`, and `Ψ(t, 0) = α_t/α_0`.
+    `horizon`: T, the time at which sampling starts.
+
+    Raises `ValueError` unless, on [0, horizon], both are finite, α > 0 (it may be 0
     at the horizon), σ ≥ 0, and σ/α nowhere falls.
 
     >>> path = GaussianPath(lambda t: np.exp(-t), lambda t: np.sqrt(-np.expm1(-2 * t)), horizon=5.0)
@@ -96,7 +99,9 @@ class GaussianPath(AbstractPath):
 class VE(AbstractPath):
     """`u_t = u_0 + t n`: the variance-exploding path with time = σ, of Karras et al. 2022 (EDM, arXiv 2206.00364).
 
-    Its grid is `power_grid(80.0, 0.002, steps, power=7)`. Raises `ValueError` unless `sigma_max > 0`.
+    `sigma_max`: the noise at the horizon, and the horizon. Raises `ValueError` unless it is > 0.
+
+    Its grid is `power_grid(80.0, 0.002, steps, power=7)`.
     """
 
     sigma_max: float = eqx.field(static=True)
@@ -119,7 +124,9 @@ class FlowMatching(AbstractPath):
     """`u_t = (1 − t) u_0 + t n`: the straight path of flow matching and rectified flow (Lipman et al. 2023, arXiv 2210.02747).
 
     Nothing is left of the data at t = 1: samplers start there when they use the data prediction, others below. Networks of
-    this path predict the velocity `n − x_0`: see `as_denoiser`. Raises `ValueError` for a horizon outside (0, 1].
+    this path predict the velocity `n − x_0`: see `as_denoiser`.
+
+    `horizon`: T, the time at which sampling starts. Raises `ValueError` for one outside (0, 1].
     """
 
     horizon: float = eqx.field(default=1.0, static=True, converter=float)

@@ -9,9 +9,7 @@ from gddim.sde.coefficients import Coefficients, ToldApart
 from gddim.sde.collocation import NODES, TO_LEGENDRE, TOLERANCE, at_points, tail
 from gddim.sde.panels import Panels, measure, propagate
 
-NEGLIGIBLE = (
-    1e-14  # an error of F or GGᵀ that changes Ψ or Σ by less, relative to them, is none: a jump's panels end so
-)
+NEGLIGIBLE = 1e-14  # errors of F or GGᵀ that change Ψ or Σ by less, relative to them, are none: so a jump's panels end
 NOISE = 1e-6  # an error below it that three halvings shrink nowhere is rounding in the coefficients
 TOLD = 1e-10  # from here on a warning says how large that is
 STEEP = 1e-5  # a coefficient whose error on a panel of no width changes Ψ or Σ by more has no limit there
@@ -173,9 +171,11 @@ class _Scan:
 
 
 def _refuse_values(panels: Panels) -> None:
-    p = int(np.argmin(panels.negative))
-    if panels.negative[p] < -1e-9 * np.abs(panels.GG).max():
-        raise ValueError(f"diffusion_squared is not positive semidefinite near t = {panels.time[p]:.6g}")
+    size = np.abs(panels.GG).max((1, 2, 3, 4))
+    below = panels.negative < -1e-9 * np.maximum(size, 1e-6 * size.max())  # rounding of a 0 may be negative
+    if below.any():
+        time = panels.time[np.argmax(below)]
+        raise ValueError(f"diffusion_squared is not positive semidefinite near t = {time:.6g}")
 
 
 def _refuse_rates(panels: Panels, most: int) -> None:

@@ -17,6 +17,9 @@ from gddim.sde.path import AbstractPath, CosineVP, DiscreteVP
 class VP(AbstractLinearSDE):
     """`du = −½β(t) u dt + √β(t) dw`, `β(t) = β_min + (β_max − β_min) t`: Song et al. 2021 (arXiv 2011.13456) Eq. 11.
 
+    `beta_min`, `beta_max`: β at t = 0 and at t = 1, per unit of time.
+    `horizon`: T, the time at which sampling starts.
+
     Raises `ValueError` for `beta_min < 0`, `beta_max ≤ 0`, a β that turns negative within the horizon, `horizon ≤ 0`.
     """
 
@@ -76,7 +79,7 @@ class VP(AbstractLinearSDE):
 class SubVP(AbstractPath):
     """`du = −½β(t) u dt + √(β(t)(1 − e^{−2B})) dw`, `B = ∫_0^t β`, of less variance than VP: Song et al. 2021 Eq. 13.
 
-    `α = e^{−B/2}`, `σ = 1 − e^{−B}`. Raises `ValueError` like `VP`.
+    `α = e^{−B/2}`, `σ = 1 − e^{−B}`. Takes and raises what `VP` does.
     """
 
     beta_min: float = eqx.field(default=0.1, static=True, converter=float)
