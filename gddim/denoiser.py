@@ -12,7 +12,7 @@ from jaxtyping import Float, Scalar, ScalarLike
 
 from gddim.sde.base import AbstractLinearSDE
 from gddim.sde.host import on_host
-from gddim.sde.linalg import Array, inverse, product, transpose
+from gddim.sde.linalg import Array, dot, inverse, product, transpose
 
 Denoise = Callable[[Array, Array], Array]  # of (y, sigma), y = x₀ + σn, to E[x₀ | y]: (*dims, C), () → (*dims, C)
 PREDICTS = ("eps", "data", "v", "score", "velocity")
@@ -75,7 +75,7 @@ def statistic(sde: AbstractLinearSDE, u: Float[Array, "*dims k C"], t: ScalarLik
     """
     R_inv = jnp.asarray(inverse(sde.noise_factor(t)), u.dtype)
     w = product(R_inv, jnp.asarray(sde.transition(t, 0.0), u.dtype)[..., :, :1])
-    square = jnp.sum(w * w)
+    square = dot(w[..., 0], w[..., 0])
     vanished = square < jnp.finfo(u.dtype).tiny  # any direction is noise then
     size = jnp.sqrt(jnp.where(vanished, 1, square))
     direction = jnp.where(vanished, jnp.eye(sde.k, 1, dtype=u.dtype), w / size)

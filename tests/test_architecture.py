@@ -23,7 +23,8 @@ IMPORTS = {
     "nn": {"settings"},
     "samplers": {"sde"},
     "train": {"logs"},
-    "check": {"sde", "samplers", "parallel"},
+    "laws": {"sde"},
+    "check": {"sde", "samplers", "laws", "parallel"},
     "evaluation": {"sde", "samplers", "data", "parallel", "storage", "logs"},
     "experiment": {
         *("sde", "samplers", "model", "loss", "train", "data", "parallel", "checkpoint", "storage", "settings", "logs"),

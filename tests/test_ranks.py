@@ -31,6 +31,10 @@ def eps(model: gddim.Denoiser, x: Any, t: Any) -> Any:
     return model(model.sde.lift(x), t)
 
 
+def seen_through(model: gddim.Denoiser, x: Any, t: Any) -> Any:
+    return gddim.through(CLD(), lambda y, sigma: y / (1 + sigma))(CLD().lift(x), t)
+
+
 def loss_gradient(model: gddim.Denoiser, x: Any, t: Any) -> Any:
     noise = jnp.ones((*x.shape[:-1], model.sde.k, 3))
     return jax.grad(lambda x: model.loss(x, t, noise))(x)
@@ -50,11 +54,11 @@ def encoded(model: gddim.Denoiser, x: Any, t: Any) -> Any:
     return coder.decode(coder.encode(coder.noised(x, jax.random.key(0)))) + t
 
 
-EVERYTHING = (eps, loss_gradient, sampled, density, encoded)
+EVERYTHING = (eps, seen_through, loss_gradient, sampled, density, encoded)
 CASES = [
     pytest.param(sde, what, id=f"{name}-{what.__name__}", marks=[] if what in quick else pytest.mark.slow)
     for name, sde, quick in (
-        ("CLD", CLD(), (eps, loss_gradient, sampled, encoded)),
+        ("CLD", CLD(), EVERYTHING),
         ("third order", THIRD, (eps,)),
         ("VP", VP(), ()),
         ("Blurring", Blurring(8), ()),

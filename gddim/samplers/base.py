@@ -192,8 +192,11 @@ def denoise(sde: AbstractLinearSDE, eps_fn: EpsFn, u: Array, t: float, last: Las
 
 
 def predict(eps_fn: EpsFn, u: Array, t: Array) -> Array:
-    """`ε(u, t)` in the precision of `u`. Raises `ValueError` unless it has the shape of `u`."""
-    eps = jnp.asarray(eps_fn(u, t))
+    """`ε(u, t)` in the precision of `u`. Raises `ValueError` unless it is one array of the shape of `u`."""
+    eps = eps_fn(u, t)
+    if not isinstance(eps, jax.Array | np.ndarray | np.generic | float | int):
+        raise ValueError(f"eps_fn returned a {type(eps).__name__}; it must return ε alone, one array of the shape of u")
+    eps = jnp.asarray(eps)
     if eps.shape != u.shape:
         raise ValueError(f"eps_fn returned shape {eps.shape} for a state of shape {u.shape}; the two must agree")
     return eps.astype(u.dtype)

@@ -155,7 +155,8 @@ class RK45(AbstractSampler):
 
     `rtol`, `atol`: relative and absolute tolerance of a step.
 
-    Raises `ValueError` for a tolerance ≤ 0, or a grid that ends where R is singular (VP at t = 0).
+    Raises `ValueError` for a tolerance ≤ 0, a grid that ends where R is singular (VP at t = 0), or a derivative in forward
+    mode: it has those of reverse mode alone.
     """
 
     rtol: float = eqx.field(default=1e-5, static=True, converter=float)
@@ -196,10 +197,15 @@ class AdaptiveSolver(AbstractSolver):
             return product(F, u) + product(half, predict(eps_fn, u, t))
 
         start, end = jnp.asarray(self.start, u.dtype), jnp.asarray(self.end, u.dtype)
-        solution = diffrax.diffeqsolve(
-            diffrax.ODETerm(velocity), diffrax.Dopri5(), start, end, None, u, max_steps=100_000,
-            stepsize_controller=diffrax.PIDController(self.rtol, self.atol),
-        )  # fmt: skip
+        try:
+            solution = diffrax.diffeqsolve(
+                diffrax.ODETerm(velocity), diffrax.Dopri5(), start, end, None, u, max_steps=100_000,
+                stepsize_controller=diffrax.PIDController(self.rtol, self.atol),
+            )  # fmt: skip
+        except TypeError as error:
+            if "forward-mode" not in str(error):
+                raise
+            raise ValueError("RK45 has no forward-mode derivative (jvp, jacfwd, hessian): use grad or jacrev") from None
         # the last stage is the next step's first; two choose the first step
         calls = 6 * solution.stats["num_steps"] + 2
         u = jnp.asarray(solution.ys)[0]
