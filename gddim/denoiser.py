@@ -160,7 +160,9 @@ def _levels(path: AbstractLinearSDE) -> tuple[float, float, np.ndarray]:
 
     def level(t: np.ndarray) -> np.ndarray:
         with np.errstate(divide="ignore"):
-            return np.log(_scalar(on_host(path.noise_factor, t))) - np.log(_scalar(on_host(path.transition, t, 0 * t)))
+            return np.log(_scalar(on_host(path.noise_factor, t))) - np.log(
+                _scalar(on_host(path.transition, t, np.zeros_like(t)))
+            )
 
     low, high = np.full(LEVELS, np.log(path.horizon * 1e-12)), np.full(LEVELS, np.log(path.horizon))
     first, last = level(np.exp([low[0], high[0]]))

@@ -13,7 +13,7 @@ from test_report import cifar_row
 
 from gddim.errors import UserError
 from gddim.evaluation.figures import PALETTE, description_in, encode, looks
-from gddim.evaluation.report import draw, plot, table
+from gddim.evaluation.report import chart, plot, table
 from gddim.experiment.drawing import Paths
 from gddim.experiment.outputs import check_names, write_figure
 from gddim.experiment.pictures import film, gallery, pixels, rows, trajectory
@@ -58,7 +58,7 @@ def numbers(axis: Any) -> list[float]:
 
 @pytest.mark.parametrize(("low", "high"), [(1.1, 9.2), (2.1, 8.9), (0.004, 700.0), (10.5, 99.0), (2.2, 4.5)])
 def test_the_axis_of_distances_has_numbers_at_1_2_5_also_within_a_decade(low: float, high: float):
-    (axes,) = draw(results(low, high)).axes
+    (axes,) = chart(results(low, high)).axes
     found = numbers(axes.yaxis)
     assert len(found) >= 2
     below, above = axes.yaxis.get_view_interval()
@@ -67,7 +67,7 @@ def test_the_axis_of_distances_has_numbers_at_1_2_5_also_within_a_decade(low: fl
 
 
 def test_an_axis_too_narrow_for_those_has_numbers_too():
-    (axes,) = draw(results(2.2, 2.6)).axes
+    (axes,) = chart(results(2.2, 2.6)).axes
     assert len(numbers(axes.yaxis)) >= 2
 
 
@@ -104,7 +104,7 @@ def test_the_legend_covers_nothing_and_the_title_is_the_run_and_its_process_in_w
         found = [
             row | {"provenance": row["provenance"] | {"step": i}} for i in range(count) for row in results(1.0, 60.0)
         ]
-        figure = draw(found)
+        figure = chart(found)
         figure.canvas.draw()
         assert len(figure.axes) == count
         (legend,) = figure.legends
@@ -127,7 +127,7 @@ def test_the_legend_covers_nothing_and_the_title_is_the_run_and_its_process_in_w
 def test_what_diverged_is_marked():
     found = results(1.0, 60.0)
     found[1] |= {"metrics": {}, "measured": {"nfe": 6.0, "not_finite": "1 of samples 0 to 7"}}
-    (axes,) = draw(found).axes
+    (axes,) = chart(found).axes
     assert [list(line.get_xdata()) for line in axes.get_lines() if line.get_label() == "diverged"] == [[6.0]]
 
 
@@ -138,7 +138,7 @@ def test_processes_that_one_network_serves_stand_in_one_table_and_have_their_own
     assert text.count("## ") == 1
     assert "| gddim:3; CLD |" in text
     assert "| gddim:3; VP |" in text
-    lines = {line.get_label(): line for line in draw(both).axes[0].get_lines()}
+    lines = {line.get_label(): line for line in chart(both).axes[0].get_lines()}
     a, b = lines["gDDIM, order 3, CLD"], lines["gDDIM, order 3, VP"]
     assert (a.get_color(), a.get_marker()) == (b.get_color(), b.get_marker())
     assert a.get_linestyle() != b.get_linestyle()
@@ -200,7 +200,8 @@ def test_a_sheet_enlarges_every_pixel_alike_to_a_width_that_can_be_seen(channels
         shown = picture[y : y + 8 * scale, x : x + 8 * scale]
         np.testing.assert_array_equal(shown, np.broadcast_to(image.repeat(scale, 0).repeat(scale, 1), shown.shape))
     assert picture[:corner].min() < 100, "there is a title"
-    assert pixels(gallery(np.zeros((1, 700, 2, 3), np.uint8))).shape[1] > 640
+    assert pixels(gallery(np.zeros((1, 2, 700, 3), np.uint8))).shape[1] > 640
+    assert max(pixels(gallery(np.zeros((1, 700, 2, 3), np.uint8))).shape) < 4 * 700, "a tall one is no gigabytes"
     assert pixels(rows(np.zeros((2, 3, 8, 8, 1), np.float32))).shape[1] > 600
 
 

@@ -173,13 +173,18 @@ def test_a_path_tells_every_call_and_for_one_data_point_foresees_it(sde):
         gddim.RK45().solver(sde, [1.0, 0.1])(point, start, path=True)
 
 
+class Model(eqx.Module):
+    sde: gddim.AbstractLinearSDE
+
+    def __call__(self, u, t):
+        traced.append(t)
+        return eps_fn(u, t)
+
+
+traced = []
+
+
 def test_paths_of_numbered_samples_are_those_of_the_samples():
-    class Model(eqx.Module):
-        sde: gddim.AbstractLinearSDE
-
-        def __call__(self, u, t):
-            return eps_fn(u, t)
-
     solver, seed, numbers = Method(GDDIM(2, 0.5), 5).solver(CLD), jnp.asarray(3), jnp.arange(4)
     plain = sample_numbered(Model(CLD), solver, (8, 8, 3), seed, numbers)
     found = sample_numbered(Model(CLD), solver, (8, 8, 3), seed, numbers, path=True)
@@ -188,6 +193,13 @@ def test_paths_of_numbered_samples_are_those_of_the_samples():
     np.testing.assert_allclose(found.data, plain.data, atol=1e-5)
     assert found.path.times.shape == (5,)
     assert found.path.states.shape == found.path.eps.shape == found.path.foreseen.shape == (5, 4, 8, 8, 2, 3)
+
+
+def test_numbered_samples_of_as_many_calls_share_one_program():
+    traced.clear()
+    for sampler in (GDDIM(1), GDDIM(4, 0.7), GDDIM(2, corrector=True, interpolate="data"), gddim.Heun()):
+        sample_numbered(Model(CLD), Method(sampler, 6).solver(CLD), (3,), jnp.asarray(0), jnp.arange(2))
+    assert len(traced) == 1
 
 
 def test_a_solver_wants_a_key_for_its_noise_and_keeps_the_precision_of_the_state():

@@ -13,7 +13,7 @@ from gddim.errors import UserError
 from gddim.evaluation.cell import Row
 from gddim.evaluation.figures import PALETTE, encode, new_figure, number, process_in_words
 from gddim.evaluation.provenance import flatten
-from gddim.evaluation.report import about, draw, groups, tables
+from gddim.evaluation.report import about, chart, groups, tables
 from gddim.evaluation.sweep import RESULTS, read_rows
 from gddim.logs import read_scalars
 from gddim.storage import write_whole
@@ -78,7 +78,7 @@ def page(folder: epath.Path, rows: Sequence[Row]) -> str:
     shown = {name: [_picture(folder, *item) for item in files.items()] for name, files in _PICTURES.items()}
     sections = {
         "Samples": shown["Samples"],
-        "Results": [*([_figure(encode(draw(rows), ".svg"), "svg+xml", "")] if found else []), *map(_results, found)],
+        "Results": [*([_figure(encode(chart(rows), ".svg"), "svg+xml", "")] if found else []), *map(_results, found)],
         "Trajectories": shown["Trajectories"],
         "Latents": shown["Latents"],
         "Likelihood": [_facts(_read(folder, "likelihood.json") | {"experiment": None})],

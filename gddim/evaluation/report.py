@@ -230,12 +230,12 @@ def plot(rows: Sequence[Row], path: os.PathLike, metric: str = "frechet") -> Non
     """The metric against the network calls made, as `path`, a PNG, and beside it as SVG and PDF. Raises `UserError` for
     no rows.
     """
-    figure = draw(rows, metric)
+    figure = chart(rows, metric)
     for suffix in SUFFIXES:
         write_whole(epath.Path(path).with_suffix(suffix), encode(figure, suffix))
 
 
-def draw(rows: Sequence[Row], metric: str = "frechet") -> Any:
+def chart(rows: Sequence[Row], metric: str = "frechet") -> Any:
     """A panel for each group, log axes: one line a sampler, its floor, published rows; one legend for all, beside them.
 
     Of groups that differ by no more than a commit or a version the last is drawn.
@@ -248,7 +248,7 @@ def draw(rows: Sequence[Row], metric: str = "frechet") -> Any:
     figure, panels = new_figure(height, columns, (4.4 * columns + 1.9, 3.4 * height))
     shared = looks(label for group in found for label in group.entries(metric))
     for axes, group in zip(panels, found, strict=False):
-        _draw(axes, group, metric, shared)
+        _chart_group(axes, group, metric, shared)
     for axes in panels[len(found) :]:
         axes.remove()
     lines = {line.get_label(): line for axes in figure.axes for line in axes.get_lines() if line.get_label()[0] != "_"}
@@ -258,7 +258,7 @@ def draw(rows: Sequence[Row], metric: str = "frechet") -> Any:
     return figure
 
 
-def _draw(axes: Any, group: Group, metric: str, shared: dict[str, Look]) -> None:
+def _chart_group(axes: Any, group: Group, metric: str, shared: dict[str, Look]) -> None:
     budgets: set[int] = set()
     for label, cells in group.entries(metric).items():
         look, points = shared[label], sorted(cells.values(), key=lambda entry: entry.nfe)

@@ -156,10 +156,11 @@ def _tile(images: Shaped[np.ndarray, "n h w c"], columns: int) -> tuple[Picture,
     """The images with white between them, and the distance from one to the next, down and across."""
     shades = images if images.dtype == np.uint8 else np.asarray(to_uint8(jnp.asarray(images)))
     shades = shades if shades.shape[-1] == 3 else np.repeat(shades[..., :1], 3, axis=-1)
-    scale = max(1, WIDTH // (columns * shades.shape[2]))
-    shades = shades.repeat(scale, 1).repeat(scale, 2)
     n, height, width, _ = shades.shape
-    height, width, rows = height + GAP, width + GAP, -(-n // columns)
+    rows = -(-n // columns)
+    scale = max(1, min(WIDTH // (columns * width), 4 * WIDTH // (rows * height)))  # what is tall stays a picture
+    shades = shades.repeat(scale, 1).repeat(scale, 2)
+    height, width = scale * height + GAP, scale * width + GAP
     tiled = np.full((rows * columns, height, width, 3), 255, np.uint8)
     tiled[:n, :-GAP, :-GAP] = shades
     tiled = tiled.reshape(rows, columns, height, width, 3).swapaxes(1, 2)
