@@ -29,7 +29,7 @@ from gddim.sde import (
     SubVP,
 )
 from gddim.sde.host import on_host
-from gddim.sde.linalg import aligned, inverse, namespace, product, transpose
+from gddim.sde.linalg import aligned, inverse, namespace, product, symmetric_root, transpose
 
 
 class Law(NamedTuple):
@@ -204,7 +204,8 @@ def slope(sde: AbstractLinearSDE, sampler: GDDIM, steps: int = 96, std: float = 
     """The order of convergence between `steps` and twice as many, on a Gaussian mixture with its exact ε, in float64."""
     eps_fn, dims = _mixture(sde, std), _dims(sde)
     with jax.enable_x64(True):
-        us = [sde.sample_prior(jax.random.key(i), (*dims, sde.k, 2)).astype(float) for i in range(24)]
+        prior = symmetric_root(sde.prior_covariance(sde.horizon))  # `sample_prior` gives float32
+        us = [product(prior, jax.random.normal(jax.random.key(i), (*dims, sde.k, 2))) for i in range(24)]
 
         def run(sampler: GDDIM, n: int) -> Any:
             # a power-2 grid whose steps are small at the start, too: the first have no history, and are of order 1 and 2

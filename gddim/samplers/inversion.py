@@ -76,11 +76,11 @@ class Coder(eqx.Module):
 
     def encode(self, u: Float[Array, "*dims k C"]) -> Float[Array, "*dims k C"]:
         """A state at `t_min` to the latent at the grid's start, of the prior's distribution."""
-        return self.up(self.model, u).state
+        return self.up(self.model, u, jax.random.key(0)).state  # which draws nothing
 
     def decode(self, latent: Float[Array, "*dims k C"]) -> Float[Array, "*dims k C"]:
         """A latent to the state at `t_min`."""
-        return self.down(self.model, latent).state
+        return self.down(self.model, latent, jax.random.key(0)).state
 
     def between(
         self, a: Float[Array, "*dims k C"], b: Float[Array, "*dims k C"], shares: Float[Array, " n"]
