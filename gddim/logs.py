@@ -169,21 +169,19 @@ class _Events:
 
 
 def read_scalars(folder: epath.Path, tag: str) -> dict[int, float]:
-    """A curve by step, as the events of all lives of a run tell it: from where a later one began, it alone counts."""
+    """A curve by step, as the events of all lives of a run tell it: from a START on, what was told before is void."""
     from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
     found: dict[int, float] = {}
     for file in sorted(folder.glob("events.out.tfevents.*")):
-        data, at, first = file.read_bytes(), 0, True
+        data, at = file.read_bytes(), 0
         while at + 16 <= len(data):  # the length of a record, its checksum, the record, its checksum
             (length,) = struct.unpack_from("<Q", data, at)
             record, at = data[at + 12 : at + 12 + length], at + 16 + length
             if at > len(data):  # a run that was killed leaves its last record cut short
                 break
             event = Event.FromString(record)
-            for value in event.summary.value:
-                if value.tag == tag:
-                    if first:
-                        found = {step: kept for step, kept in found.items() if step < event.step}
-                    found[event.step], first = value.simple_value, False
+            if event.session_log.status == event.session_log.START:
+                found = {step: kept for step, kept in found.items() if step < event.step}
+            found |= [(event.step, value.simple_value) for value in event.summary.value if value.tag == tag]
     return found

@@ -76,6 +76,7 @@ def manifest(given: argparse.Namespace) -> str:
 
 
 def main() -> int:
+    sys.stdout.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]  # on any terminal
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="name of the run, at most 40 of a-z, 0-9 and -")
     parser.add_argument("--image", required=True)

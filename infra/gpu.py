@@ -21,6 +21,7 @@ PREEMPTED = 75
 
 
 def main() -> int:
+    sys.stdout.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]  # on any terminal
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", help="numbers of the GPUs to use, for example 0,1 (default: all)")
     parser.add_argument("--dry-run", action="store_true", help="print the command and do nothing")

@@ -151,6 +151,7 @@ class Slice:
 
 
 def main() -> int:
+    sys.stdout.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]  # on any terminal
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=["run", "create", "copy", "logs", "delete"])
     parser.add_argument("name", help="name of the slice")

@@ -16,6 +16,7 @@ import pytest
 
 from experiments import cld_cifar10, cld_digits, points, points_vp
 from gddim.checkpoint import Checkpointer
+from gddim.data import ImageFolder
 from gddim.experiment import Experiment
 from gddim.experiment.cli import execute, main, parse
 from gddim.experiment.plan import Plan
@@ -306,3 +307,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_in_a_line(tmp_path):
         said
     )
     assert not (tmp_path / "w" / "checkpoints").exists()
+
+
+def test_a_dry_run_tells_that_the_data_are_absent(tmp_path, capsys):
+    experiment = dataclasses.replace(cld_digits.EXPERIMENT, data=ImageFolder(str(tmp_path / "no"), 8, channels=1))
+    for path, says in (
+        (tmp_path / "no", f"data: absent: {tmp_path / 'no'} does not exist"),
+        (tmp_path, f"data: {tmp_path}"),
+    ):
+        assert status_of(experiment, f"--workdir={tmp_path / 'w'}", "--dry-run", f"--data.path={path}") == 0
+        assert says in capsys.readouterr().out.splitlines()

@@ -118,7 +118,7 @@ def test_all_damaged_images_are_listed_at_once_and_may_be_left_out(photos, keep,
 
 def test_an_array_of_the_users_code_is_not_taken_for_another_range():
     images = np.linspace(0, 1, 240, dtype=np.float32).reshape(5, 4, 4, 3)
-    with pytest.raises(UserError, match="these are never negative: scale those of"):
+    with pytest.raises(UserError, match=r"these are never below -0\.51: scale those of"):
         ArraySource(images)
     assert len(ArraySource(2 * images - 1)) == 5
     assert len(ArraySource(images.reshape(5, -1))) == 5, "points may lie anywhere"
@@ -176,7 +176,7 @@ def test_what_lies_beyond_the_square_leaves_no_trace(tmp_path):
 
 
 def test_numpy_files(tmp_path):
-    images = pixels(0, 25, 4, 4, 5)
+    images = pixels(0, 25, 5, 4, 5)
     np.save(tmp_path / "a.npy", images)
     np.savez(tmp_path / "one.npz", anything=images)
     np.savez(tmp_path / "two.npz", train=images[:20], test=images[20:])
@@ -185,7 +185,7 @@ def test_numpy_files(tmp_path):
     np.save(tmp_path / "points.npy", np.linspace(-7, 7, 40).reshape(20, 2))
     for name in ("a.npy", "one.npz", "others.npz", "ours.npz"):
         data = ArrayFile(str(tmp_path / name))
-        assert data.shape == (4, 4, 5)
+        assert data.shape == (5, 4, 5)
         np.testing.assert_array_equal(records(data.test()), images[[9, 19]])
         np.testing.assert_array_equal(records(data.train()), np.delete(images, [9, 19], axis=0))
     np.testing.assert_array_equal(records(ArrayFile(str(tmp_path / "two.npz")).test()), images[20:])
@@ -202,6 +202,10 @@ def test_numpy_files(tmp_path):
             np.linspace(0, 1, 240).reshape(5, 4, 4, 3),
             r"must lie in \[-1, 1\], found 0 to 1: scale those of \[0, 1\] by 2x - 1",
         ),
+        (np.linspace(-1e-6, 1, 240).reshape(5, 4, 4, 3), r"found -1e-06 to 1: scale those of \[0, 1\]"),
+        (np.linspace(-0.5, 0.5, 240).reshape(5, 4, 4, 3), r"found -0.5 to 0.5: .* those of \[-0.5, 0.5\] by 2x"),
+        (np.linspace(0, 1, 80).reshape(5, 4, 4), r"found 0 to 1: scale .* make it \(5, 4, 4, 1\)"),
+        (np.zeros((5, 3, 8, 8), np.uint8), r"bad.npy: \(5, 3, 8, 8\): images must .* by transpose\(0, 2, 3, 1\)"),
         (np.zeros((5, 16, 16), np.uint8), r"not uint8 \(5, 16, 16\); of grey images make it \(5, 16, 16, 1\)"),
         (np.full((5, 2), np.nan), "not finite"),
         (np.zeros((1, 2)), "nothing to hold out"),
@@ -213,6 +217,14 @@ def test_wrong_numpy_files_are_named(tmp_path, content, says):
     path.write_bytes(content) if isinstance(content, bytes) else np.save(path, content, allow_pickle=True)
     with pytest.raises(UserError, match=says):
         ArrayFile(str(path)).train()
+
+
+def test_training_and_held_out_records_of_unlike_shapes_are_refused_at_once(tmp_path):
+    for train, test in (((50, 2), (20, 3)), ((9, 8, 8, 3), (9, 4, 8, 3))):
+        np.savez(tmp_path / "a.npz", train=np.full(train, -1.0), test=np.full(test, -1.0))
+        for read in (ArrayFile(str(tmp_path / "a.npz")).train, ArrayFile(str(tmp_path / "a.npz")).test):
+            with pytest.raises(UserError, match=r"in train and .* in test: both must be of one shape"):
+                read()
 
 
 # The command line.

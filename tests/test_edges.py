@@ -62,8 +62,8 @@ def test_the_corrector_of_eps_is_never_worse_than_its_prediction_at_few_steps(na
 def test_the_corrector_of_eps_is_bounded_on_a_mixture_in_float64(lam, steps):
     """It amplified the prediction's own error, not only rounding: at λ = 1 on CLD states grew to thousands."""
     sde, grid = PROCESSES["CLD"], gddim.power_grid(1.0, 1e-3, steps)
-    eps_fn = mixture_eps(sde, np.array([[-0.8, 0.8], [0.8, 0.8]]), 0.1)
     with jax.enable_x64(True):
+        eps_fn = mixture_eps(sde, np.array([[-0.8, 0.8], [0.8, 0.8]]), 0.1)
         us = jnp.stack([sde.sample_prior(jax.random.key(i), (2, 2)) for i in range(32)])
         draw = lambda u, key: gddim.sample(GDDIM(2, lam, corrector=True), sde, eps_fn, u, grid, key)
         assert jnp.abs(jax.vmap(draw)(us, jax.random.split(jax.random.key(2), 32))[:, 0]).max() < 4

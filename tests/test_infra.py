@@ -217,3 +217,20 @@ def test_the_image_is_pinned_cached_and_not_root():
     allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     assert sorted(copied) == sorted(allowed)
     assert all((ROOT / name).exists() for name in copied)
+
+
+LAUNCHERS = {
+    "gke": ["run", "--image=é", "--gpu=é"],
+    "gpu": [],
+    "tpu": ["run", "é", "--project=p", "--zone=z", "--type=v4-8"],
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_a_terminal_without_the_letters_gets_what_a_launcher_prints(name):
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    for words in (["--help"], [*LAUNCHERS[name], "--dry-run", "--", "python", "é"]):
+        script = [sys.executable, ROOT / "infra" / f"{name}.py"]
+        done = subprocess.run([*script, *words], env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "usage: " in done.stdout or "python" in done.stdout

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 from tensorboardX import record_writer
 from tensorboardX.proto.event_pb2 import Event
 
-from gddim.logs import Log
+from gddim.logs import Log, read_scalars
 
 FULL = Path("/dev/full")
 VALUES = {"loss": 0.5, "grad_norm": 1.0, "learning_rate": 2e-4}
@@ -60,15 +61,16 @@ def shown(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
 
 
-def live(folder: Path, step: int, until: int, loss: float) -> None:
-    """One life of a run, which reports and evaluates every ten steps until it dies."""
+def live(folder: Path, step: int, until: int, loss: float, every: int = 10) -> None:
+    """One life of a run, which reports and evaluates `every` so many steps until it dies."""
+    before = set(folder.iterdir())
     log = Log(str(folder), step=step, steps=100, batch=4)
-    for at in range(step + 10, until + 1, 10):
+    for at in range(step + every, until + 1, every):
         log.scalars(at, VALUES | {"loss": loss})
         log.metrics(at, "20 samples", {"FID": loss})
     log.close()
-    (file,) = folder.glob("events.*")
-    file.rename(folder / f"life{len(list(folder.iterdir()))}.tfevents.{file.name}")  # two of a second have one name
+    (file,) = {*folder.iterdir()} - before
+    file.rename(folder / f"events.out.tfevents.life{len(before)}")  # two of a second have one name
 
 
 def test_a_later_life_takes_the_place_of_what_earlier_ones_told_beyond_its_step_and_of_no_more(tmp_path):
@@ -80,6 +82,18 @@ def test_a_later_life_takes_the_place_of_what_earlier_ones_told_beyond_its_step_
     found = shown(tmp_path)
     assert found["train/loss"] == expected
     assert found["evaluation_of_20_samples/FID"] == expected
+    assert list(read_scalars(epath.Path(tmp_path), "train/loss").items()) == expected
+
+
+def test_the_report_and_tensorboard_show_the_same_curve_of_lives_that_report_at_other_steps(tmp_path):
+    live(tmp_path, 0, 50, 1.0)  # saves at 20
+    live(tmp_path, 20, 60, 2.0, every=40)  # what was told of 30 to 50 is void though nothing takes its place
+    expected = [(10, 1.0), (20, 1.0), (60, 2.0)]
+    assert shown(tmp_path)["train/loss"] == expected
+    assert list(read_scalars(epath.Path(tmp_path), "train/loss").items()) == expected
+    live(tmp_path, 10, 10, 3.0)  # saves nothing and tells nothing
+    assert shown(tmp_path)["train/loss"] == expected[:1]
+    assert list(read_scalars(epath.Path(tmp_path), "train/loss").items()) == expected[:1]
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")

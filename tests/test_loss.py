@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_train import EXPERIMENT
-from test_trees import PICTURES, Classes
+from test_trees import PICTURES
 
 import gddim
 from gddim.data import batches
@@ -29,8 +29,9 @@ def test_training_the_public_loss_and_the_objective_are_one():
     trained = jax.jit(plan.step(flip=False))(state, batch)[1]["loss"]
     model = eqx.combine(state.model, plan.static)
     noise_key = jax.random.split(key)[1]
-    for loss in (gddim.denoising_loss, EXPERIMENT.objective):
-        np.testing.assert_allclose(loss(model, jnp.asarray(batch), noise_key), trained, rtol=1e-6)
+    losses: list[Any] = [gddim.denoising_loss, EXPERIMENT.objective]
+    for loss in losses:
+        np.testing.assert_allclose(eqx.filter_jit(loss)(model, jnp.asarray(batch), noise_key), trained, rtol=1e-6)
 
 
 def test_times_are_uniform_in_their_power():
@@ -83,26 +84,30 @@ def test_what_conditions_a_network_reaches_it(model, width, sde):
 
     model, seen, cond = model(sde, net), [], {"label": jnp.arange(2)}
     u, key = jnp.ones((8, 8, sde.k, 3)), jax.random.key(0)
-    model(u, 0.5)
-    model(u, 0.5, cond, key=key)
-    model.loss(u[..., 0, :], 0.5, u, cond, key=key)
-    if isinstance(model, gddim.Denoiser):
-        model.denoise(u, 0.5, cond, key=key)
+    calls = [
+        lambda: model(u, 0.5),
+        lambda: model(u, 0.5, cond, key=key),
+        lambda: model.loss(u[..., 0, :], 0.5, u, cond, key=key),
+        *([lambda: model.denoise(u, 0.5, cond, key=key)] if isinstance(model, gddim.Denoiser) else []),
+    ]
+    for call in calls:
+        jax.eval_shape(call)
+    assert len(seen) == len(calls)
     assert [where for where, _ in seen] == [None, *[cond] * (len(seen) - 1)]
     assert [keyed for _, keyed in seen] == [False, *[True] * (len(seen) - 1)]
-    gddim.denoising_loss(model, jnp.ones((2, *SHAPE)), key, cond=cond)
+    jax.eval_shape(lambda: gddim.denoising_loss(model, jnp.ones((2, *SHAPE)), key, cond=cond))
     assert seen[-1][0]["label"].shape == ()  # of one example
 
 
 def test_each_example_has_its_own_condition():
-    model = Plan(PICTURES).experiment.build(jax.random.key(0))
+    model = PICTURES.build(jax.random.key(0))
     x0, key, label = jnp.zeros((4, *SHAPE)), jax.random.key(1), jnp.array([0, 1, 2, 3])
-    one, other = (gddim.denoising_loss(model, x0, key, cond={"label": each}) for each in (label, label[::-1]))
+    whole, each = eqx.filter_jit(gddim.denoising_loss), eqx.filter_jit(PICTURES.objective.loss)
+    one, other = (whole(model, x0, key, cond={"label": given}) for given in (label, label[::-1]))
     assert float(one) != float(other)
     rows = PICTURES.objective.rows(x0, key, {"label": label})
-    alone = [PICTURES.objective.loss(model, jax.tree.map(lambda leaf, i=i: leaf[i], rows)) for i in range(4)]
+    alone = [each(model, jax.tree.map(lambda leaf, i=i: leaf[i], rows)) for i in range(4)]
     np.testing.assert_allclose(one, np.mean(alone), rtol=1e-6)
-    assert isinstance(model.net, Classes)
 
 
 @pytest.mark.parametrize(

@@ -64,9 +64,14 @@ WRONG = {
     "--nonsense": "unknown option --nonsense; accepted: ",
     "--train.lr=1e-3": "unknown option --train.lr; accepted: --train.learning-rate, ",
     "--lr 1e-3": "unknown option --lr; accepted: --train.learning-rate, ",
-    "--sampling.sampler=heun": "unknown option --sampling.sampler; accepted: --sampler, ",
+    "--sampling.sampler=heun": "unknown option --sampling.sampler; accepted: --sampler; see --help",
+    "--steps 3": "unknown option --steps; accepted: --train.steps; see --help",
+    "--train.samples=3": "unknown option --train.samples; accepted: --sampling.samples, --eval.samples; see --help",
     "--mesh.fdsp=2": "unknown option --mesh.fdsp; accepted: --mesh.fsdp, ",
     "--eval.nfe 10,20": "--eval.nfe 10,20: separate by spaces: --eval.nfe 10 20",
+    "--eval.nfe 10, 20": "--eval.nfe 10, 20: separate by spaces: --eval.nfe 10 20",
+    "--eval.nfe=10, 20 , 50": "--eval.nfe 10, 20 , 50: separate by spaces: --eval.nfe 10 20 50",
+    "--eval.nfe ,": "--eval.nfe ,: accepted is a whole number",
     "--eval.samplers gddim:2,em": "separate by spaces: --eval.samplers gddim:2 em",
     "--eval.nfe 10 20 sample": "the verb comes first: sample --eval.nfe 10 20",
     "trian": "'trian' is no verb, and no option's value; the verbs are run, train, sample, evaluate, ",
@@ -250,7 +255,7 @@ def test_a_run_that_could_not_be_evaluated_does_not_begin(shards_without_the_hel
     reference.unlink()
     source_statistics(Digits().test(), PixelFeatures(), "digits", progress=False).save(reference)
     said = refused(capsys, points.EXPERIMENT, *small, f"--eval.reference={reference}")
-    assert "has features of dimension 64, samples (2,) have 2" in said
+    assert "records (8, 8, 1) and (2,) cannot be compared pixel by pixel" in said
     for count in (1, 3):
         said = refused(capsys, points.EXPERIMENT, *small, f"--data.test-points={count}")
         assert f"{count} records are held out, an evaluation needs at least 4" in said

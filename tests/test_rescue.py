@@ -94,9 +94,20 @@ def test_what_no_run_can_begin_with_is_refused_before_anything_is_written(traine
     )
     assert "no run with checkpoints is there; give RUN or RUN@STEP" in says(f"--train.init={tmp_path / 'none'}")
     assert not (tmp_path / "w").exists()
-    assert "train.init: the run has null" in refused(
-        capsys, "train", trained, "--train.steps=20", f"--train.init={trained}@8"
-    )
+
+
+def test_a_run_that_exists_is_no_place_to_begin_a_new_one(trained, tmp_path, capsys):
+    rescued, init = tmp_path / "w", f"--train.init={trained}@8"
+    said = refused(capsys, "train", trained, "--train.steps=20", init)
+    assert "train.init: the run has null" in said
+    assert said.splitlines()[-1] == "--train.init begins a new run, in a new --workdir; this one goes on without it"
+    do("train", rescued, "--train.steps=12", init)
+    on = f"this one goes on with --train.init {trained}@8, as it began"
+    for more in ([], [f"--train.init={trained}@12"]):
+        assert refused(capsys, "train", rescued, "--train.steps=16", *more).splitlines()[-1].endswith(on)
+    assert "train.init" not in refused(capsys, "train", rescued, "--train.steps=16", init, "--seed=7")
+    do("train", rescued, "--train.steps=16", init)
+    assert "training from step 12 to 16" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("verb", ["sample", "evaluate"])

@@ -202,6 +202,14 @@ def test_the_data_alone_are_what_is_measured():
     assert data_alone(images) is images
 
 
+def test_rows_pick_from_every_array():
+    source = ArraySource({"x0": IMAGES, "label": LABELS}, rows=np.arange(9, 3, -1))
+    found = source[np.array([0, 5])]
+    np.testing.assert_array_equal(found["x0"], IMAGES[[9, 4]])
+    np.testing.assert_array_equal(found["label"], LABELS[[9, 4]])
+    np.testing.assert_array_equal(data_alone(source)[np.array([0, 5])], IMAGES[[9, 4]])
+
+
 def test_a_label_is_part_of_what_a_data_set_is():
     known = identity(Pictures().train())
     assert identity(Read()) == known

@@ -24,7 +24,7 @@ A source is anything with `shape`, `dtype`, `flip`, a length, and `source[indice
 """
 
 from gddim.data.content import identity
-from gddim.data.folders import CelebA, ImageFolder, whole_images
+from gddim.data.folders import CelebA, ImageFolder, holds_images, whole_images
 from gddim.data.images import random_flip, to_uint8, to_unit
 from gddim.data.moments import moments, spectrum
 from gddim.data.official import CIFAR10, SVHN
@@ -37,6 +37,7 @@ from gddim.data.sources import (
     Dataset,
     Digits,
     FiveRings,
+    OnDisk,
     Records,
     Source,
     data_alone,
@@ -54,12 +55,14 @@ __all__ = [
     "Digits",
     "FiveRings",
     "ImageFolder",
+    "OnDisk",
     "Records",
     "Shards",
     "Source",
     "batch_indices",
     "batches",
     "data_alone",
+    "holds_images",
     "identity",
     "moments",
     "prefetch",

@@ -4,7 +4,7 @@ import functools
 import io
 import re
 from collections.abc import Callable
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _DOCUMENTS = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MCIDAS", "MPEG", "WMF"}  # Pillow opens them, and decodes none
-_DEEP = re.compile(r";16[BLN]")  # in the raw mode of 16 bits a channel, of which Pillow keeps the upper 8
+_DEEP = re.compile(r";16[BLN]|SGI16|BC6H")  # what tiles of more than 8 bits a channel name, of which Pillow keeps 8
+_BITS_PER_SAMPLE, _SAMPLE_FORMAT, _UNSIGNED = 258, 339, {1, 4}  # tags of a TIFF; 4 is "undefined", read as unsigned
+_SIZ = b"\xff\x4f\xff\x51"  # how a JPEG 2000 codestream begins
 
 
 @functools.cache
@@ -54,12 +56,39 @@ def is_image(read: Callable[[str], IO[bytes]], name: str) -> bool:
         return False
 
 
+def _lost(image: "Image.Image", content: bytes) -> str | None:
+    """What of its samples 8 bits cannot hold, as the file tells it; the mode tells only what Pillow makes of them."""
+    bits, signed = 8, False
+    if image.mode.startswith(("I", "F")):
+        bits = 16
+    for codec, _, _, args in getattr(image, "tile", ()):
+        if _DEEP.search(f"{codec} {args}"):
+            bits = 16
+        elif codec.startswith("ppm") and isinstance(args, tuple):  # raw mode and greatest value
+            bits = args[1].bit_length()
+        elif codec == "dds_rgb":  # bits of a pixel, and those of each channel
+            bits = max(mask.bit_count() for mask in args[1])
+    if image.format == "TIFF":
+        tags: Any = image
+        bits = max(bits, *tags.tag_v2.get(_BITS_PER_SAMPLE, (1,)))
+        signed = not _UNSIGNED.issuperset(tags.tag_v2.get(_SAMPLE_FORMAT, (1,)))
+    elif image.format == "JPEG2000":
+        samples = content[content.index(_SIZ) + 40 :]  # the length of the segment, …, their count, and 3 bytes for each
+        kinds = samples[2 : 2 + 3 * int.from_bytes(samples[:2]) : 3]
+        bits, signed = max(kind % 128 + 1 for kind in kinds), max(kinds) >= 128
+    elif image.format == "AVIF" and content[content.index(b"av1C") + 6] & 0x40:  # its high_bitdepth
+        bits = 10
+    if bits > 8:
+        return "it has more than 8 bits a channel: scale it to 8"
+    return "its samples are signed: scale them to 0 … 255" if signed else None
+
+
 def decoded(content: bytes, channels: int, where: str) -> "Image.Image":
     """An image as its camera held it, in 1 to 4 channels; without alpha, what is transparent is shown on white, which is
     said once of each place.
 
     Raises ValueError for more than 8 bits a channel, which nobody can scale without knowing how many of them are used,
-    and whatever Pillow raises for damaged bytes.
+    and for signed samples; and whatever Pillow raises for damaged bytes.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -68,8 +97,8 @@ def decoded(content: bytes, channels: int, where: str) -> "Image.Image":
     except UnidentifiedImageError:
         raise ValueError("no image that Pillow knows") from None
     with opened:
-        if opened.mode.startswith(("I", "F")) or any(_DEEP.search(str(tile)) for tile in getattr(opened, "tile", ())):
-            raise ValueError("it has more than 8 bits a channel: scale it to 8")
+        if lost := _lost(opened, content):
+            raise ValueError(lost)
         image = ImageOps.exif_transpose(opened)
         if channels in (1, 3) and image.has_transparency_data:
             image = image.convert("RGBA")

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from gddim.data.decoding import MODES, decoded, is_image, resized, suffixes
 from gddim.data.sources import ArraySource, Source, data_folder, every_nth
-from gddim.errors import UserError
+from gddim.errors import UserError, harmless
 from gddim.parallel import tell
 from gddim.settings import MAY_CHANGE
 
@@ -40,24 +40,22 @@ class _Files:
             names = list(_below(path, aside))
             self.open = lambda name: (path / name).open("rb")
             self.mark = lambda name: ((status := os.stat(path / name)).st_size, status.st_mtime_ns)
+        elif not path.exists():
+            raise UserError(f"{path} does not exist")
         elif zipfile.is_zipfile(path):
             archive = zipfile.ZipFile(path)
             names = [info.filename for info in archive.infolist() if not info.is_dir()]
             self.open = archive.open
             self.mark = lambda name: archive.getinfo(name).CRC
-        elif not path.exists():
-            raise UserError(f"{path} does not exist")
         else:
             damaged = "; it may be damaged" if path.suffix == ".zip" else ""
             raise UserError(f"{path} is neither a folder nor a zip archive of images{damaged}")
         self.names: list[str] = []
         for name in sorted(names):
-            if any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(name).parts):
-                aside["hidden"].append(name)  # or, in an archive, on a path out of it
-            elif PurePosixPath(name).suffix.lower() in suffixes() or is_image(self.open, name):
-                self.names.append(name)
+            if why := _no_image(self.open, name):
+                aside[why].append(name)
             else:
-                aside["no image that Pillow reads"].append(name)
+                self.names.append(name)
         passed = "; ".join(f"{len(found):,} {why} ({_few(found)})" for why, found in aside.items())
         if not self.names:
             raise UserError(f"{path} holds no images" + (f", but {passed}" if passed else ""))
@@ -65,12 +63,28 @@ class _Files:
             tell(f"{path}: {len(self.names):,} images; passed over: {passed}")
 
 
+def _no_image(read: Callable[[str], IO[bytes]], name: str) -> str:
+    """Why a file is passed over; nothing for an image."""
+    if any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(name).parts):
+        return "hidden"  # or, in an archive, on a path out of it
+    image = PurePosixPath(name).suffix.lower() in suffixes() or is_image(read, name)
+    return "" if image else "no image that Pillow reads"
+
+
+def holds_images(folder: Path) -> bool:
+    """Whether a folder, with its subfolders, is one of images."""
+    return not all(
+        _no_image(lambda name: (folder / name).open("rb"), name) for name in _below(folder, defaultdict(list))
+    )
+
+
 def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + ", …" * (len(names) > _SHOWN)
 
 
 def _below(root: Path, aside: Mapping[str, list[str]]) -> Iterator[str]:
-    """The files below a folder by relative path, each folder read once, those that are linked after the others."""
+    """The files below a folder by relative path, each folder read once, those that are linked after the others; of
+    those that cannot be read what file systems and desktops leave is passed over, and others raise UserError."""
     folders, seen = deque([root]), set()
     while folders:
         folder = folders.popleft()
@@ -78,7 +92,10 @@ def _below(root: Path, aside: Mapping[str, list[str]]) -> Iterator[str]:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
             place = os.stat(folder)
         except OSError as error:
-            raise UserError(f"{folder} cannot be read ({error.strerror})") from error
+            if folder == root or not harmless(folder.name):
+                raise UserError(f"{folder} cannot be read ({error.strerror})") from error
+            aside["that cannot be read"].append(folder.relative_to(root).as_posix())
+            continue
         if (place.st_dev, place.st_ino) in seen:
             aside["linked again"].append(folder.relative_to(root).as_posix())
             continue
@@ -187,6 +204,8 @@ def _kept_if_small(files: ImageFiles) -> Source:
 def whole_images(path: Path, size: int | None = None) -> Source:
     """All images of a folder or zip archive in colour, none of them cut: stretched to the height and width of the first,
     or to `size`, as programs that measure FID do."""
+    if size is not None and size < 1:
+        raise UserError(f"images cannot be stretched to size {size}: it must be positive")
     files = _Files(path)
     height = width = size
     if height is None or width is None:
@@ -224,6 +243,12 @@ class ImageFolder:
     def shape(self) -> tuple[int, ...]:
         return (self.size, self.size, self.channels)
 
+    def find(self) -> Path:
+        path = Path(self.path).expanduser()
+        if not path.exists():
+            raise UserError(f"{path} does not exist")
+        return path
+
     def train(self) -> Source:
         return self._read(0)
 
@@ -233,7 +258,7 @@ class ImageFolder:
     def _read(self, part: int) -> Source:
         if self.size < 1 or self.channels not in MODES:
             raise UserError(f"size must be positive and channels 1 to 4, not {self.size} and {self.channels}")
-        files = _Files(Path(self.path).expanduser())
+        files = _Files(self.find())
         names = [files.names[row] for row in every_nth(len(files.names), self.test_every)[part]]
         shape, advice = (self.size, self.size, self.channels), ", or go on without by the option skip-damaged"
         images = ImageFiles(files, names, shape, self.flip, advice=advice)
@@ -257,6 +282,17 @@ class CelebA:
     def shape(self) -> tuple[int, ...]:
         return (self.size, self.size, 3)
 
+    def find(self) -> Path:
+        folder = data_folder(self.root)
+        if any(folder.glob("[0-9]*.jpg")):
+            return folder
+        names = ("img_align_celeba", "img_align_celeba.zip")
+        for path in (folder / sub / name for sub in (".", "celeba") for name in names):
+            if path.exists():
+                return path
+        page = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
+        raise UserError(f"no CelebA in {folder}: put img_align_celeba.zip (aligned and cropped, from {page}) there")
+
     def train(self) -> Source:
         return self._read(1, 162_770)
 
@@ -264,16 +300,9 @@ class CelebA:
         return self._read(182_638, 202_599)
 
     def _read(self, first: int, last: int) -> Source:
-        folder = data_folder(self.root)
-        names = ("img_align_celeba", "img_align_celeba.zip")
-        places = [folder / sub / name for sub in (".", "celeba") for name in names]
-        if any(folder.glob("[0-9]*.jpg")):
-            places = [folder]
-        path = next((place for place in places if place.exists()), None)
-        if path is None:
-            page = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
-            raise UserError(f"no CelebA in {folder}: put img_align_celeba.zip (aligned and cropped, from {page}) there")
-        files = _Files(path)
+        if self.size < 1:
+            raise UserError(f"size must be positive, not {self.size}")
+        files = _Files(path := self.find())
         numbers = {name: PurePosixPath(name).stem for name in files.names}
         names = [name for name, stem in numbers.items() if stem.isdecimal() and first <= int(stem) <= last]
         if not names:

@@ -45,6 +45,9 @@ class CIFAR10:
 
     shape = (32, 32, 3)
 
+    def find(self) -> Path:
+        return data_folder(self.root)  # what it lacks is downloaded
+
     def train(self) -> ArraySource:
         return self._read([name for name in _BATCH_MD5 if name.startswith("data")])
 
@@ -52,7 +55,7 @@ class CIFAR10:
         return self._read(["test_batch.bin"])
 
     def _read(self, names: list[str]) -> ArraySource:
-        folder = data_folder(self.root)
+        folder = self.find()
         unpacked = folder / "cifar-10-batches-bin"
         if not unpacked.is_dir() and (folder / "data_batch_1.bin").exists():
             unpacked = folder
@@ -112,6 +115,9 @@ class SVHN:
 
     shape = (32, 32, 3)
 
+    def find(self) -> Path:
+        return data_folder(self.root)  # what it lacks is downloaded
+
     def train(self) -> ArraySource:
         return self._read("train_32x32.mat")
 
@@ -121,7 +127,7 @@ class SVHN:
     def _read(self, name: str) -> ArraySource:
         from scipy.io import loadmat
 
-        path = data_folder(self.root) / name
+        path = self.find() / name
         if not path.exists():
             fetch(_SVHN_URL + name, path, _SVHN_MD5[name])
         if (found := digest(path, "md5")) != _SVHN_MD5[name]:

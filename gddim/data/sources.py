@@ -16,7 +16,11 @@ from gddim.settings import MAY_CHANGE
 _CHUNK = 1024
 _LARGE = 2**30  # bytes of a file that is not read at every start to see whether it is the same
 DATA = "x0"  # the data of a record, where it is a dictionary
-_SCALE = "scale those of [0, 1] by 2x - 1, or store uint8"
+_CHANNELS = (1, 2, 3, 4)
+# By the axes of an array, what floating images in [-1, 1] fall below somewhere, and those of another range nowhere: in
+# [0, 1] or [-0.5, 0.5] up to rounding; without an axis of channels these may be series, and only [0, 1] is told from them.
+_DARK = {4: -0.51, 3: -0.01}
+_SCALE = "scale those of [0, 1] by 2x - 1, those of [-0.5, 0.5] by 2x, or store uint8"
 
 
 Records = PyTree[Shaped[np.ndarray, "b ..."]]
@@ -69,6 +73,15 @@ class Dataset(Protocol):
     def test(self) -> Source: ...
 
 
+@runtime_checkable
+class OnDisk(Protocol):
+    """A data set of files whose shape is known without them."""
+
+    def find(self) -> Path:
+        """Where they are, read or not. Raises UserError where they are to be and are not."""
+        ...
+
+
 def x0_and_cond(records: Any) -> tuple[Any, Any]:
     """The data of records, and what conditions them: a dictionary, or None where there is nothing else."""
     if not isinstance(records, Mapping):
@@ -104,8 +117,8 @@ class ArraySource:
     `rows`: which of them are the records, in this order; all by default.
     `stamp`: tells versions of a large array apart without reading it.
 
-    Raises UserError for other types, lengths that differ, and floating images of which none is ever negative: they are
-    not in [-1, 1].
+    Raises UserError for other types, lengths that differ, and images with their channels first, and floating ones (grey
+    without a channel too) whose values are those of another range than [-1, 1].
 
     >>> source = ArraySource({"x0": np.zeros((9, 8, 8, 1), np.uint8), "label": np.arange(9)})
     >>> source[np.array([3, 5])]["label"]
@@ -130,8 +143,12 @@ class ArraySource:
                 raise UserError(f"{name!r} must be numbers of each of {len(data)} records, not {kind}")
         if data.ndim < 2 or data.dtype not in (np.uint8, np.float32):
             raise UserError(f"records must be uint8 or float32 (N, *dims, C), not {data.dtype} {data.shape}")
-        if _never_negative(data):
-            raise UserError(f"floating images must lie in [-1, 1], but these are never negative: {_SCALE}")
+        if data.ndim == 4 and data.shape[-1] not in _CHANNELS and data.shape[1] in _CHANNELS:
+            wanted = "images must be (N, H, W, C), not with their channels first: make them so by transpose(0, 2, 3, 1)"
+            raise UserError(f"{data.shape}: {wanted}")
+        if not _is_dark_somewhere(data):
+            found = "negative" if data.ndim == 3 else f"below {_DARK[4]}"
+            raise UserError(f"floating images must lie in [-1, 1], but these are never {found}: {_SCALE}")
         self.flip = flip
         self.rows = rows
         self.stamp = stamp
@@ -154,11 +171,11 @@ class ArraySource:
         return {DATA: self.array[picked], **{name: values[picked] for name, values in self.cond.items()}}
 
 
-def _never_negative(array: Shaped[np.ndarray, "n *shape"]) -> bool:
-    """Whether these are floating images in [0, 1], or [0, 255]; those in [-1, 1] show it in the first few."""
-    if array.ndim != 4 or array.dtype == np.uint8 or not array.size:
-        return False
-    return all(array[begin : begin + _CHUNK].min() >= 0 for begin in range(0, len(array), _CHUNK))
+def _is_dark_somewhere(array: Shaped[np.ndarray, "n *shape"]) -> bool:
+    """Whether floating images are, as those in [-1, 1] are, most often among the first few; true of all else."""
+    if array.ndim not in _DARK or array.dtype == np.uint8 or not array.size:
+        return True
+    return any(array[begin : begin + _CHUNK].min() < _DARK[array.ndim] for begin in range(0, len(array), _CHUNK))
 
 
 def data_folder(root: str | None) -> Path:
@@ -289,7 +306,10 @@ class ArrayFile:
         rows = None if len(arrays) > 1 else every_nth(len(array), self.test_every)[part]
         large = status.st_size > _LARGE
         stamp = f"{status.st_size} {status.st_mtime_ns} {self.test_every} {name}" if large else None
-        return ArraySource(array, self.flip, rows, stamp)
+        try:
+            return ArraySource(array, self.flip, rows, stamp)
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from error
 
 
 @functools.lru_cache(maxsize=1)  # an experiment asks for the shape of its data again and again
@@ -305,7 +325,10 @@ def _load(path: Path, stamp: tuple[int, int]) -> Mapping[str, np.ndarray]:
         if not samples:
             raise UserError(f"{path} has arrays {', '.join(arrays) or 'none'}: keep one, or name two train and test")
         arrays = {"": max(samples, key=np.ndim)}  # labels have fewer axes
-    return {name: _checked(path, array) for name, array in arrays.items()}
+    arrays = {name: _checked(path, array) for name, array in arrays.items()}
+    if len(arrays) > 1 and (train := arrays["train"].shape[1:]) != (test := arrays["test"].shape[1:]):
+        raise UserError(f"{path} has records {train} in train and {test} in test: both must be of one shape")
+    return arrays
 
 
 def _checked(path: Path, array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "n *shape"]:
@@ -320,6 +343,7 @@ def _checked(path: Path, array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray,
     low, high = (array.min(), array.max()) if array.size else (-1, 1)
     if not np.isfinite(low + high):
         raise UserError(f"{path} holds values that are not finite")
-    if array.ndim == 4 and not -1 <= low < 0 <= 1 - high:
-        raise UserError(f"{path}: floating images must lie in [-1, 1], found {low:g} to {high:g}: {_SCALE}")
+    if not _is_dark_somewhere(array) or (array.ndim == 4 and not -1 <= low <= high <= 1):
+        grey = f", and make it {(*array.shape, 1)}" if array.ndim == 3 else ""
+        raise UserError(f"{path}: floating images must lie in [-1, 1], found {low:g} to {high:g}: {_SCALE}{grey}")
     return array

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -18,17 +19,18 @@ from gddim.data import (
     FiveRings,
     Shards,
     Source,
+    holds_images,
     to_uint8,
     whole_images,
 )
-from gddim.errors import UserError, place, printable
+from gddim.errors import UserError, harmless, place, printable
 from gddim.evaluation.cell import LEAST
 from gddim.evaluation.features import FeatureSpace, PixelFeatures
 from gddim.evaluation.inception import CONVENTIONS, PRECISIONS, InceptionFeatures
 from gddim.evaluation.metrics import Gaussian, frechet_distance
 from gddim.evaluation.page import REPORT, check_page, write_page
 from gddim.evaluation.report import plot, table
-from gddim.evaluation.statistics import FEW, Statistics, compare, source_statistics
+from gddim.evaluation.statistics import FEW, Statistics, check_shapes, compare, npz, source_statistics
 from gddim.evaluation.sweep import RESULTS, read_rows
 from gddim.parallel import batch_sharding, check_backend, make_mesh
 from gddim.storage import check_writable, write_whole
@@ -58,7 +60,7 @@ def main() -> None:
         verb.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[0], help="of the Inception network")
         verb.add_argument("--weights", type=Path, help="Inception weights; by default those in the data folder")
         verb.add_argument(
-            "--size", type=int, help="stretch images of a folder to this; by default to those of the first"
+            "--size", type=_size, help="stretch images of a folder to this; by default to those of the first"
         )
     report = verbs.add_parser(
         "report",
@@ -124,7 +126,9 @@ def _sides(options: argparse.Namespace) -> list[Statistics | Gaussian]:
     sides = [side or _source(name, options.size, space) for side, name in zip(saved, names, strict=True)]
     for side, other in (sides, sides[::-1]):
         if isinstance(side, Statistics):
-            side.check_space(space.name)
+            side.check_space(space.name, other.shape if isinstance(other, Source) else None)
+        if isinstance(space, PixelFeatures) and isinstance(side, Source) and isinstance(other, Source):
+            check_shapes(side.shape, other.shape)
         if isinstance(side, Gaussian) and isinstance(other, Source):
             width = jax.eval_shape(space, other[np.arange(1)]).shape[1]
             if width != len(side.mean):
@@ -161,6 +165,12 @@ def _space(options: argparse.Namespace) -> FeatureSpace:
     return InceptionFeatures.load(options.weights, options.convention, options.precision)
 
 
+def _size(text: str) -> int:
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text} given, a number of pixels of at least 1 is needed")
+    return int(text)
+
+
 def _source(text: str, size: int | None, space: FeatureSpace) -> Source:
     """The records that a word names, floating images rounded as saving them would. Raises `UserError` for records that
     the space or the metrics cannot take.
@@ -186,18 +196,27 @@ def _records(text: str, size: int | None) -> Source:
         raise UserError(f"no data set {text}: give {_SOURCE}")
     if path.suffix in (".npy", ".npz"):
         return ArrayFile(str(path), test_every=0).train()
-    if path.is_dir() and (files := sorted(path.glob("*.npz"))):  # as --eval.keep-samples writes them
-        parts = [_records(str(file), size) for file in files]
-        return ArraySource(np.concatenate([part[np.arange(len(part))] for part in parts]))
     if (path / "manifest.json").is_file():
         return Shards(str(path)).train()
+    files = sorted(file for file in path.glob("*.np[yz]") if not harmless(file.name))
+    if files and not holds_images(path):
+        return _joined(files)
     return whole_images(path, size)
+
+
+def _joined(files: Sequence[Path]) -> Source:
+    """The records of several files, as --eval.keep-samples writes them."""
+    parts = [ArrayFile(str(file), test_every=0).train() for file in files]
+    for file, part in zip(files, parts, strict=True):
+        if (part.shape, part.dtype) != (parts[0].shape, parts[0].dtype):
+            others = f"{parts[0].dtype} {parts[0].shape} as those of {files[0].name}"
+            raise UserError(f"{file} holds records {part.dtype} {part.shape}, not {others}: move it elsewhere")
+    return ArraySource(np.concatenate([part[np.arange(len(part))] for part in parts]))
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
+        return npz(path.read_bytes())
     except Exception as error:  # zip, zlib, header and object errors alike
         raise UserError(f"cannot read {path} ({error}): a .npz file of numbers is needed") from error
 

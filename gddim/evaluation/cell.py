@@ -77,7 +77,7 @@ class Evaluator:
     sharding: jax.sharding.Sharding | None = None
 
     def __post_init__(self) -> None:
-        self.reference.check_space(self.space.name)
+        self.reference.check_space(self.space.name, self.shape)
 
     @functools.cached_property
     def origin(self) -> Row:

@@ -31,7 +31,8 @@ class FeatureSpace(Protocol):
     def __call__(self, samples: Shaped[Array, "b ..."], /) -> Float[Array, "b d"]: ...
 
     def details(self, samples: Shaped[np.ndarray, "b ..."], /) -> dict[str, Any]:
-        """What else is to be known of its features, for which these are some samples."""
+        """What else is to be known of its features, for which these are some samples; their `shape`, where features of
+        others cannot be compared."""
         ...
 
     def probabilities(self, features: Float[np.ndarray, "b d"], /) -> Float[np.ndarray, "b classes"] | None:
@@ -50,7 +51,7 @@ class PixelFeatures(eqx.Module):
         return to_unit(samples).reshape(len(samples), -1)
 
     def details(self, samples: Shaped[np.ndarray, "b ..."]) -> dict[str, Any]:
-        return {}
+        return {"shape": list(samples.shape[1:])}  # whose order of numbers is that of no other shape
 
     def probabilities(self, features: Float[np.ndarray, "b d"]) -> None:
         return None

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
@@ -25,6 +26,24 @@ from gddim.storage import write_whole
 
 SUBSET = 5000  # features kept for the metrics that compare pairs: KID, energy distance, precision and recall
 FEW = 10_000  # below so many samples a Fréchet distance is biased enough that its name must tell their number
+
+
+def npz(content: bytes) -> dict[str, np.ndarray]:
+    """The arrays of an npz file. Raises ValueError for a single one, and whatever NumPy raises for damaged bytes."""
+    with io.BytesIO(content) as file:
+        loaded = np.load(file, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            raise ValueError(f"it is one array {loaded.dtype} {loaded.shape}, no .npz file")
+        return dict(loaded)
+
+
+def check_shapes(a: Sequence[int], b: Sequence[int]) -> None:
+    """Raise `UserError` for records of unlike shapes, which cannot be compared number by number."""
+    if tuple(a) == tuple(b):
+        return
+    grey = tuple(a[:-1]) == tuple(b[:-1]) and {a[-1], b[-1]} == {1, 3}
+    cause = ": image files are read in colour and arrays as they are, so give both as files or both as arrays"
+    raise UserError(f"records {tuple(a)} and {tuple(b)} cannot be compared pixel by pixel{cause if grey else ''}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +81,13 @@ class Statistics:
         parts = [self.moments.mean, self.moments.scatter, self.subset]
         return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()[:16]
 
-    def check_space(self, name: str) -> None:
-        """Raise `UserError` unless they were taken in the feature space of this name."""
+    def check_space(self, name: str, shape: Sequence[int] | None) -> None:
+        """Raise `UserError` unless they were taken in the feature space of this name and, where it tells shapes of records
+        apart, of records of this shape; None for one that nobody knows."""
         if self.origin["features"] != name:
             raise UserError(f"different feature spaces cannot be compared: {self.origin['features']} and {name}")
+        if "shape" in self.origin and shape is not None:
+            check_shapes(self.origin["shape"], shape)
 
     def save(self, path: os.PathLike, **more: np.ndarray) -> None:
         """Write an npz file, with `more` arrays for other readers, that appears whole or not at all."""
@@ -80,11 +102,10 @@ class Statistics:
     def load(path: os.PathLike) -> "Statistics":
         """Read what `save` wrote. Raises `UserError` for anything else."""
         try:
-            with np.load(io.BytesIO(epath.Path(path).read_bytes()), allow_pickle=False) as file:
-                arrays = dict(file)
+            arrays = npz(epath.Path(path).read_bytes())
             if "moments.mean" not in arrays:
                 raise ValueError(f"its arrays are {', '.join(arrays)}, not those of python -m gddim.evaluation stats")
-            parts = {
+            parts: dict[str, dict[str, Any]] = {
                 part: {key.removeprefix(f"{part}."): v for key, v in arrays.items() if key.startswith(f"{part}.")}
                 for part in ("moments", "scores")
             }
@@ -168,9 +189,9 @@ def cached_statistics(
 def compare(samples: Statistics, reference: Statistics, names: tuple[str, ...]) -> dict[str, float]:
     """The metrics of these names between two statistics, and the standard errors that some have.
 
-    Raises `UserError` when they were taken in different feature spaces.
+    Raises `UserError` when they were taken in different feature spaces, or of records of unlike shapes in pixels.
     """
-    reference.check_space(samples.origin["features"])
+    reference.check_space(samples.origin["features"], samples.origin.get("shape"))
     found: dict[str, float] = {}
     if "frechet" in names:
         found["frechet"] = metrics.frechet_distance(samples.moments, reference.moments)

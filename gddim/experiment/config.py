@@ -77,7 +77,8 @@ class Training:
 
     init: str | None = None
     """RUN[@STEP]: a new run begins with the whole state of another one's checkpoint, the newest without @STEP, and goes on
-    from its step with this learning rate, clip, seed, …: for one that diverged."""
+    from its step with this learning rate, clip, seed, …: for one that diverged. It needs a workdir of its own, and goes
+    on, once stopped, by the same command."""
     steps: int = field(default=100_000, metadata=MAY_CHANGE)
     """Steps in all; a run that was stopped, or given more, continues. The cooldown moves with them."""
     batch: int = 128

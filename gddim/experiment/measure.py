@@ -78,7 +78,7 @@ def load_reference(experiment: Experiment, space: FeatureSpace) -> Statistics | 
         return None
     try:
         found = Statistics.load(place(text))
-        found.check_space(space.name)
+        found.check_space(space.name, shape)
     except UserError as error:
         raise UserError(f"--eval.reference: {error}") from error
     sample = jax.ShapeDtypeStruct((1, *shape), np.uint8 if len(shape) == 3 else np.float32)
@@ -89,13 +89,16 @@ def load_reference(experiment: Experiment, space: FeatureSpace) -> Statistics | 
 
 
 def measured_against(experiment: Experiment, train: Source | None = None) -> dict[str, Source]:
-    """The parts of the data that an evaluation reads, by name. Raises `UserError` where they are too few records."""
+    """The parts of the data that an evaluation reads, by name. Raises `UserError` where they are too few records, or
+    those held out have another shape.
+    """
     pixels, given = experiment.eval.features == "pixels", experiment.eval.reference
     found = {}
     if pixels or not given:
         found["training"] = data_alone(experiment.data.train() if train is None else train)
     if pixels and not given:
         found["held out"] = data_alone(experiment.data.test())
+        _check_shape(experiment, found["held out"])
     for part, source in found.items():
         if len(source) < LEAST:
             more = ": hold out more, or give --eval.reference" if part == "held out" else ""
@@ -106,8 +109,14 @@ def measured_against(experiment: Experiment, train: Source | None = None) -> dic
 def held_out(experiment: Experiment) -> Source:
     """The held-out records. Raises `UserError` for a single one: neither verb has anything to say of it."""
     source = data_alone(experiment.data.test())
+    _check_shape(experiment, source)
     require(len(source) >= 2, f"{len(source)} records are held out, likelihood and encode need at least 2")
     return source
+
+
+def _check_shape(experiment: Experiment, test: Source) -> None:
+    shape = experiment.data.shape
+    require(tuple(test.shape) == tuple(shape), f"records {test.shape} are held out, those to train on are {shape}")
 
 
 class Measure:

@@ -92,25 +92,31 @@ def _check(name: str, word: str, kind: Any, given: list[str], verbs: Sequence[st
         return
     if _many(kind) and word in verbs:
         raise UserError(f"the verb comes first: {' '.join([word, name, *(each for each in given if each != word)])}")
-    if _many(kind) and "," in word and not any(_fault(kind, part) for part in word.split(",")):
-        raise UserError(f"{name} {word}: separate by spaces: {name} {word.replace(',', ' ')}")
+    parts = " ".join(given).replace(",", " ").split()
+    if _many(kind) and "," in word and parts and not any(_fault(kind, part) for part in parts):
+        raise UserError(f"{name} {' '.join(given)}: separate by spaces: {' '.join([name, *parts])}")
     raise UserError(f"{name} {word}: {fault}")
 
 
 def _refuse(name: str, known: list[str]) -> NoReturn:
-    """Raise `UserError` for an unknown option: it tells the nearest ones, and the others of its group."""
+    """Raise `UserError` for an unknown option: it tells those of this very name in another group, or else the nearest
+    ones, and the others of its group."""
     group, _, leaf = name.removeprefix("--").rpartition(".")
 
+    split = {option: option.removeprefix("--").rpartition(".") for option in known}
+    elsewhere = [option for option, (_, _, word) in split.items() if word == leaf]
+
     def likeness(option: str) -> tuple[bool, bool, float]:
-        theirs, _, word = option.removeprefix("--").rpartition(".")
+        theirs, _, word = split[option]
         initials = "".join(part[0] for part in word.split("-"))
-        same = leaf == word or (len(leaf) > 1 and leaf == initials)  # --sampling.sampler, --train.lr
+        same = len(leaf) > 1 and leaf == initials  # --train.lr
         return same, same and group == theirs, difflib.SequenceMatcher(None, name, option).ratio()
 
     ranked = sorted(known, key=likeness, reverse=True)
     near = [option for option in ranked if likeness(option)[0] or likeness(option)[2] >= 0.6][:3]
-    others = [option for option in known if option.removeprefix("--").rpartition(".")[0] == group]
-    raise UserError(f"unknown option {name}; accepted: {', '.join(dict.fromkeys(near + others))}; see --help")
+    others = [option for option in known if split[option][0] == group]
+    accepted = elsewhere or dict.fromkeys(near + others)
+    raise UserError(f"unknown option {name}; accepted: {', '.join(accepted)}; see --help")
 
 
 def _fault(kind: Any, word: str) -> str | None:

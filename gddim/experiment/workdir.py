@@ -127,6 +127,10 @@ def check_config(path: epath.Path, given: dict, free: Collection[str]) -> bool:
     if saved is None or not _saves(path):
         return False
     if lines := differences(saved, given, (*free, RECORDS, *(["data"] if RECORDS in saved else []))):
+        began = saved.get("train", {}).get("init")
+        if any(line.startswith("  train.init:") for line in lines):
+            on = f"with --train.init {began}, as it began" if began else "without it"
+            lines.append(f"--train.init begins a new run, in a new --workdir; this one goes on {on}")
         raise UserError(
             f"--workdir {path} holds a run of another configuration; repeat its options or give another folder:\n"
             + "\n".join(lines)

@@ -7,6 +7,8 @@ import math
 
 import jax
 
+from gddim.data import OnDisk
+from gddim.errors import UserError
 from gddim.evaluation.provenance import flatten
 from gddim.experiment.plan import Plan
 from gddim.experiment.workdir import describe
@@ -31,6 +33,11 @@ def dry_run(plan: Plan) -> None:
         "FLOPs per image, forward": f"{plan.image_flops():,.0f}",
         "FLOPs per training step": f"{plan.step_flops():,.0f}",
     }
+    if isinstance(experiment.data, OnDisk):
+        try:
+            facts["data"] = str(experiment.data.find())
+        except UserError as error:
+            facts["data"] = f"absent: {error}"
     for name, fact in facts.items():
         print(f"{name}: {fact}")
     print("On paper, a training step on", *plan.on_paper(), sep="\n  ")
