@@ -10,7 +10,7 @@ import pytest
 
 import gddim
 from gddim import CLD, LinearSDE
-from gddim.sde.collocation import X
+from gddim.sde.collocation import GAUSS_NODES
 
 A = np.array([[0.0, 4.0], [-1.0, -4.0]])  # CLD's drift over β
 START = np.diag([1e-6, 0.01])
@@ -127,12 +127,12 @@ def test_a_pulse_in_one_entry_of_many_is_seen():
 
 def test_positions_of_one_kind_agree_wherever_they_are_looked_at():
     """Three positions; the second is like the first at every node of the whole horizon, the third always."""
-    bump = lambda t: jnp.prod(t - (1 + X) / 2) * 1e6
+    bump = lambda t: jnp.prod(t - (1 + GAUSS_NODES) / 2) * 1e6
     drift = lambda t: -jnp.stack([jnp.ones_like(t), 1 + bump(t), jnp.ones_like(t)])[:, None, None]
     sde = LinearSDE(drift, lambda t: np.ones((1, 1)), np.zeros((1, 1)))
     psi = sde.transition(1.0, 0.5)[:, 0, 0]
     x, w = np.polynomial.legendre.leggauss(20)
-    area = sum(w / 4 * np.prod(0.75 + x[:, None] / 4 - (1 + X) / 2, -1) * 1e6)
+    area = sum(w / 4 * np.prod(0.75 + x[:, None] / 4 - (1 + GAUSS_NODES) / 2, -1) * 1e6)
     np.testing.assert_allclose(psi, np.exp([-0.5, -0.5 - area, -0.5]), rtol=1e-11)
     assert len(sde._solution.coefficients.kinds[0]) == 2
 

@@ -125,7 +125,7 @@ class TableSolver(AbstractSolver):
 
     def solve(self, eps_fn: EpsFn, u: Array, key: PRNGKeyArray | None, path: bool) -> Solution:
         if key is None and self.stochastic:
-            raise ValueError("this sampler adds noise: give a key")
+            raise ValueError("this sampler adds noise, or is traced and may: give a key")
         first, rest = jax.random.split(jax.random.key(0) if key is None else key)
         if self.start is not None:
             psi, noise = self.start
