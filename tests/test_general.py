@@ -240,9 +240,10 @@ def test_what_cannot_be_solved_is_named_within_a_second(make, says):
         make().noise_factor(0.3)
 
 
-def test_noise_that_starts_slowly():
-    sde, ts = scalar(lambda t: 0.0, lambda t: 6 * t**5), np.array([1e-3, 0.01, 0.3, 1.0])
-    np.testing.assert_allclose(sde.noise_factor(ts)[:, 0, 0], ts**3, rtol=5e-12)
+@pytest.mark.parametrize("power", [3.0, 0.65, 0.5])
+def test_noise_that_starts_as_a_power_of_time(power):
+    sde, ts = scalar(lambda t: 0.0, lambda t: 2 * power * t ** (2 * power - 1)), np.array([1e-3, 0.01, 0.3, 1.0])
+    np.testing.assert_allclose(sde.noise_factor(ts)[:, 0, 0], ts**power, rtol=5e-12)
 
 
 @pytest.mark.parametrize("gap", [1e-3, 1e-6])

@@ -75,7 +75,7 @@ def _solve(coefficients: Coefficients, breakpoints: np.ndarray) -> Polynomials:
         finest = width <= np.maximum(8 * np.finfo(float).eps * panels.upper, 2.0**-60 * edges[-1])
         rough = ~(error <= TOLERANCE) & ~noisy
         _refuse_singular(panels, cause, effect, rough, finest)
-        left = np.where(noisy, error, np.where(rough & finest, np.minimum(error, effect), 0))
+        left = np.where(noisy, error, np.where(rough & finest & (panels.lower > 0), np.minimum(error, effect), 0))
         rough &= ~finest
         if not rough.any():
             scan, told = scan or _Scan(coefficients, panels), (cause, left)
