@@ -103,6 +103,23 @@ def test_a_signal_stops_at_the_next_step(number, capfd):
     assert "saving" in capfd.readouterr().err
 
 
+def test_a_time_that_is_over_stops_at_the_next_step_but_never_before_the_first(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    with PreemptionGuard(seconds=5.0) as guard:
+        now += 60  # what comes before the first step is not of it
+        assert not guard.reached(7)
+        now += 4.9
+        assert not guard.reached(8)
+        now += 0.2
+        assert guard.reached(9)
+        assert guard.reached(10)
+    with PreemptionGuard() as guard:
+        assert not guard.reached(1)
+        now += 1e9
+        assert not guard.reached(2)
+
+
 def test_a_second_interrupt_stops_at_once(capfd):
     def twice():
         with PreemptionGuard():

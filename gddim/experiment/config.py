@@ -81,6 +81,9 @@ class Training:
     on, once stopped, by the same command."""
     steps: int = field(default=100_000, metadata=MAY_CHANGE)
     """Steps in all; a run that was stopped, or given more, continues. The cooldown moves with them."""
+    minutes: float = field(default=0.0, metadata=MAY_CHANGE)
+    """Minutes, from its first step on with compilation, that a command trains at most; then it saves, ends with status 75
+    and tells the command that goes on. 0: to the last step."""
     batch: int = 128
     """Examples a step, over all devices."""
     accumulate: int = field(default=1, metadata=MAY_CHANGE)
@@ -119,6 +122,7 @@ class Training:
             require(getattr(self, name) >= 0, f"{name} must be at least 0, not {getattr(self, name)}")
         for name in ("learning_rate", "clip", "time_power"):
             require(0 < getattr(self, name) < math.inf, f"{name} must be > 0, not {getattr(self, name)}")
+        require(0 <= self.minutes < math.inf, f"minutes must be at least 0, not {self.minutes}")
         for name in ("ema", "beta1"):
             require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), not {getattr(self, name)}")
         require(
