@@ -17,7 +17,9 @@ from gddim.samplers import CholeskyMultistep as CholeskyMultistep
 from gddim.samplers import EulerMaruyama as EulerMaruyama
 from gddim.samplers import Heun as Heun
 from gddim.samplers import Method as Method
+from gddim.samplers import band_grid as band_grid
 from gddim.samplers import count_calls as count_calls
+from gddim.samplers import karras_grid as karras_grid
 from gddim.samplers import log_snr_grid as log_snr_grid
 from gddim.samplers import power_grid as power_grid
 from gddim.samplers import sample as sample
