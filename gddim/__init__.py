@@ -37,4 +37,4 @@ from gddim.sde import GaussianPath as GaussianPath
 from gddim.sde import LinearSDE as LinearSDE
 from gddim.sde import SubVP as SubVP
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

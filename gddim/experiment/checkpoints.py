@@ -16,7 +16,7 @@ from gddim.checkpoint import Checkpointer, checksums
 from gddim.errors import UserError
 from gddim.experiment.config import Experiment
 from gddim.experiment.plan import Plan
-from gddim.experiment.workdir import describe, differences, may_change
+from gddim.experiment.workdir import CONFIG, check_release, describe, differences, may_change, read_config
 from gddim.train import TrainState
 
 
@@ -61,8 +61,11 @@ def borrow(plan: Plan) -> Start:
     settings = plan.experiment.train
     word = settings.init or ""
     run, step = re.fullmatch(r"(.*?)(?:@(\d+))?", word, re.DOTALL).groups()  # pyright: ignore[reportOptionalMemberAccess]
+    folder = epath.Path(run).expanduser()
     try:
-        with contextlib.closing(Checkpointer(epath.Path(run).expanduser() / "checkpoints")) as saved:
+        if (folder / CONFIG).exists():
+            check_release(run, read_config(folder) or {})
+        with contextlib.closing(Checkpointer(folder / "checkpoints")) as saved:
             if not saved.any():
                 raise UserError("no run with checkpoints is there; give RUN or RUN@STEP, RUN being its workdir")
             start = _restored(plan, saved, None if step is None else int(step))
