@@ -156,7 +156,8 @@ class Sampling:
     sampler: Annotated[Sampler, tyro.conf.arg(name="sampler", prefix_name=False)] = field(
         default=OURS, metadata={UNGROUPED: True}
     )
-    """gddim[:ORDER][:data][:corrector][:lam=λ], cholesky[:ORDER], em[:lam=λ], heun, sscs or rk45[:rtol=…][:atol=…]."""
+    """gddim[:ORDER][:data][:corrector][:lam=λ], cholesky[:ORDER], em[:lam=λ], heun, sscs, rk45[:rtol=…][:atol=…],
+    ipndm[:ORDER], dpm[:ORDER] or unipc[:ORDER][:bh1]."""
     nfe: int = 50
     """Network calls a sample, the last step's included."""
     samples: int = 64

@@ -14,6 +14,9 @@ from gddim.samplers.grids import power_grid as power_grid
 from gddim.samplers.grids import two_phase_grid as two_phase_grid
 from gddim.samplers.grids import uniform_grid as uniform_grid
 from gddim.samplers.method import Method as Method
+from gddim.samplers.peers import IPNDM as IPNDM
+from gddim.samplers.peers import DPMSolver as DPMSolver
+from gddim.samplers.peers import UniPC as UniPC
 from gddim.samplers.solver import AbstractSampler as AbstractSampler
 from gddim.samplers.solver import AbstractTableSampler as AbstractTableSampler
 from gddim.samplers.solver import Solution as Solution

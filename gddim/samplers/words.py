@@ -11,14 +11,21 @@ from gddim.samplers.adams import GDDIM
 from gddim.samplers.base import Last
 from gddim.samplers.baselines import RK45, SSCS, CholeskyMultistep, EulerMaruyama, Heun
 from gddim.samplers.grids import band_grid, karras_grid, log_snr_grid, power_grid, two_phase_grid, uniform_grid
+from gddim.samplers.peers import IPNDM, DPMSolver, UniPC
 from gddim.samplers.solver import AbstractSampler, count_calls
 from gddim.sde import VP, AbstractLinearSDE
 
-_FORMS = {"gddim": GDDIM, "cholesky": CholeskyMultistep, "em": EulerMaruyama, "heun": Heun, "sscs": SSCS, "rk45": RK45}
-_WORDS = {"eps": ("interpolate", "eps"), "data": ("interpolate", "data"), "corrector": ("corrector", True)}
+_FORMS = {
+    "gddim": GDDIM, "cholesky": CholeskyMultistep, "em": EulerMaruyama, "heun": Heun, "sscs": SSCS, "rk45": RK45,
+    "ipndm": IPNDM, "dpm": DPMSolver, "unipc": UniPC,
+}  # fmt: skip
+_WORDS = {
+    "eps": ("interpolate", "eps"), "data": ("interpolate", "data"), "corrector": ("corrector", True),
+    "bh1": ("variant", "bh1"), "bh2": ("variant", "bh2"),
+}  # fmt: skip
 ACCEPTED = (
-    "gddim[:ORDER][:data][:corrector][:lam=λ], cholesky[:ORDER], em[:lam=λ], heun, sscs, rk45[:rtol=…][:atol=…]; "
-    "for example gddim:3:data or em:lam=1"
+    "gddim[:ORDER][:data][:corrector][:lam=λ], cholesky[:ORDER], em[:lam=λ], heun, sscs, rk45[:rtol=…][:atol=…], "
+    "ipndm[:ORDER], dpm[:ORDER] (DPM-Solver++), unipc[:ORDER][:bh1]; for example gddim:3:data or em:lam=1"
 )
 
 
