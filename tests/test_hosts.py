@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 
 from gddim import UserError
 from gddim.parallel import PreemptionGuard, agree, hosts, on_main
-from gddim.parallel.hosts import cluster
+from gddim.parallel.hosts import cluster, tell
 
 SLURM = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NODELIST": "node[1-2]"}
 MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}
@@ -209,3 +210,10 @@ def test_an_error_of_any_kind_ends_with_the_status_of_a_lost_process_where_one_w
     finally:
         second.kill()
         second.communicate()
+
+
+def test_a_line_is_told_once_and_whole_whatever_threads_tell_it(capfd):
+    lines = [f"line {i} of {id(capfd)}" for i in range(20)]
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(tell, lines * 16))
+    assert sorted(capfd.readouterr().err.splitlines()) == sorted(lines)

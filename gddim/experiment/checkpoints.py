@@ -86,9 +86,10 @@ def _restored(plan: Plan, saved: Checkpointer, step: int | None = None) -> Start
     items, step = saved.restore(items_of(plan.shapes), step)
     state, settings = TrainState(**items["train"], ema=items["ema"]), plan.experiment.train
     before = saved.config(step).get("train", {}).get("steps", settings.steps)
-    old, new = before - settings.cooldown, settings.steps - settings.cooldown
-    if not settings.cooldown or old == new:
+    old, new = max(before - settings.cooldown, 0), max(settings.steps - settings.cooldown, 0)
+    if not settings.cooldown or before == settings.steps:
         return Start(step, state)
-    note = f"train.steps was {before} and is {settings.steps}: the cooldown begins at step {max(new, 0)}, not {max(old, 0)}"
-    note += ", and the learning rate, which fell already, rises again" if new > old and step > old else ""
+    moves = f"begins at step {new}, not {old}" if new != old else f"ends at step {settings.steps}, not {before}"
+    note = f"train.steps was {before} and is {settings.steps}: the cooldown {moves}"
+    note += ", and the learning rate, which fell already, rises again" if settings.steps > before and step > old else ""
     return Start(step, state, (note,))

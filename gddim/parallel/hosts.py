@@ -1,7 +1,6 @@
 """Several hosts as one: start-up, what all processes agree on, and stopping all of them at the same step."""
 
 import contextlib
-import functools
 import glob
 import importlib.util
 import json
@@ -189,11 +188,16 @@ def to_host(x: Shaped[Array, "..."]) -> Shaped[np.ndarray, "..."]:
     return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))
 
 
-@functools.cache
+_told: dict[str, object] = {}
+
+
 def tell(message: str) -> None:
-    """Prints a line to standard error, on process 0 alone, and the same line only once."""
-    if not jax.distributed.is_initialized() or jax.process_index() == 0:
-        print(message, file=sys.stderr, flush=True)
+    """Prints a line to standard error, on process 0 alone, and the same line only once, also of several threads."""
+    mine = object()
+    first = _told.setdefault(message, mine) is mine  # which is atomic
+    if first and (not jax.distributed.is_initialized() or jax.process_index() == 0):
+        sys.stderr.write(f"{message}\n")
+        sys.stderr.flush()
 
 
 @contextlib.contextmanager
