@@ -11,13 +11,18 @@ from gddim.nn import MLPConfig as MLPConfig
 from gddim.nn import NCSNpp as NCSNpp
 from gddim.nn import NCSNppConfig as NCSNppConfig
 from gddim.samplers import GDDIM as GDDIM
+from gddim.samplers import IPNDM as IPNDM
 from gddim.samplers import RK45 as RK45
 from gddim.samplers import SSCS as SSCS
 from gddim.samplers import CholeskyMultistep as CholeskyMultistep
+from gddim.samplers import DPMSolver as DPMSolver
 from gddim.samplers import EulerMaruyama as EulerMaruyama
 from gddim.samplers import Heun as Heun
 from gddim.samplers import Method as Method
+from gddim.samplers import UniPC as UniPC
+from gddim.samplers import band_grid as band_grid
 from gddim.samplers import count_calls as count_calls
+from gddim.samplers import karras_grid as karras_grid
 from gddim.samplers import log_snr_grid as log_snr_grid
 from gddim.samplers import power_grid as power_grid
 from gddim.samplers import sample as sample
@@ -35,4 +40,4 @@ from gddim.sde import GaussianPath as GaussianPath
 from gddim.sde import LinearSDE as LinearSDE
 from gddim.sde import SubVP as SubVP
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -18,7 +18,7 @@ import numpy as np
 from gddim.errors import UserError, printable
 from gddim.laws import Law, dims_of, gap, last_time, member_laws, process_laws, ranked
 from gddim.parallel import check_backend
-from gddim.samplers import GDDIM, sample
+from gddim.samplers import GDDIM, AbstractSampler, sample
 from gddim.sde import (
     CLD,
     PSLD,
@@ -141,7 +141,9 @@ def mixture_eps(sde: AbstractLinearSDE, centres: np.ndarray, std: float) -> Call
     return eps_fn
 
 
-def slope(sde: AbstractLinearSDE, sampler: GDDIM, steps: int = 96, std: float = 0.25, t_min: float = 1e-2) -> float:
+def slope(
+    sde: AbstractLinearSDE, sampler: AbstractSampler, steps: int = 96, std: float = 0.25, t_min: float = 1e-2
+) -> float:
     """The order of convergence between `steps` and twice as many, on a Gaussian mixture with its exact ε, in float64."""
     run, exact = _reference(sde, steps, std, t_min)
     with jax.enable_x64(True):
@@ -158,7 +160,7 @@ def _reference(sde: AbstractLinearSDE, steps: int, std: float, t_min: float) -> 
     with jax.enable_x64(True):
         us = jnp.stack([sde.sample_prior(jax.random.key(i), (*dims, sde.k, 2)) for i in range(24)]).astype(float)
 
-    def run(sampler: GDDIM, n: int) -> Any:
+    def run(sampler: AbstractSampler, n: int) -> Any:
         # a power-2 grid whose steps are small at the start, too: the first have no history, and are of order 1 and 2
         x, y = np.linspace(1, 0, n + 1), np.sqrt(t_min)
         grid = (y + (np.sqrt(last_time(sde)) - y) * (x + x**2 - x**3)) ** 2

@@ -26,9 +26,7 @@ class Through(eqx.Module):
     denoiser: Denoise
 
     def __call__(self, u: Float[Array, "*dims k C"], t: ScalarLike) -> Float[Array, "*dims k C"]:
-        """`ε = R⁻¹ (u − ψD)`."""
-        data = self.denoise(u, t)[..., None, :]
-        return product(inverse(self.sde.noise_factor(t)), u - product(self.sde.transition(t, 0.0)[..., :, :1], data))
+        return implied_eps(self.sde, u, t, self.denoise(u, t))
 
     def denoise(self, u: Float[Array, "*dims k C"], t: ScalarLike) -> Float[Array, "*dims C"]:
         """`E[x₀ | u_t = u]`, in the basis of the process."""
@@ -60,7 +58,7 @@ def through(sde: AbstractLinearSDE, denoise: Denoise) -> Through:
     >>> bool(jnp.allclose(eps_fn.sde.project(u_0), 0.3, atol=0.03))
     True
     """
-    if np.ndim(sde.transition(sde.horizon, 0.0)) > 2 or np.ndim(sde.noise_factor(sde.horizon)) > 2:
+    if positions(sde):
         raise ValueError(
             f"{type(sde).__name__} has coefficients by position or frequency: its y has a spectrum of noise, which a "
             "denoiser of white noise has not seen; train a gddim.Denoiser of this process"
@@ -68,19 +66,45 @@ def through(sde: AbstractLinearSDE, denoise: Denoise) -> Through:
     return Through(sde, denoise)
 
 
-def statistic(sde: AbstractLinearSDE, u: Float[Array, "*dims k C"], t: ScalarLike) -> tuple[Array, Scalar]:
-    """`y = σ² wᵀR⁻¹u` `(*dims, C)` and `σ = |w|⁻¹`, `w = R⁻¹ψ`, in the precision of u; σ is at most `SIGMA_MAX`.
+def positions(sde: AbstractLinearSDE) -> tuple[int, ...]:
+    """The positions or frequencies over which its coefficients differ; () where they are the same at all."""
+    return np.broadcast_shapes(
+        *(np.shape(A)[:-2] for A in (sde.transition(sde.horizon, 0.0), sde.noise_factor(sde.horizon)))
+    )
+
+
+def reduction(sde: AbstractLinearSDE, t: ScalarLike, dtype: Any) -> tuple[Array, Array]:
+    """`σ = |w|⁻¹` `(*#dims,)`, at most `SIGMA_MAX`, and the unit vector `ŵ = w/|w|` `(*#dims, k, 1)`, `w = R⁻¹ψ`.
+
+    They make `y = σ ŵᵀR⁻¹u = x₀ + σn` of a state, with the noise `n = ŵᵀε` of variance 1.
+    """
+    w = product(
+        jnp.asarray(inverse(sde.noise_factor(t)), dtype), jnp.asarray(sde.transition(t, 0.0), dtype)[..., :, :1]
+    )
+    square = dot(w[..., 0], w[..., 0])
+    vanished = square < jnp.finfo(dtype).tiny  # any direction is noise then
+    size = jnp.sqrt(jnp.where(vanished, 1, square))
+    first = jnp.eye(sde.k, 1, dtype=dtype).reshape((1,) * square.ndim + (sde.k, 1))
+    direction = jnp.where(vanished[..., None, None], first, w / size[..., None, None])
+    return 1 / jnp.maximum(jnp.where(vanished, 0, size), 1 / SIGMA_MAX).astype(dtype), direction
+
+
+def statistic(sde: AbstractLinearSDE, u: Float[Array, "*dims k C"], t: ScalarLike) -> tuple[Array, Array]:
+    """`y = σ² wᵀR⁻¹u` `(*dims, C)` and `σ = |w|⁻¹` `(*#dims,)`, `w = R⁻¹ψ`, in the precision of u; σ is at most `SIGMA_MAX`.
 
     Written as `y = σ z`, `z = ŵᵀR⁻¹u` with the unit vector `ŵ = w/|w|`: z has variance 1 where the data have vanished.
     """
-    R_inv = jnp.asarray(inverse(sde.noise_factor(t)), u.dtype)
-    w = product(R_inv, jnp.asarray(sde.transition(t, 0.0), u.dtype)[..., :, :1])
-    square = dot(w[..., 0], w[..., 0])
-    vanished = square < jnp.finfo(u.dtype).tiny  # any direction is noise then
-    size = jnp.sqrt(jnp.where(vanished, 1, square))
-    direction = jnp.where(vanished, jnp.eye(sde.k, 1, dtype=u.dtype), w / size)
-    sigma = 1 / jnp.maximum(jnp.where(vanished, 0, size), 1 / SIGMA_MAX).astype(u.dtype)
-    return sigma * product(transpose(direction), product(R_inv, u))[..., 0, :], sigma
+    sigma, direction = reduction(sde, t, u.dtype)
+    whitened = product(jnp.asarray(inverse(sde.noise_factor(t)), u.dtype), u)
+    return product(sigma[..., None, None] * transpose(direction), whitened)[..., 0, :], sigma
+
+
+def implied_eps(
+    sde: AbstractLinearSDE, u: Float[Array, "*dims k C"], t: ScalarLike, data: Float[Array, "*dims C"]
+) -> Float[Array, "*dims k C"]:
+    """`ε = R⁻¹ (u − ψD)` of the data foreseen, all in the basis of the process."""
+    psi = sde.transition(t, 0.0)[..., :, :1]
+    return product(inverse(sde.noise_factor(t)), u - product(psi, data[..., None, :]))
 
 
 class PathDenoiser(eqx.Module):
@@ -145,7 +169,7 @@ def as_denoiser(
     """
     if predicts not in PREDICTS:
         raise ValueError(f"predicts={predicts!r} must be 'eps', 'data', 'v', 'score' or 'velocity'")
-    if path.k != 1 or np.ndim(path.transition(path.horizon, 0.0)) > 2:
+    if path.k != 1 or positions(path):
         raise ValueError(f"path: {type(path).__name__} must have one field and the same coefficients everywhere")
     _levels(path)
     return PathDenoiser(net, path, predicts, label)

@@ -61,6 +61,30 @@ class AbstractObjective(eqx.Module):
         return self.mean_loss(model, self.rows(x0, key, cond))
 
 
+class LogNormalNoise(AbstractObjective):
+    """`model.loss_at(x0, σ, n)` at `ln σ ~ N(mean, std²)`, `n ~ N(0, I)`: a `Denoiser`'s, which needs no process.
+
+    The target of its network has variance 1 at every σ, which are EDM's weights (Karras et al. 2022, arXiv 2206.00364).
+    """
+
+    mean: float = -1.2
+    """Of ln σ."""
+    std: float = 1.2
+    """Of ln σ."""
+
+    def rows(self, x0: Shaped[Array, "batch *dims C"], key: PRNGKeyArray, cond: PyTree = None) -> Row:
+        """σ `(batch,)` and noise `(batch, *dims, C)`. Raises `ValueError` for data that are not floating."""
+        x0 = _floating(x0)
+        sigma_key, noise_key, net_key = jax.random.split(key, 3)
+        sigma = jnp.exp(self.mean + self.std * jax.random.normal(sigma_key, x0.shape[:1], x0.dtype))
+        noise = jax.random.normal(noise_key, x0.shape, x0.dtype)
+        return Row(x0, sigma, noise, jax.random.split(net_key, len(x0)), cond)
+
+    def loss(self, model: Any, row: Row) -> Float[Array, ""]:
+        """That of the network at a noise level: see `Denoiser.loss_at`."""
+        return model.loss_at(row.x0, row.level, row.noise, row.cond, key=row.key)
+
+
 class ScoreMatching(AbstractObjective):
     """Denoising score matching: `model.loss(x0, t, ε)` at times t in [1e-5, T], uniform in `t^{1/power}`, `ε ~ N(0, I)`."""
 
@@ -71,9 +95,7 @@ class ScoreMatching(AbstractObjective):
 
     def rows(self, x0: Shaped[Array, "batch *dims C"], key: PRNGKeyArray, cond: PyTree = None) -> Row:
         """Times `(batch,)` and ε `(batch, *dims, k, C)`. Raises `ValueError` for data that are not floating."""
-        x0 = jnp.asarray(x0)
-        if not jnp.issubdtype(x0.dtype, jnp.floating):
-            raise ValueError(f"x0 is {x0.dtype}: scale to [−1, 1] first, images by gddim.data.to_unit")
+        x0 = _floating(x0)
         t_key, eps_key, net_key = jax.random.split(key, 3)
         low, high = T_MIN ** (1 / self.power), self.sde.horizon ** (1 / self.power)
         t = jax.random.uniform(t_key, x0.shape[:1], x0.dtype, low, high) ** self.power
@@ -83,6 +105,13 @@ class ScoreMatching(AbstractObjective):
     def loss(self, model: Any, row: Row) -> Float[Array, ""]:
         """That of the parameterisation: see `EpsModel.loss` and `Denoiser.loss`."""
         return model.loss(row.x0, row.level, row.noise, row.cond, key=row.key)
+
+
+def _floating(x0: Array) -> Array:
+    x0 = jnp.asarray(x0)
+    if not jnp.issubdtype(x0.dtype, jnp.floating):
+        raise ValueError(f"x0 is {x0.dtype}: scale to [−1, 1] first, images by gddim.data.to_unit")
+    return x0
 
 
 def denoising_loss(

@@ -1,15 +1,17 @@
 """A network seen through a process: what samplers call as `eps_fn(u, t)`, and what it is trained on."""
 
+import dataclasses
 from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, PRNGKeyArray, PyTree, Scalar, ScalarLike
+from jaxtyping import ArrayLike, Float, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
+from gddim.denoiser import implied_eps, positions, reduction, statistic
 from gddim.errors import UserError
 from gddim.sde.base import AbstractLinearSDE
-from gddim.sde.linalg import Array, aligned, inverse, product, symmetric_root, transpose
+from gddim.sde.linalg import Array, inverse, product, transpose
 
 
 @runtime_checkable
@@ -96,15 +98,17 @@ def _as_tuples(data_std: Any) -> Any:
 
 
 class Denoiser(eqx.Module):
-    """The network is a preconditioned denoiser: EDM's preconditioning (Karras et al. 2022) for matrix SDEs.
+    """A preconditioned denoiser of white noise, seen through a process: one network for every process.
 
-    With `ψ = Ψ(t,0) e_0`, data variance `s²` and `S = Σ_t + s² ψψᵀ`,
+    Given the data, the state tells of them through `y = ψᵀΣ⁻¹u / (ψᵀΣ⁻¹ψ) = x₀ + σn` alone, `ψ = Ψ(t,0) e₀` (see
+    `gddim.through`). With EDM's preconditioning (Karras et al. 2022, arXiv 2206.00364),
 
-        D(u, t) = c_skip u + c_out F_θ(c_in u, t),   ε = R⁻¹(u − ψ D),
-        c_skip = s² ψᵀS⁻¹,   c_out² = s² − s⁴ ψᵀS⁻¹ψ,   c_in = S^{−1/2}.
+        D(y; σ) = c_skip y + c_out F_θ(c_in y, ln(σ)/4),   ε = R⁻¹(u − ψ D),
+        c_skip = s²/(s² + σ²),   c_out = sσ/√(s² + σ²),   c_in = 1/√(s² + σ²).
 
-    The network sees k whitened fields (`k·C` channels, in pixels), returns C channels, and its target has variance 1 at
-    every t. Written with `w = R⁻¹ψ`, `c_out² = s²/(1 + s² wᵀw)` and `c_skip = c_out² wᵀR⁻¹`, nothing cancels.
+    The network sees and returns C channels, whatever k is, and its target has variance 1 at every σ. Trained once, it
+    serves every process whose coefficients are the same at all positions: see `seen_through`. Where they differ by
+    frequency, so do σ and the c's, the network sees `c_in y` in pixels, and it belongs to its process.
     `model(u, t, cond=None, *, key=None)` is ε `(*dims, k, C)`, so that samplers take a model as their `eps_fn(u, t)`.
 
     `u`: one state `(*dims, k, C)`.
@@ -113,44 +117,56 @@ class Denoiser(eqx.Module):
     `key`: randomness of the network, as dropout; None where there is none.
 
     Raises `ValueError` for a standard deviation that is not positive, and a network that returns another shape than
-    `(*dims, C)`; `UserError` for a spectrum that is not of the process.
+    `(*dims, C)`; `UserError` for a spectrum that is not of the process, and a network that is `logarithmic`.
 
-    >>> net = lambda x, level, cond=None, *, key=None: jnp.zeros_like(x[..., :3])
+    >>> net = lambda x, level, cond=None, *, key=None: jnp.zeros_like(x)
     >>> model = Denoiser(gddim.CLD(), net, data_std=0.5)
     >>> model(jnp.ones((32, 32, 2, 3)), jnp.array(0.5)).shape  # ε of every field
     (32, 32, 2, 3)
+    >>> bool(jnp.allclose(model.denoiser(jnp.ones((32, 32, 3)), sigma=0.5), 0.5))  # s²/(s² + σ²)
+    True
     """
 
     sde: AbstractLinearSDE
     """The process, of k fields."""
     net: Net
-    """Takes the whitened fields in pixels, flattened to `k·C` channels, at the level `time_scale · t`; returns C channels."""
+    """Takes `c_in y` in pixels, `(*dims, C)`, and the level `ln(σ)/4`, σ that of the lowest frequency; returns C channels."""
     data_std: Any = eqx.field(default=0.5, static=True, converter=_as_tuples)
     """s: a number, or a spectrum `(H, W)`, with a process that has coefficients `(H, W, k, k)` in that basis."""
-    time_scale: float = eqx.field(default=999.0, static=True)
-    """The noise level that the network is told is this times t."""
 
     def __check_init__(self) -> None:
-        spectrum, dims = np.shape(self.data_std), np.shape(self.sde.transition(self.sde.horizon, 0.0))[:-2]
+        spectrum, dims = np.shape(self.data_std), positions(self.sde)
         if spectrum and dims != spectrum:
             takes = f"a number or a spectrum {dims}" if dims else "a number"
             raise UserError(f"data_std: given a spectrum {spectrum}; this {type(self.sde).__name__} takes {takes}")
+        if getattr(self.net, "logarithmic", False):
+            raise UserError(
+                f"this {type(self.net).__name__} takes the logarithm of its level, and a denoiser's, ln(σ)/4, has none: to "
+                "predict data, take embedding positional"
+            )
 
     def __call__(
         self, u: Float[Array, "*dims k C"], t: ScalarLike, cond: PyTree = None, *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "*dims k C"]:
-        psi = self.sde.transition(t, 0.0)[..., :, :1]
-        x0 = self.denoise(u, t, cond, key=key)[..., None, :]
-        return product(inverse(self.sde.noise_factor(t)), u - product(psi, x0))
+        return implied_eps(self.sde, u, t, self.denoise(u, t, cond, key=key))
 
     def denoise(
         self, u: Float[Array, "*dims k C"], t: ScalarLike, cond: PyTree = None, *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "*dims C"]:
-        """`D(u, t)` `(*dims, C)`, the data that the state implies, in the basis of the process. Arguments as in a call."""
-        w, c_out = self._scales(t)
-        c_skip = product(c_out**2, product(transpose(w), inverse(self.sde.noise_factor(t))))
-        out = self.sde.from_pixels(self._network(u, t, cond, key))[..., None, :]
-        return (product(c_skip, u) + product(c_out, out))[..., 0, :]
+        """`E[x₀ | u_t = u]` `(*dims, C)`, in the basis of the process. Arguments as in a call."""
+        self.sde.check_state(u)
+        return self._denoised(*statistic(self.sde, u, t), cond, key)
+
+    def denoiser(
+        self, y: Float[Array, "*dims C"], sigma: ArrayLike, cond: PyTree = None, *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "*dims C"]:
+        """`D(y; σ) = E[x₀ | x₀ + σn = y]`, in pixels and without a process.
+
+        `y`: noised data `(*dims, C)`.
+        `sigma`: the standard deviation of the noise: a number, or its spectrum where the process's coefficients have one.
+        `cond`, `key`: as in a call.
+        """
+        return self.sde.to_pixels(self._denoised(self.sde.from_pixels(y), jnp.asarray(sigma, y.dtype), cond, key))
 
     def loss(
         self,
@@ -161,34 +177,79 @@ class Denoiser(eqx.Module):
         *,
         key: PRNGKeyArray | None = None,
     ) -> Scalar:
-        """Mean of `(F_θ − (x_0 − c_skip u)/c_out)²` for one example; the target is `c_out (x_0/s² − wᵀε)`.
+        """`loss_at` the noise level that the process has at t, with its noise `n = ŵᵀε`, `ŵ` along `R⁻¹ψ`.
 
         `x0`: data in pixels, scaled, `(*dims, C)`.
         `t`, `eps`: the time, a number, and the noise `(*dims, k, C)`, which an objective draws.
         `cond`, `key`: as in a call.
         """
-        u0 = self.sde.lift(x0)
-        u = self.sde.perturb(u0, t, eps)
-        w, c_out = self._scales(t)
-        clean = product(1 / self._variance(t), u0[..., :1, :])
-        target = product(c_out, clean - product(transpose(w), eps))[..., 0, :]
-        return jnp.mean((self._network(u, t, cond, key) - self.sde.to_pixels(target)) ** 2)
+        self.sde.check_state(eps, "eps")
+        sigma, direction = reduction(self.sde, t, eps.dtype)
+        return self.loss_at(x0, sigma, product(transpose(direction), eps)[..., 0, :], cond, key=key)
 
-    def _network(self, u: Array, t: ScalarLike, cond: PyTree, key: PRNGKeyArray | None) -> Array:
-        """`F_θ(c_in u, t, cond)` in pixels, `(*dims, C)`."""
-        psi = self.sde.transition(t, 0.0)[..., :, :1]
-        noise, signal, variance = aligned(self.sde.covariance(t), product(psi, transpose(psi)), self._variance(t))
-        whitened = product(inverse(symmetric_root(noise + variance * signal)), u)
-        pixels = self.sde.to_pixels(whitened)
-        out = self.net(pixels.reshape(*u.shape[:-2], -1), self.time_scale * t, cond, key=key)
-        return _shaped(out, (*u.shape[:-2], u.shape[-1])).astype(u.dtype)
+    def loss_at(
+        self,
+        x0: Float[Array, "*dims C"],
+        sigma: ArrayLike,
+        noise: Float[Array, "*dims C"],
+        cond: PyTree = None,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> Scalar:
+        """Mean of `(F_θ − (x₀ − c_skip y)/c_out)²` at `y = x₀ + σn`; the target is `c_in (σ x₀/s − s n)`.
 
-    def _variance(self, t: ScalarLike) -> Array:
-        """`s²` as `(*#dims, 1, 1)`."""
-        return jnp.asarray(np.asarray(self.data_std), jnp.asarray(t).dtype)[..., None, None] ** 2
+        `x0`: data in pixels, scaled, `(*dims, C)`.
+        `sigma`: the noise level: a number, or its spectrum where the process's coefficients have one.
+        `noise`: n, standard normal, `(*dims, C)` in the basis of the process.
+        `cond`, `key`: as in a call.
+        """
+        x, sigma = self.sde.from_pixels(x0), jnp.asarray(sigma, x0.dtype)
+        std, c_in = self._scales(sigma)
+        target = _scaled(c_in * sigma / std, x) - _scaled(c_in * std, noise)
+        out = self._network(x + _scaled(sigma, noise), sigma, cond, key)
+        return jnp.mean((out - self.sde.to_pixels(target)) ** 2)
 
-    def _scales(self, t: ScalarLike) -> tuple[Array, Array]:
-        """`w = R⁻¹ψ` `(*#dims, k, 1)` and `c_out` `(*#dims, 1, 1)`."""
-        w = product(inverse(self.sde.noise_factor(t)), self.sde.transition(t, 0.0)[..., :, :1])
-        precision, variance = aligned(product(transpose(w), w), self._variance(t))
-        return w, jnp.sqrt(variance / (1 + variance * precision))
+    def _denoised(self, y: Array, sigma: Array, cond: PyTree, key: PRNGKeyArray | None) -> Array:
+        """`c_skip y + c_out F_θ`, in the basis of the process."""
+        std, c_in = self._scales(sigma)
+        out = self.sde.from_pixels(self._network(y, sigma, cond, key))
+        return _scaled((std * c_in) ** 2, y) + _scaled(std * sigma * c_in, out)
+
+    def _network(self, y: Array, sigma: Array, cond: PyTree, key: PRNGKeyArray | None) -> Array:
+        """`F_θ(c_in y, ln(σ)/4, cond)` in pixels, `(*dims, C)`."""
+        x = self.sde.to_pixels(_scaled(self._scales(sigma)[1], y))
+        level = jnp.log(sigma[(0,) * sigma.ndim]) / 4
+        return _shaped(self.net(x, level, cond, key=key), y.shape).astype(y.dtype)
+
+    def _scales(self, sigma: Array) -> tuple[Array, Array]:
+        """s and `c_in`, each `(*#dims,)`. Raises `ValueError` for noise of another kind than that of the process."""
+        if sigma.shape != (dims := positions(self.sde)):
+            takes = f"a spectrum {dims}" if dims else "a number"
+            raise ValueError(f"sigma has shape {sigma.shape}; through {type(self.sde).__name__} noise has {takes}")
+        std = jnp.asarray(np.asarray(self.data_std), sigma.dtype)
+        return std, 1 / jnp.sqrt(std**2 + sigma**2)
+
+
+def _scaled(c: Array, x: Array) -> Array:
+    """`c x` of an array `(*dims, C)`, c a number or one for each position."""
+    return (c[..., None] if c.ndim else c) * x
+
+
+def seen_through(model: Denoiser | EpsModel, sde: AbstractLinearSDE) -> Denoiser | EpsModel:
+    """The same network through another process, exactly, where it is a denoiser of white noise.
+
+    Raises `UserError` for one that predicts ε, and where the coefficients of either process differ by frequency.
+    """
+    if sde == model.sde:
+        return model
+    own, other = type(model.sde).__name__, type(sde).__name__
+    if not isinstance(model, Denoiser):
+        raise UserError(
+            f"the network predicts the ε of {own}, and {other} has another; one that predicts data serves both"
+        )
+    for each, name in ((model.sde, own), (sde, other)):
+        if positions(each):
+            raise UserError(
+                f"{name} has a spectrum of noise, and its network belongs to it: it cannot go from {own} to {other}"
+            )
+    return dataclasses.replace(model, sde=sde)

@@ -13,12 +13,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from command_line import status_of
 
 from experiments import cld_cifar10, cld_digits, points, points_vp
 from gddim.checkpoint import Checkpointer
 from gddim.data import ImageFolder
-from gddim.experiment import Experiment
-from gddim.experiment.cli import execute, main, parse
+from gddim.experiment.cli import execute, parse
 from gddim.experiment.plan import Plan
 from gddim.experiment.workdir import describe
 
@@ -29,12 +29,6 @@ SMALL = [
     *("--sampling.samples=8", "--sampling.batch=8", "--sampling.nfe=3", "--eval.samples=8", "--eval.batch=8"),
     *("--eval.nfe", "3", "--eval.samplers", "gddim:2", "em"),
 ]  # fmt: skip
-
-
-def status_of(experiment: Experiment, *argv: str) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main(experiment, argv)
-    return int(caught.value.code or 0)
 
 
 def test_options_set_the_fields_of_every_level():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import status_of
 from data_helpers import files_below, pixels
 from etils import epath
 from PIL import Image
@@ -27,7 +28,6 @@ from gddim.data import (
 )
 from gddim.errors import UserError
 from gddim.experiment import Experiment
-from gddim.experiment.cli import main
 from gddim.experiment.workdir import check_config, check_records, describe, read_config, remembering, write_config
 
 POINTS = [
@@ -46,11 +46,9 @@ def on(data: Dataset) -> Experiment:
     return dataclasses.replace(cld_digits.EXPERIMENT if colours else points.EXPERIMENT, data=data)
 
 
-def status_of(data: Dataset, verb: str, workdir: Path, *more: str) -> int:
+def ended(data: Dataset, verb: str, workdir: Path, *more: str) -> int:
     words = COLOURS if on(data).name == "cld_digits" else POINTS
-    with pytest.raises(SystemExit) as caught:
-        main(on(data), [verb, f"--workdir={workdir}", *words, *more])
-    return int(caught.value.code or 0)
+    return status_of(on(data), verb, f"--workdir={workdir}", *words, *more)
 
 
 @pytest.fixture
@@ -169,57 +167,57 @@ def test_images_may_move_and_become_shards_but_not_change(photos, tmp_path):
 @pytest.mark.slow
 def test_a_run_goes_on_wherever_its_images_are(photos, tmp_path, capsys):
     workdir, data = tmp_path / "w", ImageFolder(str(photos), 8)
-    assert status_of(data, "train", workdir, "--train.steps=1") == 0
+    assert ended(data, "train", workdir, "--train.steps=1") == 0
     prepare(data, tmp_path / "shards_of_images")
     moved = ImageFolder(str(photos.rename(tmp_path / "elsewhere")), 8)
     for step, same in enumerate((Shards(str(tmp_path / "shards_of_images")), moved), 1):
-        assert status_of(same, "train", workdir, f"--train.steps={step + 1}") == 0, capsys.readouterr().err
+        assert ended(same, "train", workdir, f"--train.steps={step + 1}") == 0, capsys.readouterr().err
         assert f"training from step {step} to {step + 1} on 11" in capsys.readouterr().out
     Image.fromarray(pixels(99, 8, 8, 3)).save(tmp_path / "elsewhere" / "0.png")
-    assert status_of(moved, "train", workdir, "--train.steps=4") == 2
+    assert ended(moved, "train", workdir, "--train.steps=4") == 2
     shutil.rmtree(tmp_path / "elsewhere")
-    assert status_of(moved, "sample", workdir) == 0, "nothing is read"
+    assert ended(moved, "sample", workdir) == 0, "nothing is read"
 
 
 def test_a_run_goes_on_wherever_its_points_are_and_refuses_others(tmp_path, capsys):
     workdir, path = tmp_path / "w", tmp_path / "a.npy"
     array = np.random.default_rng(0).normal(size=(100, 2)).astype(np.float32)
     np.save(path, array)
-    assert status_of(ArrayFile(str(path)), "train", workdir, "--train.steps=1") == 0
+    assert ended(ArrayFile(str(path)), "train", workdir, "--train.steps=1") == 0
     assert "training from step 0 to 1 on 90 records (2,)" in capsys.readouterr().out
     prepare(ArrayFile(str(path)), tmp_path / "shards")
     moved = ArrayFile(str(path.rename(tmp_path / "b.npy")))
-    assert status_of(Shards(str(tmp_path / "shards")), "train", workdir, "--train.steps=2") == 0
-    assert status_of(moved, "train", workdir, "--train.steps=3") == 0
+    assert ended(Shards(str(tmp_path / "shards")), "train", workdir, "--train.steps=2") == 0
+    assert ended(moved, "train", workdir, "--train.steps=3") == 0
     before = (workdir / "config.json").read_text()
     np.save(tmp_path / "b.npy", array + 1)
     capsys.readouterr()
-    assert status_of(moved, "train", workdir, "--train.steps=4") == 2
+    assert ended(moved, "train", workdir, "--train.steps=4") == 2
     assert "\n  records.digest: the run has " in capsys.readouterr().err
     assert (workdir / "config.json").read_text() == before
-    assert status_of(moved, "sample", workdir) == 0
+    assert ended(moved, "sample", workdir) == 0
 
 
 def test_a_run_of_an_earlier_version_goes_on_and_says_that_its_records_are_unknown(tmp_path, capsys):
     workdir, path = tmp_path / "w", tmp_path / "a.npy"
     np.save(path, np.random.default_rng(0).normal(size=(100, 2)).astype(np.float32))
-    assert status_of(ArrayFile(str(path)), "train", workdir, "--train.steps=1") == 0
+    assert ended(ArrayFile(str(path)), "train", workdir, "--train.steps=1") == 0
     config = json.loads((workdir / "config.json").read_text())
     del config["records"]
     (workdir / "config.json").write_text(json.dumps(config))
     moved = ArrayFile(str(path.rename(tmp_path / "b.npy")))
-    assert status_of(moved, "sample", workdir) == 0
+    assert ended(moved, "sample", workdir) == 0
     capsys.readouterr()
     for words, count in (("--train.steps=2", 1), ("--train.steps=3", 0)):
-        assert status_of(moved, "train", workdir, words) == 0
+        assert ended(moved, "train", workdir, words) == 0
         said = capsys.readouterr().err
         assert said.count("does not tell the records that it was trained on; they are taken for these\n") == count
-    assert status_of(dataclasses.replace(moved, test_every=5), "train", workdir, "--train.steps=4") == 2
+    assert ended(dataclasses.replace(moved, test_every=5), "train", workdir, "--train.steps=4") == 2
 
 
 def test_records_that_a_network_does_not_take_are_told_as_the_user_has_them(tmp_path, capsys):
     np.save(tmp_path / "images.npy", np.linspace(-1, 1, 5120, dtype=np.float32).reshape(20, 16, 16))
-    assert status_of(ArrayFile(str(tmp_path / "images.npy")), "train", tmp_path / "w") == 2
+    assert ended(ArrayFile(str(tmp_path / "images.npy")), "train", tmp_path / "w") == 2
     assert capsys.readouterr().err.startswith("error: records (16, 16): an NCSN++ takes images (H, W, C), not ")
 
 
@@ -227,18 +225,18 @@ def test_records_that_a_network_does_not_take_are_told_as_the_user_has_them(tmp_
 def test_an_experiment_is_built_helped_and_sampled_without_its_data(form, tmp_path, capsys):
     workdir, path = tmp_path / "w", tmp_path / "a.npy"
     data = form(str(path if form is ArrayFile else tmp_path / "shards"))
-    assert status_of(data, "train", workdir, "--help") == 0
+    assert ended(data, "train", workdir, "--help") == 0
     assert "--data.path" in capsys.readouterr().out
-    assert status_of(data, "train", workdir) == 2
+    assert ended(data, "train", workdir) == 2
     assert capsys.readouterr().err.count("\n") == 1
     np.save(path, np.random.default_rng(0).normal(size=(100, 3)).astype(np.float32))
     prepare(ArrayFile(str(path)), tmp_path / "shards")
-    assert status_of(data, "train", workdir, "--train.steps=1") == 0
+    assert ended(data, "train", workdir, "--train.steps=1") == 0
     path.unlink()
     shutil.rmtree(tmp_path / "shards")
-    assert status_of(data, "sample", workdir) == 0, capsys.readouterr().err
+    assert ended(data, "sample", workdir) == 0, capsys.readouterr().err
     with np.load(workdir / "samples.npz") as file:
         assert file["samples"].shape == (8, 3)
     for verb in ("train", "evaluate"):
-        assert status_of(data, verb, workdir, "--train.steps=2") == 2
+        assert ended(data, verb, workdir, "--train.steps=2") == 2
         assert capsys.readouterr().err.count("\n") == 1

@@ -49,13 +49,13 @@ def parameters(name: str) -> int:
     experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
     *dims, channels = experiment.data.shape
     fields = experiment.sde.k * channels
-    outputs = fields if experiment.model.predicts == "eps" else channels
-    net = eqx.filter_eval_shape(experiment.net.build, (*dims, fields), outputs, jax.random.key(0))
+    width = fields if experiment.model.predicts == "eps" else channels
+    net = eqx.filter_eval_shape(experiment.net.build, (*dims, width), width, jax.random.key(0))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(net))
 
 
 def test_operations_are_counted_however_blocks_are_compiled():
-    net = NCSNppConfig(width=8, multipliers=(1, 2), blocks=3, attention=(4,))
+    net = NCSNppConfig(width=8, multipliers=(1, 2), blocks=3, attention=(4,), embedding="positional")
     found = []
     for options in ({}, {"scan_blocks": True}, {"remat": True}):
         plan = Plan(dataclasses.replace(cld_digits.EXPERIMENT, net=dataclasses.replace(net, **options)))
@@ -64,7 +64,7 @@ def test_operations_are_counted_however_blocks_are_compiled():
 
 
 def test_operations_are_counted_for_the_devices_of_the_plan():
-    net = NCSNppConfig(width=8, multipliers=(1,), blocks=2, attention=(), remat=True)
+    net = NCSNppConfig(width=8, multipliers=(1,), blocks=2, attention=(), remat=True, embedding="positional")
     two = dataclasses.replace(cld_digits.EXPERIMENT, net=net, mesh=MeshConfig(data=2))
     assert Plan(two, jax.devices()[:2]).image_flops() > 0
 

@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 
 from gddim import UserError
 from gddim.parallel import PreemptionGuard, agree, hosts, on_main
-from gddim.parallel.hosts import cluster
+from gddim.parallel.hosts import cluster, tell
 
 SLURM = {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NODELIST": "node[1-2]"}
 MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}
@@ -101,6 +102,23 @@ def test_a_signal_stops_at_the_next_step(number, capfd):
         assert guard.reached(2)
     assert signal.getsignal(number) == before
     assert "saving" in capfd.readouterr().err
+
+
+def test_a_time_that_is_over_stops_at_the_next_step_but_never_before_the_first(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    with PreemptionGuard(seconds=5.0) as guard:
+        now += 60  # what comes before the first step is not of it
+        assert not guard.reached(7)
+        now += 4.9
+        assert not guard.reached(8)
+        now += 0.2
+        assert guard.reached(9)
+        assert guard.reached(10)
+    with PreemptionGuard() as guard:
+        assert not guard.reached(1)
+        now += 1e9
+        assert not guard.reached(2)
 
 
 def test_a_second_interrupt_stops_at_once(capfd):
@@ -192,3 +210,10 @@ def test_an_error_of_any_kind_ends_with_the_status_of_a_lost_process_where_one_w
     finally:
         second.kill()
         second.communicate()
+
+
+def test_a_line_is_told_once_and_whole_whatever_threads_tell_it(capfd):
+    lines = [f"line {i} of {id(capfd)}" for i in range(20)]
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(tell, lines * 16))
+    assert sorted(capfd.readouterr().err.splitlines()) == sorted(lines)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import status_of
 
 import gddim.check
 import gddim.convert
@@ -39,12 +40,6 @@ SMALL = [
     *("--data.train-points=100", "--sampling.samples=8", "--sampling.nfe=3", "--eval.samples=8", "--eval.nfe", "3"),
     *("--eval.samplers", "gddim:2"),
 ]  # fmt: skip
-
-
-def status_of(experiment: Experiment, *argv: str) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main(experiment, argv)
-    return int(caught.value.code or 0)
 
 
 def refused(capsys, experiment: Experiment, *argv: str) -> str:

@@ -286,6 +286,24 @@ def test_a_signal_to_all_processes_stops_them_together(tmp_path, number):
 
 
 @pytest.mark.slow
+def test_windows_of_two_processes_end_at_the_same_step_and_are_one_run(tmp_path):
+    workdir, ended = tmp_path / "run", []
+    while 60 not in ended:
+        options = ("--train.minutes", 0.002 + 0.01 * len(ended), "--train.save-every", 1_000, "--train.fused", 3)
+        job = Job("train", "--workdir", workdir, "--mesh.fsdp", 2, *options, logs=tmp_path / "logs")
+        statuses = job.wait(120)
+        ended.append(max(steps(workdir)))
+        assert statuses == [EXIT_PREEMPTED if ended[-1] < 60 else 0] * 2, job.said()
+    assert len(ended) > 1
+    whole = Job(
+        *("train", "--workdir", tmp_path / "whole", "--mesh.fsdp", 2, "--train.fused", 3, "--train.save-every", 1_000),
+        logs=tmp_path / "logs",
+    )
+    assert whole.wait() == [0, 0], whole.said()
+    assert manifest(workdir, 60)["items"] == manifest(tmp_path / "whole", 60)["items"]
+
+
+@pytest.mark.slow
 def test_five_steps_of_a_unet_agree_however_they_are_cut(tmp_path):
     """Loss to 1e-6 and parameters to 1e-5, the states compared on one device."""
     cuts = {

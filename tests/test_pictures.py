@@ -71,6 +71,24 @@ def test_an_axis_too_narrow_for_those_has_numbers_too():
     assert len(numbers(axes.yaxis)) >= 2
 
 
+@pytest.mark.parametrize("high", [1e9, 1e12, 1e30])
+def test_an_axis_of_many_decades_has_their_powers_of_ten(high: float):
+    (axes,) = chart(results(1.0, high)).axes
+    found = numbers(axes.yaxis)
+    assert 4 <= len(found) <= 25
+    assert len(set(np.round(np.diff(np.log10(found))))) == 1
+
+
+def test_a_legend_of_many_samplers_is_whole():
+    words = [f"gddim:{order}:lam={lam}" for order in (1, 2, 3, 4) for lam in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)]
+    figure = chart([cifar_row(word, nfe, 1.0 + nfe, samples=500) for word in words for nfe in (10, 20)])
+    figure.canvas.draw()
+    box = figure.legends[0].get_window_extent()
+    assert len(figure.legends[0].get_texts()) >= len(words)
+    assert box.y0 >= 0
+    assert not box.overlaps(figure.axes[0].get_window_extent())
+
+
 def seen(color: Any, kind: str | None) -> np.ndarray:
     """A colour in CIELAB, as eyes of that kind have it."""
     if isinstance(color, str):

@@ -148,3 +148,10 @@ def test_more_steps_tell_where_they_move_the_cooldown(tmp_path, capsys):
     assert line in capsys.readouterr().out
     do("train", tmp_path / "w", "--train.steps=16", *cool)
     assert "cooldown" not in capsys.readouterr().out
+
+
+def test_a_cooldown_as_long_as_the_run_ends_elsewhere(tmp_path, capsys):
+    cool = ("--train.cooldown=60",)
+    do("train", tmp_path / "w", "--train.steps=8", *cool)
+    do("train", tmp_path / "w", "--train.steps=16", *cool)
+    assert "train.steps was 8 and is 16: the cooldown ends at step 16, not 8, and the" in capsys.readouterr().out

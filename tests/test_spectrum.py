@@ -12,6 +12,7 @@ import pytest
 import gddim
 from experiments import blurred_cld_cifar10, cld_cifar10_denoiser
 from experiments.processes import blurred_langevin
+from gddim.denoiser import reduction
 from gddim.experiment import Model, Spectrum, cli
 from gddim.experiment.workdir import describe
 from gddim.sde.blurring import idct2
@@ -34,7 +35,7 @@ def swapped(process: str, word: str):
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_gaussian_data_of_that_spectrum_give_unit_inputs_and_targets(name):
-    """Of every frequency, at every time, in every field; and a number instead, however right on the whole, does not."""
+    """Of every frequency, at every time; and a number instead, however right on the whole, does not."""
     sde, ts, count = PROCESSES[name], np.array([1e-4, 0.02, 0.3, 0.9], np.float32), 4000
 
     def draws(std, t, key):
@@ -51,8 +52,9 @@ def test_gaussian_data_of_that_spectrum_give_unit_inputs_and_targets(name):
         eps = jax.random.normal(eps_key, (SIZE, SIZE, sde.k, 1))
         loss = model.loss(x0, t, eps)
         u = sde.perturb(sde.lift(x0), t, eps)
-        target = (sde.from_pixels(x0) - model.denoise(u, t)) / model._scales(t)[1][..., 0]
-        return sde.from_pixels(seen[0].reshape(u.shape))[..., 0], target[..., 0], loss
+        sigma, s = reduction(sde, t, jnp.float32)[0], jnp.asarray(std)
+        target = (sde.from_pixels(x0) - model.denoise(u, t))[..., 0] * jnp.sqrt(s**2 + sigma**2) / (s * sigma)
+        return sde.from_pixels(seen[-1])[..., 0], target, loss
 
     def moments(std):
         run = jax.vmap(jax.vmap(lambda t, key: draws(std, t, key), (None, 0)), (0, None))

@@ -69,3 +69,9 @@ def test_a_file_that_holds_something_else_is_refused(tmp_path: Path, change: dic
     np.savez(path, **(arrays | change))
     with pytest.raises(UserError, match=rf"s\.npz holds no statistics .*{says}"):
         Statistics.load(path)
+
+
+def test_a_file_that_was_cut_short_says_what_it_lacks(tmp_path: Path):
+    np.savez(tmp_path / "s.npz", **{"moments.mean": np.zeros(2)})
+    with pytest.raises(UserError, match=r"it lacks the array 'count'"):
+        Statistics.load(tmp_path / "s.npz")

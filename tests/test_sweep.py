@@ -128,7 +128,7 @@ def test_cached_statistics_are_read_again_and_other_data_or_damage_noticed(tmp_p
 def small_unet() -> Denoiser:
     config = NCSNppConfig(width=8, multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.0, embedding="positional",
                           fir=False, progressive_input="none")  # fmt: skip
-    return Denoiser(CLD(), config.build((8, 8, 2), 1, jax.random.key(0)))
+    return Denoiser(CLD(), config.build((8, 8, 1), 1, jax.random.key(0)))
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ class Classes(eqx.Module):
 
     def __call__(self, x, level, cond=None, *, key=None):
         label = 0 if cond is None else cond["label"]
-        return x @ self.weight + self.table[label][None, None] / (1 + level)
+        return x @ self.weight + self.table[label][None, None] / (1 + level**2)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from command_line import status_of
 from jax.sharding import PartitionSpec
 from PIL import Image
 
@@ -185,21 +186,16 @@ def test_what_an_evaluation_lacks_is_said_before_training(tmp_path, capsys, monk
 def test_more_than_the_data_and_the_disk_hold_is_refused_before_anything_is_written(tmp_path, capsys, monkeypatch):
     words = ["train", f"--workdir={tmp_path / 'w'}", *POINTS, "--train.save-every=4"]
 
-    def status_of(*more: str) -> int:
-        with pytest.raises(SystemExit) as ended:
-            main(points.EXPERIMENT, [*words, *more])
-        return int(ended.value.code or 0)
-
-    assert status_of("--train.batch=104") == 2
+    assert status_of(points.EXPERIMENT, *words, "--train.batch=104") == 2
     assert capsys.readouterr().err == "error: --train.batch 104 is more than the 100 records of the data\n"
     assert not (tmp_path / "w").exists()
     free = Plan(parse(points.EXPERIMENT, words).experiment).state_bytes * 5 // 2
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, free))
-    assert status_of() == 2
+    assert status_of(points.EXPERIMENT, *words) == 2
     assert re.search(r"0 MiB free; 4 checkpoints of 0.0 MiB .* lower train.keep\n$", capsys.readouterr().err)
     assert not list((tmp_path / "w").iterdir())
-    assert status_of("--train.keep=1") == 0, "two fit"
-    assert status_of("--train.keep=2") == 0, "of three one is there"
+    assert status_of(points.EXPERIMENT, *words, "--train.keep=1") == 0, "two fit"
+    assert status_of(points.EXPERIMENT, *words, "--train.keep=2") == 0, "of three one is there"
 
 
 SWEEP = ["--eval.nfe", "5", "10", "20", "--eval.samplers", "gddim:2", "gddim:3:data", "em", "--eval.samples=400"]

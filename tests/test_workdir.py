@@ -1,17 +1,19 @@
 """What may differ between a run and the command that goes on with it: its fields say so themselves."""
 
 import dataclasses
+import json
 
 import pytest
 
-from experiments import cld_cifar10, points
+from experiments import cld_cifar10, points, points_vp
 from gddim.data import CelebA, ImageFolder
+from gddim.experiment.cli import main
 from gddim.experiment.workdir import describe, differences, may_change
 from gddim.nn import MLPConfig
 from gddim.settings import MAY_CHANGE, MAY_CHANGE_AFTER
 
 RUN = dataclasses.replace(cld_cifar10.EXPERIMENT, data=ImageFolder("here", 32))
-TRAIN = {"steps", "accumulate", "fused", "report_every", "show_every", "save_every", "keep", "keep_every"}
+TRAIN = {"steps", "minutes", "accumulate", "fused", "report_every", "show_every", "save_every", "keep", "keep_every"}
 
 
 def test_a_run_goes_on_with_whatever_changes_no_gradient():
@@ -67,3 +69,23 @@ def test_a_network_says_itself_what_of_it_may_change(change, after, held):
     given = dataclasses.replace(run, net=Net(**change))
     found = differences(describe(run), describe(given), may_change(given, after))
     assert [line.split(":")[0].strip() for line in found] == held
+
+
+@pytest.mark.parametrize(
+    "words", ["sample --workdir OLD", "train --workdir OLD", "train --workdir NEW --train.init OLD"]
+)
+def test_a_denoiser_of_an_earlier_release_is_refused_by_its_name(tmp_path, capsys, words):
+    """Also where its arrays have the shapes of one of today's, as with a process of one field."""
+    config = describe(points_vp.EXPERIMENT)
+    config["train"] = {"time_power": 1.0} | {k: v for k, v in config["train"].items() if not k.startswith("sigma_")}
+    (tmp_path / "OLD" / "checkpoints" / "8").mkdir(parents=True)
+    (tmp_path / "OLD" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SystemExit, match="2"):
+        main(
+            points_vp.EXPERIMENT,
+            [word.replace("OLD", f"{tmp_path}/OLD").replace("NEW", f"{tmp_path}/NEW") for word in words.split()],
+        )
+    said = capsys.readouterr().err.strip()
+    assert "gddim 0.1.0 reads" in said
+    assert "\n" not in said
+    assert not (tmp_path / "NEW").exists()

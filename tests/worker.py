@@ -70,7 +70,7 @@ POINTS = Experiment(
 UNET = Experiment(
     name="worker_unet",
     sde=CLD(),
-    net=NCSNppConfig(width=16, multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.0),
+    net=NCSNppConfig(width=16, multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.0, embedding="positional"),
     data=Digits(),
     train=Training(steps=5, batch=16, warmup=10),
 )

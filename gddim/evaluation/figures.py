@@ -144,7 +144,7 @@ def number(axis: Any, ticks: Iterable[int] = ()) -> None:
     """Plain numbers on a logarithmic axis: these, as far as they stand apart; without any 1, 2, 5, 10, …, where need be by
     an axis that is longer than its data; and of data within a factor of 2 in steps of 1, 2 or 5.
     """
-    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
     low, high = axis.get_view_interval()
     gap, apart = (high / low) ** 0.045, []
@@ -156,7 +156,12 @@ def number(axis: Any, ticks: Iterable[int] = ()) -> None:
     if not apart and high > 2 * low and sum(low <= tick <= high for tick in round_ones) < 2:
         around = max(tick for tick in round_ones if tick <= low), min(tick for tick in round_ones if tick >= high)
         axis.set_view_interval(*around, ignore=True)
-    steps = LogLocator(subs=(1, 2, 5)) if high > 2 * low else MaxNLocator(nbins=6, steps=[1, 2, 5, 10])
-    axis.set_major_locator(FixedLocator(apart) if apart else steps)
+    low, high = axis.get_view_interval()
+    if not apart and high > 2 * low:
+        apart = [tick for tick in round_ones if low <= tick <= high]
+        if len(apart) > 24:  # over many decades their powers of ten, at most 12
+            powers = [float(f"1e{decade}") for decade in decades]
+            apart = [tick for tick in powers[:: -(-len(powers) // 12)] if low <= tick <= high]
+    axis.set_major_locator(FixedLocator(apart) if apart else MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
     axis.set_minor_locator(NullLocator())

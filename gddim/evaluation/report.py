@@ -245,8 +245,8 @@ def chart(rows: Sequence[Row], metric: str = "frechet") -> Any:
         raise UserError("there are no results yet to plot")
     columns = min(2, len(found))
     height = -(-len(found) // columns)
-    figure, panels = new_figure(height, columns, (4.4 * columns + 1.9, 3.4 * height))
     shared = looks(label for group in found for label in group.entries(metric))
+    figure, panels = new_figure(height, columns, (4.4 * columns + 1.9, 3.4 * height))
     for axes, group in zip(panels, found, strict=False):
         _chart_group(axes, group, metric, shared)
     for axes in panels[len(found) :]:
@@ -254,7 +254,9 @@ def chart(rows: Sequence[Row], metric: str = "frechet") -> Any:
     lines = {line.get_label(): line for axes in figure.axes for line in axes.get_lines() if line.get_label()[0] != "_"}
     ours = {label_in_words(label): look.family for label, look in shared.items()}
     names = [*sorted(ours, key=ours.__getitem__), *(name for name in lines if name not in ours)]
-    figure.legend([lines[name] for name in names], names, **LEGEND)
+    beside = -(-len(names) // (18 * height))  # columns
+    figure.set_figwidth(4.4 * columns + 1.9 * beside)
+    figure.legend([lines[name] for name in names], names, **LEGEND, ncols=beside)
     return figure
 
 

@@ -118,7 +118,8 @@ class Statistics:
             scores = ScoreSums(**parts["scores"]) if parts["scores"] else None
             return Statistics(Moments(**parts["moments"]), subset, scores, origin)
         except Exception as error:  # a file of that name may be anything
-            raise UserError(f"{path} holds no statistics that can be read: {error}") from error
+            why = f"it lacks the array {error}" if isinstance(error, KeyError) else error
+            raise UserError(f"{path} holds no statistics that can be read: {why}") from error
 
 
 @eqx.filter_jit

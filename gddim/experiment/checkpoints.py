@@ -16,7 +16,7 @@ from gddim.checkpoint import Checkpointer, checksums
 from gddim.errors import UserError
 from gddim.experiment.config import Experiment
 from gddim.experiment.plan import Plan
-from gddim.experiment.workdir import describe, differences, may_change
+from gddim.experiment.workdir import CONFIG, check_release, describe, differences, may_change, read_config
 from gddim.train import TrainState
 
 
@@ -61,8 +61,11 @@ def borrow(plan: Plan) -> Start:
     settings = plan.experiment.train
     word = settings.init or ""
     run, step = re.fullmatch(r"(.*?)(?:@(\d+))?", word, re.DOTALL).groups()  # pyright: ignore[reportOptionalMemberAccess]
+    folder = epath.Path(run).expanduser()
     try:
-        with contextlib.closing(Checkpointer(epath.Path(run).expanduser() / "checkpoints")) as saved:
+        if (folder / CONFIG).exists():
+            check_release(run, read_config(folder) or {})
+        with contextlib.closing(Checkpointer(folder / "checkpoints")) as saved:
             if not saved.any():
                 raise UserError("no run with checkpoints is there; give RUN or RUN@STEP, RUN being its workdir")
             start = _restored(plan, saved, None if step is None else int(step))
@@ -83,9 +86,10 @@ def _restored(plan: Plan, saved: Checkpointer, step: int | None = None) -> Start
     items, step = saved.restore(items_of(plan.shapes), step)
     state, settings = TrainState(**items["train"], ema=items["ema"]), plan.experiment.train
     before = saved.config(step).get("train", {}).get("steps", settings.steps)
-    old, new = before - settings.cooldown, settings.steps - settings.cooldown
-    if not settings.cooldown or old == new:
+    old, new = max(before - settings.cooldown, 0), max(settings.steps - settings.cooldown, 0)
+    if not settings.cooldown or before == settings.steps:
         return Start(step, state)
-    note = f"train.steps was {before} and is {settings.steps}: the cooldown begins at step {max(new, 0)}, not {max(old, 0)}"
-    note += ", and the learning rate, which fell already, rises again" if new > old and step > old else ""
+    moves = f"begins at step {new}, not {old}" if new != old else f"ends at step {settings.steps}, not {before}"
+    note = f"train.steps was {before} and is {settings.steps}: the cooldown {moves}"
+    note += ", and the learning rate, which fell already, rises again" if settings.steps > before and step > old else ""
     return Start(step, state, (note,))

@@ -51,8 +51,8 @@ RUN = ("train", "sample", "evaluate")  # what the verb run stands for
 AFTERWARDS = {"sample": sample, "evaluate": evaluate, "likelihood": likelihood, "encode": encode}
 Verb = Literal["run", "train", "sample", "evaluate", "likelihood", "encode"]
 EPILOGUE = """Exit status: 0 done; 1 failed, or the loss was not finite; 2 a wrong option, value or path,
-nothing written; 75 stopped by SIGTERM or Ctrl-C, the state saved, so that the same command continues; 134 another
-process of the job was lost, continue likewise."""
+nothing written; 75 stopped by SIGTERM, Ctrl-C or train.minutes, the state saved, so that the same command continues;
+134 another process of the job was lost, continue likewise."""
 
 
 @dataclasses.dataclass(frozen=True)

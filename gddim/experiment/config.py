@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_che
 import tyro
 from jaxtyping import PRNGKeyArray
 
+from gddim.denoiser import positions
 from gddim.errors import UserError
 from gddim.experiment.options import UNGROUPED
 from gddim.experiment.spectrum import DataStd, Spectrum
-from gddim.loss import AbstractObjective, ScoreMatching
+from gddim.loss import AbstractObjective, LogNormalNoise, ScoreMatching
 from gddim.model import Denoiser, EpsModel
 from gddim.parallel import MeshConfig, Rule, default_rule
 from gddim.samplers import GDDIM, AbstractSampler, CholeskyMultistep, EulerMaruyama, Method
@@ -58,7 +59,7 @@ class Model:
     """What the network predicts."""
 
     predicts: Literal["data", "eps"] = "data"
-    """The data, preconditioned; or the noise ε in R coordinates, as published."""
+    """The data, preconditioned, by one network for every process; or the noise ε in R coordinates, as published."""
     data_std: DataStd = 0.5
     """Root mean square of the data, which preconditions the prediction of data: a number, or, for a process with
     coefficients by frequency, the file that python -m gddim.data std --spectrum wrote."""
@@ -81,14 +82,22 @@ class Training:
     on, once stopped, by the same command."""
     steps: int = field(default=100_000, metadata=MAY_CHANGE)
     """Steps in all; a run that was stopped, or given more, continues. The cooldown moves with them."""
+    minutes: float = field(default=0.0, metadata=MAY_CHANGE)
+    """Minutes, from its first step on with compilation, that a command trains at most; then it saves, ends with status 75
+    and tells the command that goes on. 0: to the last step."""
     batch: int = 128
     """Examples a step, over all devices."""
     accumulate: int = field(default=1, metadata=MAY_CHANGE)
     """Parts into which a batch is cut, one after another, where memory is short."""
     fused: int = field(default=1, metadata=MAY_CHANGE)
     """Steps a dispatch, for accelerators; slow on a CPU."""
-    time_power: float = 1.0
-    """Training times are uniform in t^(1/time_power): 1 as published, more for more of the small times."""
+    time_power: float | None = None
+    """Noise levels are those of the process at times uniform in t^(1/time_power): 1 as published, more for more of the small
+    times. None: 1 where ε is predicted or coefficients differ by frequency; else the noise is log-normal, as follows."""
+    sigma_mean: float | None = None
+    """Mean of ln σ, σ the standard deviation of the noise in which a prediction of data is trained. None: -1.2, EDM's."""
+    sigma_std: float | None = None
+    """Standard deviation of ln σ. None: 1.2, EDM's."""
     learning_rate: float = 2e-4
     """Peak of Adam's learning rate."""
     warmup: int = 5_000
@@ -117,14 +126,27 @@ class Training:
             require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("warmup", "cooldown", "show_every", "keep_every"):
             require(getattr(self, name) >= 0, f"{name} must be at least 0, not {getattr(self, name)}")
-        for name in ("learning_rate", "clip", "time_power"):
-            require(0 < getattr(self, name) < math.inf, f"{name} must be > 0, not {getattr(self, name)}")
+        for name in ("learning_rate", "clip", "time_power", "sigma_std"):
+            value = getattr(self, name)
+            require(value is None or 0 < value < math.inf, f"{name} must be > 0, not {value}")
+        mean = self.sigma_mean
+        require(mean is None or math.isfinite(mean), f"sigma_mean must be finite, not {mean}")
+        require(
+            self.time_power is None or not self.log_normal, "give time_power, or sigma_mean and sigma_std, not both"
+        )
+        require(0 <= self.minutes < math.inf, f"minutes must be at least 0, not {self.minutes}")
         for name in ("ema", "beta1"):
             require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), not {getattr(self, name)}")
         require(
             self.batch % self.accumulate == 0,
             f"batch {self.batch} must be a multiple of accumulate {self.accumulate}",
         )
+
+    @property
+    def log_normal(self) -> dict[str, float]:
+        """What was given of the law of ln σ."""
+        given = {"mean": self.sigma_mean, "std": self.sigma_std}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -134,7 +156,8 @@ class Sampling:
     sampler: Annotated[Sampler, tyro.conf.arg(name="sampler", prefix_name=False)] = field(
         default=OURS, metadata={UNGROUPED: True}
     )
-    """gddim[:ORDER][:data][:corrector][:lam=λ], cholesky[:ORDER], em[:lam=λ], heun, sscs or rk45[:rtol=…][:atol=…]."""
+    """gddim[:ORDER][:data][:corrector][:lam=λ], cholesky[:ORDER], em[:lam=λ], heun, sscs, rk45[:rtol=…][:atol=…],
+    ipndm[:ORDER], dpm[:ORDER] or unipc[:ORDER][:bh1]."""
     nfe: int = 50
     """Network calls a sample, the last step's included."""
     samples: int = 64
@@ -231,6 +254,13 @@ class Experiment:
     def __post_init__(self):
         t_min, horizon = self.sampling.t_min, self.sde.horizon
         require(t_min < horizon, f"sampling.t_min must be below the horizon {horizon} of the process, not {t_min}")
+        if self.train.log_normal:
+            white = self.model.predicts == "data" and not positions(self.sde)
+            require(
+                white,
+                "train.sigma_mean and sigma_std are of white noise: they need a prediction of data, and a process "
+                "without a spectrum; give train.time_power",
+            )
 
     @property
     def state_shape(self) -> tuple[int, ...]:
@@ -241,7 +271,10 @@ class Experiment:
     @property
     def objective(self) -> AbstractObjective:
         """What training minimises."""
-        return ScoreMatching(self.sde, self.train.time_power)
+        power = self.train.time_power
+        if self.model.predicts == "data" and power is None and not positions(self.sde):
+            return LogNormalNoise(**self.train.log_normal)
+        return ScoreMatching(self.sde, power or 1.0)
 
     def build(self, key: PRNGKeyArray) -> Denoiser | EpsModel:
         """The model with fresh parameters. Raises `UserError` for a spectrum of other data."""
@@ -249,10 +282,10 @@ class Experiment:
         std = self.model.data_std
         fits = not isinstance(std, Spectrum) or std.shape == tuple(dims)
         require(fits, f"model.data_std is a {std}, and the data are {tuple(dims)}")
-        fields = self.sde.k * channels
         eps = self.model.predicts == "eps"
+        width = self.sde.k * channels if eps else channels
         try:
-            net = self.net.build((*dims, fields), fields if eps else channels, key)
+            net = self.net.build((*dims, width), width, key)
         except UserError as error:
             raise UserError(f"records {tuple(self.data.shape)}: {error}") from error
         if eps:

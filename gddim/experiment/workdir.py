@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from etils import epath
 
+import gddim
 from gddim.data import Source, identity
 from gddim.errors import UserError, harmless
 from gddim.evaluation.provenance import flatten as flatten
@@ -118,14 +119,26 @@ def _is_log(path: epath.Path) -> bool:
     return False
 
 
+def check_release(run: str, config: dict) -> None:
+    """Raise `UserError` for a run whose network predicts the data from all fields of its process, as none does any more."""
+    of_data = config.get("model", {}).get("predicts") == "data"
+    if of_data and "sigma_mean" not in config.get("train", {}):
+        raise UserError(
+            f"{run} holds a Denoiser that sees all fields of its process, which gddim 0.1.0 reads and this release "
+            f"({gddim.__version__}) does not: sample it with that one, or train it anew"
+        )
+
+
 def check_config(path: epath.Path, given: dict, free: Collection[str]) -> bool:
-    """Whether a workdir holds a run of this configuration. Raises `UserError` if it holds another.
+    """Whether a workdir holds a run of this configuration. Raises `UserError` if it holds another, or
+    one of an earlier release.
 
     A run that has saved nothing yet is none: its configuration may be corrected. Its data are told by `check_records`.
     """
     saved = read_config(path)
     if saved is None or not _saves(path):
         return False
+    check_release(f"--workdir {path}", saved)
     if lines := differences(saved, given, (*free, RECORDS, *(["data"] if RECORDS in saved else []))):
         began = saved.get("train", {}).get("init")
         if any(line.startswith("  train.init:") for line in lines):

@@ -1,7 +1,7 @@
 """Networks: Equinox modules of one example, `net(x, level, cond=None, *, key=None)`, called under `jax.vmap`.
 
 `x`: an image `(H, W, C_in)` or a point `(C_in,)`; what is returned has `C_out` channels and the same positions.
-`level`: the noise level, a number: `999 t` by default, as published.
+`level`: the noise level, a number: `ln(σ)/4` of a `Denoiser`, `999 t` of an `EpsModel`, as published.
 `cond`: what conditions the network: a dictionary of what a record holds beside its data, or None.
 `key`: randomness, as dropout; None where there is none.
 
@@ -13,7 +13,7 @@ A network of your own is such a module, and a frozen dataclass that builds it, w
 >>> class Linear(eqx.Module):
 ...     weight: jax.Array
 ...     def __call__(self, x, level, cond=None, *, key=None):
-...         return x @ self.weight / (1 + level)
+...         return x @ self.weight / (1 + level**2)
 >>> @dataclasses.dataclass(frozen=True)
 ... class LinearConfig:
 ...     scale: float = 1.0

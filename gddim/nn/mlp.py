@@ -67,7 +67,7 @@ class MLP(eqx.Module):
         *,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, " o"]:
-        """`x` `(D,)` at the level 999 t to `(out_channels,)`; `key` is taken as by every network, and nothing is random."""
+        """`x` `(D,)` at a level to `(out_channels,)`; `key` is taken as by every network, and nothing is random."""
         refuse_cond(self, cond)
         time = sinusoidal_embedding(jnp.asarray(level, jnp.float32), self.first.bias.size)
         for dense in self.time:

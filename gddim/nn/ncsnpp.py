@@ -47,7 +47,7 @@ class NCSNppConfig:
     dropout: float = field(default=0.1, metadata=MAY_CHANGE_AFTER)
     """Share of activations dropped in each residual block while training."""
     embedding: Literal["fourier", "positional"] = "fourier"
-    """Of the noise level: random Fourier features of its logarithm, or sinusoids."""
+    """Of the noise level: random Fourier features of its logarithm, which is for times alone, or sinusoids."""
     fir: bool = True
     """Resample with the filter (1, 3, 3, 1) instead of nearest neighbour and mean."""
     progressive_input: Literal["residual", "none"] = "residual"
@@ -176,6 +176,7 @@ class NCSNpp(eqx.Module):
     conv_out: Conv
     config: NCSNppConfig = eqx.field(static=True)
     in_shape: tuple[int, ...] = eqx.field(static=True)
+    logarithmic: bool = eqx.field(static=True)  # takes the logarithm of the level, which must then be positive
 
     def __init__(self, config: NCSNppConfig, in_shape: tuple[int, ...], out_channels: int, *, key: Key[Array, ""]):
         if len(in_shape) != 3:
@@ -231,7 +232,7 @@ class NCSNpp(eqx.Module):
             self.up.append(Level(stack_runs(blocks), block(now, now, resample="up") if level else None, None))
         self.norm_out = GroupNorm(now)
         self.conv_out = Conv(now, out_channels, scale=0.0, draw=draw)
-        self.config, self.in_shape = config, in_shape
+        self.config, self.in_shape, self.logarithmic = config, in_shape, fourier
 
     def __call__(
         self,
@@ -241,7 +242,7 @@ class NCSNpp(eqx.Module):
         *,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "h w o"]:
-        """`x` `(H, W, C_in)` at the level 999 t, as published, to float32 `(H, W, C_out)`; dropout acts if a key is given."""
+        """`x` `(H, W, C_in)` at a level to float32 `(H, W, C_out)`; dropout acts if a key is given."""
         refuse_cond(self, cond)
         if x.shape != self.in_shape:
             raise ValueError(f"x: got shape {x.shape}, the network was built for {self.in_shape}")

@@ -1,10 +1,10 @@
 """Several hosts as one: start-up, what all processes agree on, and stopping all of them at the same step."""
 
 import contextlib
-import functools
 import glob
 import importlib.util
 import json
+import math
 import os
 import signal
 import sys
@@ -188,11 +188,16 @@ def to_host(x: Shaped[Array, "..."]) -> Shaped[np.ndarray, "..."]:
     return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))
 
 
-@functools.cache
+_told: dict[str, object] = {}
+
+
 def tell(message: str) -> None:
-    """Prints a line to standard error, on process 0 alone, and the same line only once."""
-    if not jax.distributed.is_initialized() or jax.process_index() == 0:
-        print(message, file=sys.stderr, flush=True)
+    """Prints a line to standard error, on process 0 alone, and the same line only once, also of several threads."""
+    mine = object()
+    first = _told.setdefault(message, mine) is mine  # which is atomic
+    if first and (not jax.distributed.is_initialized() or jax.process_index() == 0):
+        sys.stderr.write(f"{message}\n")
+        sys.stderr.flush()
 
 
 @contextlib.contextmanager
@@ -211,7 +216,7 @@ def ending_on_sigterm() -> Iterator[None]:
 
 
 class PreemptionGuard:
-    """Turns SIGTERM and SIGINT into a stop at the same step on every process; a second Ctrl-C stops at once.
+    """Turns SIGTERM, SIGINT and a time that is over into a stop at the same step on every process.
 
         with PreemptionGuard() as guard:
             for step in range(first, last):
@@ -219,13 +224,19 @@ class PreemptionGuard:
                 if guard.reached(step):     # the same step everywhere
                     ...                     # save, then exit with EXIT_PREEMPTED
 
-    With several processes JAX catches SIGTERM and its coordinator agrees on a step that none has passed.
+    A second Ctrl-C stops at once. `seconds` count from the first call of `reached` on, which never asks to stop for them.
+    With several processes JAX catches SIGTERM and its coordinator agrees on a step that none has passed; process 0 tells
+    it by that signal that the time is over.
     """
+
+    def __init__(self, seconds: float = math.inf):
+        self._seconds = seconds
 
     def __enter__(self) -> "PreemptionGuard":
         self._together = jax.distributed.is_initialized()
         self._signalled = False
         self._asked = 0
+        self._end: float | None = None
         numbers = (signal.SIGINT,) if self._together else (signal.SIGINT, signal.SIGTERM)
         self._previous = {number: signal.signal(number, self._catch) for number in numbers}
         return self
@@ -245,6 +256,12 @@ class PreemptionGuard:
 
     def reached(self, step: int) -> bool:
         """Whether to stop after `step`; call it on every process for the same increasing steps. Costs 0.4 µs a step."""
+        if self._end is None:
+            self._end = time.monotonic() + self._seconds
+        elif time.monotonic() > self._end and not self._signalled:
+            self._signalled = True
+            if self._together and jax.process_index() == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
         if not self._together:
             return self._signalled
         # The agreed step is one more than the last that any process asked for: before the first call that is step 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -66,31 +67,102 @@ def two_phase_grid(
 
 
 def log_snr_grid(sde: AbstractLinearSDE, t_max: Number, t_min: Number, steps: Number) -> np.ndarray:
-    """Times uniform in the log signal-to-noise ratio `log ψᵀΣ_t⁻¹ψ`, `ψ = Ψ(t, 0) e_0`. Returns `(steps + 1,)`.
+    """Times uniform in the log signal-to-noise ratio `log ψᵀΣ_t⁻¹ψ = −2 log r`, see `noise_level`. Returns `(steps + 1,)`.
 
     `sde`: the process; `t_max`, `t_min`, `steps`: as in `power_grid`.
 
     For k = 1 this is the usual `log α_t/σ_t²`; for CLD it is the precision that the whole state gives of the data. Raises
     `ValueError` for a process with one ratio per frequency, and for `t_min = 0` where the ratio is infinite.
     """
-    t_max, t_min, steps = _range(t_max, t_min, steps)
     if np.ndim(sde.transition(t_max, 0.0)) > 2:
         raise ValueError(f"{type(sde).__name__} has a signal-to-noise ratio per frequency; use power_grid")
+    return _uniform_in(np.log, sde, t_max, t_min, steps)
 
-    def log_snr(t: np.ndarray) -> np.ndarray:
+
+def karras_grid(sde: AbstractLinearSDE, t_max: Number, t_min: Number, steps: Number, rho: Number = 7.0) -> np.ndarray:
+    """Times uniform in `r^{1/rho}`, see `noise_level`: those of EDM (Karras et al. 2022, Eq. 5). Returns `(steps + 1,)`.
+
+    `sde`: the process; `t_max`, `t_min`, `steps`: as in `power_grid`; `rho`: > 0, more has more of the small times.
+
+    Raises `ValueError` outside the ranges, and where r is infinite at `t_max`.
+    """
+    if not rho > 0:
+        raise ValueError(f"rho={rho} must be > 0")
+    return _uniform_in(lambda r: r ** (1 / float(rho)), sde, t_max, t_min, steps)
+
+
+def band_grid(
+    sde: AbstractLinearSDE, t_max: Number, t_min: Number, steps: Number, data_std: Number = 0.5,
+    lo: Number = 0.06, hi: Number = 6.0,
+) -> np.ndarray:  # fmt: skip
+    """Times uniform in `log((r + lo s)/(r + hi s))`, r the `noise_level`: log-SNR confined to the scales that data have.
+
+    Above `hi` standard deviations of the data the noise hides everything, below `lo` nothing; steps there are spent in
+    vain, and this grid makes few.
+
+    `sde`: the process; `t_max`, `t_min`, `steps`: as in `power_grid`.
+    `data_std`: s, the standard deviation of the data.
+    `lo`, `hi`: the band, in units of `data_std`.
+
+    Returns `(steps + 1,)`. Raises `ValueError` unless `0 < lo < hi` and `data_std > 0`, both finite.
+
+    >>> times = band_grid(gddim.CLD(), 1.0, 1e-3, steps=4)
+    >>> bool(np.all(np.diff(times) < 0)), times.shape
+    (True, (5,))
+    """
+    clock = Band.of(data_std, lo, hi)
+    return _uniform_in(clock, sde, t_max, t_min, steps)
+
+
+class Band(NamedTuple):
+    """`Φ(r) = log((r + lo)/(r + hi))`, rising in r; 0 at r = ∞."""
+
+    lo: float
+    hi: float
+
+    @staticmethod
+    def of(data_std: Number, lo: Number, hi: Number) -> Band:
+        """Of a band in units of `data_std`. Raises `ValueError` for what is none."""
+        if not (0 < lo < hi < np.inf and 0 < data_std < np.inf):
+            raise ValueError(
+                f"lo={lo}, hi={hi}, data_std={data_std}: a band needs 0 < lo < hi and data_std > 0, finite"
+            )
+        return Band(float(lo * data_std), float(hi * data_std))
+
+    def __call__(self, r: np.ndarray) -> np.ndarray:
+        return -np.log1p((self.hi - self.lo) / (r + self.lo))
+
+
+def noise_level(sde: AbstractLinearSDE, t: np.ndarray) -> np.ndarray:
+    """`r_t = (ψᵀΣ_t⁻¹ψ)^{-1/2}`, `ψ = Ψ(t, 0) e_0`: the noise on the data that the state is equivalent to. Shape of t.
+
+    For k = 1 it is σ/α. Where it differs by position, that of the first: in a cosine basis, of the lowest frequency.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        R_inv, psi = inverse(on_host(sde.noise_factor, t)), on_host(sde.transition, t, np.zeros_like(t))
+        first = [v.reshape(*t.shape, -1, sde.k, sde.k)[..., 0, :, :] for v in (R_inv, psi)]
+        return ((first[0] @ first[1][..., :, :1]) ** 2).sum((-1, -2)) ** -0.5
+
+
+def _uniform_in(
+    clock: Callable[[np.ndarray], np.ndarray], sde: AbstractLinearSDE, t_max: Number, t_min: Number, steps: Number
+) -> np.ndarray:
+    """Times uniform in a rising function of r, `(steps + 1,)`. Raises `ValueError` where it is not finite at an end."""
+    t_max, t_min, steps = _range(t_max, t_min, steps)
+
+    def level(t: np.ndarray) -> np.ndarray:
         with np.errstate(divide="ignore", invalid="ignore"):
-            whitened = inverse(on_host(sde.noise_factor, t)) @ on_host(sde.transition, t, np.zeros_like(t))[..., :, :1]
-        return np.log((whitened**2).sum((-1, -2)))
+            return clock(noise_level(sde, t))
 
-    ends = log_snr(np.array([t_max, t_min]))
+    ends = level(np.array([t_max, t_min]))
     if not np.all(np.isfinite(ends)):
         raise ValueError(f"the log signal-to-noise ratio is not finite on [{t_min}, {t_max}]; raise t_min")
     target = np.linspace(ends[0], ends[1], steps + 1)
     low, high = np.full(steps + 1, t_min), np.full(steps + 1, t_max)
-    for _ in range(80):  # bisection: the ratio falls with t
+    for _ in range(80):  # bisection: r rises with t
         middle = (low + high) / 2
-        above = log_snr(middle) > target
-        low, high = np.where(above, middle, low), np.where(above, high, middle)
+        below = level(middle) < target
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
     grid = (low + high) / 2
     grid[0], grid[-1] = t_max, t_min
     return grid

@@ -116,3 +116,18 @@ def lagrange(nodes: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]
             slope[..., j] = slope[..., j] * factor + value[..., j] * pair / gap
             value[..., j] *= factor
     return value * present[:, None], slope * present[:, None]
+
+
+def corrected_for_free(psi: np.ndarray, weights: np.ndarray, corrector: np.ndarray) -> np.ndarray:
+    """The weights that also redo the step before with the record that has come since: UniPC's corrector, for no call more.
+
+    After the call at the predicted û_i, `u_i = û_i + Σ_j (C_j − W_j) h_j` is what the corrector of the last step makes of
+    its start and the new record: W the weights of that step and C those of its corrector, the new record first. The step
+    from u_i on, `Ψ u_i + Σ_j W_j h_j`, is then one from û_i, whose weights these are.
+
+    psi, weights, corrector: `(n, …)`, `(n, q, …)` and `(n, q+1, …)`. Returns `(n, q+1, …)`.
+    """
+    none = np.zeros_like(weights[:, :1])
+    moved = np.concatenate([weights, none], 1)
+    moved[1:] += psi[1:, None] @ (corrector - np.concatenate([none, weights], 1))[:-1]
+    return moved

@@ -1,19 +1,31 @@
-"""Samplers by name, as a command line and a table spell them."""
+"""Samplers and grids by name, as a command line and a table spell them."""
 
 import dataclasses
 from typing import Any
+
+import numpy as np
+from jaxtyping import Float
 
 from gddim.errors import UserError
 from gddim.samplers.adams import GDDIM
 from gddim.samplers.base import Last
 from gddim.samplers.baselines import RK45, SSCS, CholeskyMultistep, EulerMaruyama, Heun
+from gddim.samplers.grids import band_grid, karras_grid, log_snr_grid, power_grid, two_phase_grid, uniform_grid
+from gddim.samplers.peers import IPNDM, DPMSolver, UniPC
 from gddim.samplers.solver import AbstractSampler, count_calls
+from gddim.sde import VP, AbstractLinearSDE
 
-_FORMS = {"gddim": GDDIM, "cholesky": CholeskyMultistep, "em": EulerMaruyama, "heun": Heun, "sscs": SSCS, "rk45": RK45}
-_WORDS = {"eps": ("interpolate", "eps"), "data": ("interpolate", "data"), "corrector": ("corrector", True)}
+_FORMS = {
+    "gddim": GDDIM, "cholesky": CholeskyMultistep, "em": EulerMaruyama, "heun": Heun, "sscs": SSCS, "rk45": RK45,
+    "ipndm": IPNDM, "dpm": DPMSolver, "unipc": UniPC,
+}  # fmt: skip
+_WORDS = {
+    "eps": ("interpolate", "eps"), "data": ("interpolate", "data"), "corrector": ("corrector", True),
+    "bh1": ("variant", "bh1"), "bh2": ("variant", "bh2"),
+}  # fmt: skip
 ACCEPTED = (
-    "gddim[:ORDER][:data][:corrector][:lam=λ], cholesky[:ORDER], em[:lam=λ], heun, sscs, rk45[:rtol=…][:atol=…]; "
-    "for example gddim:3:data or em:lam=1"
+    "gddim[:ORDER][:data][:corrector][:lam=λ], cholesky[:ORDER], em[:lam=λ], heun, sscs, rk45[:rtol=…][:atol=…], "
+    "ipndm[:ORDER], dpm[:ORDER] (DPM-Solver++), unipc[:ORDER][:bh1]; for example gddim:3:data or em:lam=1"
 )
 
 
@@ -77,3 +89,59 @@ def steps_for(sampler: AbstractSampler, nfe: int, last: Last = "none") -> int:
     if nfe < least:
         raise UserError(f"nfe: {nfe} given, but {sampler_name(sampler)} with last={last} makes at least {least} calls")
     return max(steps for steps in range(1, nfe + 1) if count_calls(sampler, steps, last) <= nfe)
+
+
+_GRIDS = {"band": 2, "karras": 1, "log-snr": 0, "power": 1, "two-phase": 3, "uniform": 0}  # numbers that may follow
+GRIDS = (
+    "power[:POWER], band[:LO:HI] (in standard deviations of the data), karras[:RHO], log-snr, "
+    "two-phase[:SHARE:FRACTION:POWER], uniform; for example band or power:7"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """How times are laid out, whatever the process and the number of steps: a grid of `gddim.samplers` by its word.
+
+    >>> grid = parse_grid("power:7")
+    >>> bool(np.all(grid(gddim.VP(), 1.0, 1e-3, 5) == gddim.power_grid(1.0, 1e-3, 5, power=7))), str(grid)
+    (True, 'power:7')
+    """
+
+    name: str = "power"
+    numbers: tuple[float, ...] = ()
+
+    def __call__(
+        self, sde: AbstractLinearSDE, t_max: float, t_min: float, steps: int, data_std: float = 0.5
+    ) -> Float[np.ndarray, " n"]:
+        """The times, `(steps + 1,)`, of data of a standard deviation. Raises `ValueError` like the grid of that name."""
+        match self.name:
+            case "band":
+                return band_grid(sde, t_max, t_min, steps, data_std, *self.numbers)
+            case "karras":
+                return karras_grid(sde, t_max, t_min, steps, *self.numbers)
+            case "log-snr":
+                return log_snr_grid(sde, t_max, t_min, steps)
+            case "two-phase":
+                return two_phase_grid(t_max, t_min, steps, *self.numbers)
+            case "uniform":
+                return uniform_grid(t_max, t_min, steps)
+            case _:
+                return power_grid(t_max, t_min, steps, *self.numbers)
+
+    def __str__(self) -> str:
+        return ":".join([self.name, *(f"{number:.12g}" for number in self.numbers)])
+
+
+def parse_grid(text: str) -> Grid:
+    """The grid that a word such as `band` or `power:7` names. Raises `UserError` that lists what is accepted."""
+    name, *numbers = text.strip().lower().split(":")
+    if name not in _GRIDS:
+        raise UserError(f"unknown grid {text!r}; accepted are {GRIDS}")
+    try:
+        grid = Grid(name, tuple(float(number) for number in numbers))
+        if len(numbers) > _GRIDS[name]:
+            raise ValueError(f"{name} takes {_GRIDS[name] or 'no'} number{'s' * (_GRIDS[name] != 1)}")
+        grid(VP(), 1.0, 1e-3, 8)  # what is wrong with the numbers
+    except ValueError as error:
+        raise UserError(f"grid {text!r}: {error}; accepted are {GRIDS}") from error
+    return grid

@@ -48,6 +48,7 @@ class Coefficients:
                 for _, values in self._pieces(self.horizon * (1 + GAUSS_NODES) / 2):
                     self._tell_apart(*(v[:, index] for v, index in values))
             _, first, kind = np.unique(np.concatenate(self._known, -1), axis=0, return_index=True, return_inverse=True)
+            kind = kind.astype(np.int32)  # a traced index that fits with JAX's, with float64 turned on and off
             self._kinds = first, kind.reshape(self.shape[:-2])
         return self._kinds
 

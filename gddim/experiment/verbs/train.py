@@ -24,7 +24,7 @@ from gddim.train import TrainState, next_step, train
 
 
 class Preempted(Exception):
-    """A signal ended training; the state is saved, and the same command continues."""
+    """A signal, or the end of its time, ended training; the state is saved, and the same command continues."""
 
 
 def run_training(
@@ -37,7 +37,7 @@ def run_training(
     """
     experiment, settings = plan.experiment, plan.experiment.train
     with contextlib.ExitStack() as stack:
-        guard = stack.enter_context(PreemptionGuard())
+        guard = stack.enter_context(PreemptionGuard(60 * settings.minutes or math.inf))
         saved = stack.enter_context(contextlib.closing(checkpoints(experiment, workdir)))
         step, state, notes = start(plan, saved, borrowed)
         main = jax.process_index() == 0

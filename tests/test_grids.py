@@ -1,0 +1,96 @@
+"""Laws of the grids: each is uniform in what it says, ends exactly where it was asked to, and has a word."""
+
+import numpy as np
+import pytest
+
+import gddim
+from gddim.errors import UserError
+from gddim.samplers.grids import noise_level
+from gddim.samplers.words import parse_grid
+
+PROCESSES = [
+    gddim.VP(), gddim.CLD(), gddim.VE(), gddim.FlowMatching(), gddim.PSLD(), gddim.CriticallyDamped(3), gddim.Blurring(4),
+]  # fmt: skip
+name = lambda sde: type(sde).__name__
+
+
+@pytest.mark.parametrize("sde", PROCESSES, ids=name)
+def test_a_band_grid_is_uniform_in_its_clock_decreases_and_ends_exactly(sde):
+    T = sde.horizon
+    for lo, hi, data_std in ((0.06, 6.0, 0.5), (0.2, 1.0, 2.0)):
+        grid = gddim.band_grid(sde, T, 1e-3 * T, 9, data_std, lo, hi)
+        assert grid[0] == T
+        assert grid[-1] == 1e-3 * T
+        assert np.all(np.diff(grid) < 0)
+        phi = -np.log1p((hi - lo) * data_std / (noise_level(sde, grid) + lo * data_std))  # log((r + lo s)/(r + hi s))
+        np.testing.assert_allclose(np.diff(phi, 2), 0, atol=1e-9)
+
+
+@pytest.mark.parametrize("sde", PROCESSES, ids=name)
+def test_the_level_of_noise_is_the_inverse_of_the_precision_that_the_state_gives_of_the_data(sde):
+    t = 0.3 * sde.horizon
+    psi, sigma = sde.transition(t, 0.0)[..., :, :1], sde.covariance(t)
+    precision = (psi.swapaxes(-1, -2) @ np.linalg.inv(sigma) @ psi).reshape(-1)[0]
+    np.testing.assert_allclose(noise_level(sde, np.array([t])), precision**-0.5, rtol=1e-9)
+
+
+def test_a_band_scales_with_the_data():
+    """In VE, where r = t, data twice as large are the same data at twice the time."""
+    sde = gddim.VE()
+    grids = [gddim.band_grid(sde, s * 20.0, s * 0.01, 7, data_std=s * 0.5) for s in (1.0, 2.0)]
+    np.testing.assert_allclose(2 * grids[0], grids[1], rtol=1e-9)
+    narrow = gddim.band_grid(gddim.VP(), 1.0, 1e-3, 10, data_std=0.05)
+    assert np.all(narrow[1:-1] < gddim.band_grid(gddim.VP(), 1.0, 1e-3, 10)[1:-1])
+
+
+def test_a_wide_band_is_log_snr_and_ends_may_be_0():
+    sde = gddim.VP()
+    wide = gddim.band_grid(sde, 1.0, 1e-3, 6, lo=1e-9, hi=1e9)
+    np.testing.assert_allclose(wide, gddim.log_snr_grid(sde, 1.0, 1e-3, 6), rtol=1e-6)
+    assert gddim.band_grid(sde, 1.0, 0.0, 5)[-1] == 0
+
+
+def test_the_karras_grid_is_edms():
+    sigma = (80 ** (1 / 7) + np.arange(9) / 8 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    np.testing.assert_allclose(gddim.karras_grid(gddim.VE(), 80.0, 0.002, 8), sigma, rtol=1e-9)
+    r = noise_level(gddim.CLD(), gddim.karras_grid(gddim.CLD(), 1.0, 1e-3, 8, rho=3))
+    np.testing.assert_allclose(np.diff(r ** (1 / 3), 2), 0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("power", lambda sde: gddim.power_grid(1.0, 1e-3, 6)),
+        ("power:7", lambda sde: gddim.power_grid(1.0, 1e-3, 6, 7.0)),
+        ("band", lambda sde: gddim.band_grid(sde, 1.0, 1e-3, 6, data_std=0.3)),
+        ("band:0.16:3", lambda sde: gddim.band_grid(sde, 1.0, 1e-3, 6, data_std=0.3, lo=0.16, hi=3)),
+        ("log-snr", lambda sde: gddim.log_snr_grid(sde, 1.0, 1e-3, 6)),
+        ("karras:5", lambda sde: gddim.karras_grid(sde, 1.0, 1e-3, 6, 5)),
+        ("two-phase:0.5:0.4", lambda sde: gddim.two_phase_grid(1.0, 1e-3, 6, 0.5, 0.4)),
+        ("uniform", lambda sde: gddim.uniform_grid(1.0, 1e-3, 6)),
+    ],
+)
+def test_grids_have_words(word, expected):
+    grid = parse_grid(word)
+    assert str(grid) == word
+    assert parse_grid(str(grid)) == grid
+    for sde in (gddim.VP(), gddim.CLD()):
+        np.testing.assert_array_equal(grid(sde, 1.0, 1e-3, 6, data_std=0.3), expected(sde))
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [("cosine", "unknown grid"), ("power:x", "'x'"), ("power:0", "power=0.0"), ("power:2:3", "takes 1 number"),
+     ("band:3:1", "lo=3.0"), ("log-snr:2", "takes no number"), ("karras:-1", "rho"), ("band:nan", "lo=nan")],
+)  # fmt: skip
+def test_a_word_that_is_no_grid_is_refused_in_one_line(word, says):
+    with pytest.raises(UserError, match=says) as caught:
+        parse_grid(word)
+    assert "\n" not in str(caught.value)
+    assert "band" in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", [dict(lo=0.0), dict(lo=2.0, hi=1.0), dict(data_std=0.0), dict(hi=np.inf)])
+def test_a_band_that_is_none_is_refused(wrong):
+    with pytest.raises(ValueError, match="a band needs"):
+        gddim.band_grid(gddim.VP(), 1.0, 1e-3, 5, **wrong)
