@@ -43,6 +43,8 @@ class GDDIM(AbstractTableSampler):
     error of 8 where the prediction has 0.6): the prediction stands, and `corrected` in the table says so. For "data" the
     gain is at most about 1, and every step is corrected that ends where R is regular.
 
+    For "data" a model with `.denoise` is asked for D itself, and a grid may start where Ψ(t, 0) = 0 (flow matching at 1).
+
     `order`: the number of nodes of the polynomials, 1 to 4; 1 is DDIM. The published code counts the degree, one less.
     `lam`: λ ≥ 0; 0 is the probability flow, without noise; 1 the reverse SDE; between and above, less or more noise.
     `corrector`: correct every step that it improves: one order more, for 2 network calls a step.
@@ -81,8 +83,9 @@ class GDDIM(AbstractTableSampler):
         return steps * (1 + self.corrector)
 
     def coefficients(self, sde: AbstractLinearSDE, ts: Any) -> Coefficients:
-        steps = Steps.of(sde, check_grid(sde, ts), self.lam, self.order)
-        return self._on_data(steps) if self.interpolate == "data" else self._on_eps(steps)
+        data = self.interpolate == "data"
+        steps = Steps.of(sde, check_grid(sde, ts, data), self.lam, self.order)
+        return self._on_data(steps) if data else self._on_eps(steps)
 
     def _on_eps(self, steps: Steps) -> Coefficients:
         panels, R, z, psi = steps.panels, steps.R, steps.contraction, steps.psi
@@ -110,25 +113,31 @@ class GDDIM(AbstractTableSampler):
         return Coefficients(**table)
 
     def _on_data(self, steps: Steps) -> Coefficients:
-        panels, R, z, psi = steps.panels, steps.R, steps.contraction, steps.psi
+        panels, R, z, ts = steps.panels, steps.R, steps.contraction, steps.panels.ts
+        # a record is D in units of its own time, Ψ(t, 0) D, but where nothing is left of the data in those of 0: D itself
+        gone = ~np.isfinite(steps.psi).reshape(len(steps.psi), -1).all(1)
+        origin = lambda times: np.where(np.isin(times, ts[:-1][gone]), 0.0, times)
+        start = origin(ts[:-1])
 
         def weights(nodes: np.ndarray) -> np.ndarray:
             """Ψ(·, t_j) folded in: m_j is the history, not D_j = Ψ(0, t_j) m_j."""
-            t = np.broadcast_to(panels.ts[:-1, None], nodes.shape)
-            return panels.stieltjes(nodes, Q, *ends) @ panels.psi(t, np.where(np.isnan(nodes), t, nodes))
+            t = np.broadcast_to(start[:, None], nodes.shape)
+            return panels.stieltjes(nodes, Q, *ends) @ panels.psi(t, np.where(np.isnan(nodes), t, origin(nodes)))
 
         with np.errstate(divide="ignore", invalid="ignore"):
             psi_hat = steps.whole(R[1:] @ z.step @ inverse(R[:-1]))
-            regular = np.isfinite(inverse(R[1:])).reshape(len(psi), -1).all(1)  # elsewhere there is no ε at s
+            regular = np.isfinite(inverse(R[1:])).reshape(len(ts) - 1, -1).all(1)  # elsewhere there is no ε at s
         Q = panels.to_nodes(R[1:]) @ z.from_s @ inverse(panels.at(panels.sde.noise_factor, panels.tau))
-        Q = Q @ panels.psi(panels.tau, panels.times_at_nodes(panels.ts[:-1]))
-        ends = psi, psi_hat
+        Q = Q @ panels.psi(panels.tau, panels.times_at_nodes(start))
+        ends = panels.psi(ts[1:], start), psi_hat @ panels.psi(ts[:-1], start)
         corrector: dict[str, Any] = {}
         if self.corrector:
             corrector = dict(corrector=weights(steps.nodes_with_s), corrector_noise=z.noise, corrected=regular)
+        told = not gone.any()  # by ε
         return Coefficients(
-            ts=panels.ts, times=panels.ts[:-1], psi=psi_hat, weights=weights(steps.nodes), noise=z.noise,
-            record_u=steps.one, record_eps=-R @ steps.one, orders=count(steps.nodes), **corrector,
+            ts=ts, times=ts[:-1], psi=psi_hat, weights=weights(steps.nodes), noise=z.noise, orders=count(steps.nodes),
+            record_u=steps.one if told else None, record_eps=-R @ steps.one if told else None,
+            record_data=panels.psi(origin(ts), np.zeros_like(ts))[..., :1], **corrector,
         )  # fmt: skip
 
 

@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from gddim.samplers.adams import count, history_nodes, triangular
-from gddim.samplers.base import Coefficients, EpsFn, Last, denoise, predict
+from gddim.samplers.base import Coefficients, EpsFn, Last
 from gddim.samplers.grids import check_grid
+from gddim.samplers.loop import denoise, predict
 from gddim.samplers.quadrature import Panels, lagrange
 from gddim.samplers.solver import AbstractSampler, AbstractSolver, AbstractTableSampler, Solution
 from gddim.sde.base import AbstractLinearSDE

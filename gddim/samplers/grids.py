@@ -168,8 +168,10 @@ def _uniform_in(
     return grid
 
 
-def check_grid(sde: AbstractLinearSDE, ts: Any) -> np.ndarray:
-    """`ts` as float64 NumPy. Raises `ValueError` unless it is a strictly decreasing list of ≥ 2 times in [0, horizon]."""
+def check_grid(sde: AbstractLinearSDE, ts: Any, data: bool = False) -> np.ndarray:
+    """`ts` as float64 NumPy. Raises `ValueError` unless it is a strictly decreasing list of ≥ 2 times in [0, horizon], and
+    something is left of the data at the first (unless the sampler takes what a model foresees of the `data`).
+    """
     try:
         grid = np.asarray(ts, np.float64)
     except (TypeError, ValueError) as error:
@@ -182,7 +184,14 @@ def check_grid(sde: AbstractLinearSDE, ts: Any) -> np.ndarray:
         raise ValueError(f"ts must decrease strictly, given {np.array2string(grid, threshold=8)}")
     if grid[-1] < 0 or grid[0] > sde.horizon * (1 + 1e-6):
         raise ValueError(f"ts spans [{grid[-1]}, {grid[0]}]; this process is defined on [0, {sde.horizon}]")
-    return np.minimum(grid, sde.horizon)
+    grid = np.minimum(grid, sde.horizon)
+    if not (data or np.all(np.isfinite(on_host(sde.transition, grid[1:2], grid[:1])))):
+        raise ValueError(
+            f"nothing is left of the data at ts[0]={grid[0]}, where this {type(sde).__name__} can be started by "
+            'interpolate="data" alone, with a model that has .denoise(u, t): gddim.through(sde, denoise) or a '
+            "gddim.Denoiser; start the grid below"
+        )
+    return grid
 
 
 def _range(t_max: Any, t_min: Any, steps: Any) -> tuple[float, float, int]:

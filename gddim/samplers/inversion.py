@@ -66,7 +66,7 @@ class Coder(eqx.Module):
     @property
     def nfe(self) -> int:
         """Network calls each way."""
-        return len(self.up.rows.time)
+        return self.up.nfe
 
     def noised(self, x: Float[Array, "*dims C"], key: PRNGKeyArray) -> Float[Array, "*dims k C"]:
         """The state of data at `t_min`."""

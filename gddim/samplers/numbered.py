@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from gddim.samplers.base import Path, ProcessModel
+from gddim.samplers.base import ProcessModel
+from gddim.samplers.loop import Path
 from gddim.samplers.solver import AbstractSolver
 
 

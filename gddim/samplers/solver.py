@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -11,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Num, PRNGKeyArray
 
-from gddim.samplers.base import Calls, Coefficients, EpsFn, Last, Path, calls, run, to_data
+from gddim.samplers.base import Calls, Coefficients, DataModel, EpsFn, Last, calls
 from gddim.samplers.grids import check_grid
+from gddim.samplers.loop import Path, run
 from gddim.sde.base import AbstractLinearSDE
 from gddim.sde.linalg import Array, namespace, product
 
@@ -94,12 +96,17 @@ class AbstractTableSampler(AbstractSampler):
 
 
 class TableSolver(AbstractSolver):
-    """A table laid out as network calls, an argument of the compiled loop: solvers that make as many calls share one."""
+    """A table laid out as network calls, an argument of the compiled loop: solvers that make as many calls share one.
+
+    A table that takes the data alone is laid out for a `DataModel` too, which the loop then asks for them.
+    """
 
     sde: AbstractLinearSDE
-    rows: Calls
+    rows: Calls | None
+    """Calls of ε; None where the grid starts with nothing left of the data."""
+    data_rows: Calls | None
+    """Calls of the data."""
     start: tuple[Array, Array] | None
-    foresee: tuple[Array, Array]
 
     @staticmethod
     def of(table: Coefficients, sde: AbstractLinearSDE, last: Last = "none") -> TableSolver:
@@ -114,24 +121,45 @@ class TableSolver(AbstractSolver):
         >>> of_times.shape, of_weights.shape
         ((4,), (4, 2, 1, 1))
         """
-        rows = calls(table, sde, last)
-        return TableSolver(sde, rows, table.start, to_data(sde, rows.time))
+        rows = None if table.record_eps is None else calls(table, sde, last)
+        data_rows = None if table.record_data is None else calls(table, sde, last, data=True)
+        return TableSolver(sde, rows, data_rows, table.start)
+
+    @property
+    def nfe(self) -> int:
+        """Network calls, that of `last` included."""
+        return len(self._either.time)
+
+    @property
+    def _either(self) -> Calls:
+        """Both make as many calls, at the same times and with the same noise."""
+        either = self.data_rows if self.rows is None else self.rows
+        assert either is not None
+        return either
 
     @property
     def stochastic(self) -> bool:
         """Whether it adds noise, or may because its noise is traced."""
-        noise = (self.rows.noisy, *(() if self.start is None else self.start[1:]))
+        noise = (self._either.noisy, *(() if self.start is None else self.start[1:]))
         return any(namespace(x) is jnp or bool(np.any(x)) for x in noise)
 
     def solve(self, eps_fn: EpsFn, u: Array, key: PRNGKeyArray | None, path: bool) -> Solution:
+        rows = self.rows
+        if self.data_rows is not None and isinstance(eps_fn, DataModel) and eps_fn.sde == self.sde:
+            rows = self.data_rows
+        if rows is None:
+            raise ValueError(
+                f"nothing is left of the data where this grid starts, and eps_fn is a {type(eps_fn).__name__}: give a model "
+                "of this process with .denoise(u, t), as gddim.through(sde, denoise) or a gddim.Denoiser, or start below"
+            )
         if key is None and self.stochastic:
             raise ValueError("this sampler adds noise, or is traced and may: give a key")
         first, rest = jax.random.split(jax.random.key(0) if key is None else key)
         if self.start is not None:
             psi, noise = self.start
             u = product(psi, u) + product(noise, jax.random.normal(first, u.shape, u.dtype))
-        state, way = run(self.rows, eps_fn, u, rest, self.foresee if path else None)
-        return Solution(state, len(self.rows.time), way)
+        state, way = run(rows if path else dataclasses.replace(rows, other=None), eps_fn, u, rest)
+        return Solution(state, self.nfe, way)
 
 
 def count_calls(sampler: AbstractSampler, steps: int, last: Last = "none") -> int:
@@ -159,7 +187,9 @@ def sample(
     `sampler`: a `GDDIM` or another of this package, or your own.
     `sde`: the process.
     `eps_fn`: `ε(u, t)`, takes and returns one state. Its result is cast to the precision of the loop, which is that of `u`
-    but at least float32 (CLD multiplies rounding by e^8): a state in half precision is cast back at the end.
+    but at least float32 (CLD multiplies rounding by e^8): a state in half precision is cast back at the end. A model of
+    this very process with `.denoise(u, t)`, the data `(*dims, C)` in its basis, is asked for them where the sampler
+    interpolates "data": the loop then keeps one field, not k, and a grid may start where nothing is left of the data.
     `u`: one state at `ts[0]`; `jax.vmap` maps over several.
     `ts`: the grid, a decreasing list of times in [0, horizon].
     `key`: draws the noise of λ > 0.
@@ -168,12 +198,13 @@ def sample(
 
     Returns one state, of the shape and precision of `u`. Runs under `jit`, `vmap` and `shard_map`; coefficients are
     computed on the host and are arguments of the compiled loop, which is one program for every sampler of this package on
-    grids that make the same number of calls. An Equinox module as `eps_fn` (`EpsModel`, `Denoiser`, your own) or one
-    function compiles once, whatever arrays the module holds; a fresh lambda at each call compiles anew, and it and the
-    arrays that it closes over are kept alive.
+    grids that make the same number of calls, of ε or of the data. An Equinox module as `eps_fn` (`EpsModel`, `Denoiser`,
+    your own) or one function compiles once, whatever arrays the module holds; a fresh lambda at each call compiles anew,
+    and it and the arrays that it closes over are kept alive.
 
     Raises `ValueError` for a state or an ε of a wrong shape, a state of integers, a grid that does not decrease within
-    [0, horizon], a missing key, a `last` call after a grid that ends at 0.
+    [0, horizon], a missing key, a `last` call after a grid that ends at 0, and a grid that starts where nothing is left of
+    the data with another sampler or model.
 
     >>> sde, x0 = gddim.VP(), jnp.array([0.3, -0.8])
     >>> def eps_fn(u, t):  # the exact ε of data that are the one point x0
@@ -183,4 +214,4 @@ def sample(
     >>> bool(jnp.allclose(sde.project(one_step), x0, atol=1e-4))
     True
     """
-    return sampler.solver(sde, check_grid(sde, ts), last)(eps_fn, u, key).state
+    return sampler.solver(sde, check_grid(sde, ts, data=True), last)(eps_fn, u, key).state
