@@ -78,7 +78,7 @@ class Checkpointer:
 
         if step < 0:
             raise ValueError(f"a step is at least 0, not {step}")
-        flat = {name: _flatten(tree) for name, tree in items.items()}
+        flat = {name: by_path(tree) for name, tree in items.items()}
         for name, arrays in flat.items():
             for path, leaf in arrays.items():
                 if not isinstance(leaf, jax.Array) or leaf.size == 0:  # Orbax would raise in a thread and hang at exit
@@ -108,7 +108,7 @@ class Checkpointer:
         Raises `UserError` when there is no whole step, when the explicit `step` is not one, or when its arrays are
         those of another model.
         """
-        wanted = {name: _flatten(tree) for name, tree in items.items()}
+        wanted = {name: by_path(tree) for name, tree in items.items()}
         for name, arrays in wanted.items():
             if bare := [path for path, leaf in arrays.items() if getattr(leaf, "sharding", None) is None]:
                 raise TypeError(f"{name}: {bare[0]} has no sharding: where it is to be placed must be said")
@@ -120,7 +120,7 @@ class Checkpointer:
                 raise UserError(f"{self.directory}: {what} (saved: {self.steps()}, damaged: {sorted(self._damaged)})")
             restored, problem = self._read(candidate, wanted)
             if problem is None:
-                return {name: _unflatten(tree, restored[name]) for name, tree in items.items()}, candidate
+                return {name: from_paths(tree, restored[name]) for name, tree in items.items()}, candidate
             self._damaged.add(candidate)
             if jax.process_index() == 0 and candidate in self.steps():  # a run beside this one may have deleted it
                 log.warning("checkpoint %s is damaged: %s", self.directory / str(candidate), problem)
@@ -131,6 +131,17 @@ class Checkpointer:
             return self._manifest(step)["config"]
         except Exception as error:
             raise UserError(f"checkpoint {self.directory / str(step)}: {_line(error)}") from error
+
+    def shapes(self, step: int) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+        """What a step holds, item by item, for `restore` to place on one device; raises `UserError` as `config` does."""
+        self.config(step)
+        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return {
+            item: {
+                path: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for path, (shape, dtype, _) in arrays.items()
+            }
+            for item, arrays in self._manifest(step)["items"].items()
+        }
 
     def wait(self) -> None:
         """Wait until what was saved so far is complete."""
@@ -225,7 +236,8 @@ class _Steps:
         return [checkpoint.step in self._steps for checkpoint in checkpoints]
 
 
-def _flatten(tree: PyTree) -> dict[str, Any]:
+def by_path(tree: PyTree) -> dict[str, Any]:
+    """The leaves of a tree by their names, as a manifest has them."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     flat = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
     if len(flat) < len(leaves):
@@ -233,8 +245,9 @@ def _flatten(tree: PyTree) -> dict[str, Any]:
     return flat
 
 
-def _unflatten(tree: PyTree, arrays: dict[str, Any]) -> PyTree:
-    return jax.tree.unflatten(jax.tree.structure(tree), [arrays[path] for path in _flatten(tree)])
+def from_paths(tree: PyTree, arrays: dict[str, Any]) -> PyTree:
+    """A tree of this structure of arrays by their names."""
+    return jax.tree.unflatten(jax.tree.structure(tree), [arrays[path] for path in by_path(tree)])
 
 
 def _seal(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -205,7 +205,7 @@ def convert(
     if step.shape or not np.issubdtype(step.dtype, np.integer) or not 0 <= step < 2**31:
         raise UserError(f"{source}: its step is {state['step']!r:.60}, no number of steps")
     step = step.astype(np.int32)
-    fresh = TrainState.create(raw, plan.optimizer)
+    fresh = TrainState.create(raw, plan.optimizer, len(plan.shapes.averages))
     made = dataclasses.replace(fresh, step=jnp.asarray(step), ema=eqx.filter(ema, eqx.is_inexact_array))
     with reserved(workdir):
         with contextlib.closing(checkpoints(experiment, workdir)) as saved:

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
+from gddim.averages import rate
 from gddim.logs import Log
 
 AHEAD = 2  # dispatches in flight: the device never waits for the host, and a signal is answered within two steps
@@ -37,20 +38,25 @@ class TrainState(eqx.Module):
     model: PyTree
     """The floating arrays of the model, None in place of all else; `eqx.combine` with the rest makes it whole."""
     ema: PyTree
-    """Their exponential moving average, which is what samples."""
+    """Their average over the steps, which is what samples."""
     opt_state: PyTree
     """What the optimizer keeps."""
+    averages: tuple[PyTree, ...] = ()
+    """Averages of other lengths, from which with the first any length is rebuilt (`gddim.averages`)."""
 
     @classmethod
-    def create(cls, model: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
+    def create(cls, model: PyTree, optimizer: optax.GradientTransformation, others: int = 0) -> TrainState:
         """The state before the first step, in float32 where JAX makes float64.
 
         `model`: a model with fresh parameters; its static half is dropped.
         `optimizer`: the one that `make_update` is given.
+        `others`: averages beside the one that samples.
         """
         narrow = lambda x: x.astype(jnp.float32) if x.dtype == jnp.float64 else x
         params = jax.tree.map(narrow, eqx.filter(model, eqx.is_inexact_array))
-        return cls(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), optimizer.init(params))
+        copy = lambda: jax.tree.map(jnp.copy, params)
+        averages = tuple(copy() for _ in range(others))
+        return cls(jnp.zeros((), jnp.int32), params, copy(), optimizer.init(params), averages)
 
 
 def learning_rate(peak: float, steps: int, warmup: int = 0, cooldown: int = 0) -> Schedule:
@@ -90,6 +96,7 @@ def make_update(
     *,
     seed: int,
     ema: float,
+    profiles: Sequence[float] = (),
     accumulate: int = 1,
 ) -> Callable[[TrainState, PyTree], tuple[TrainState, Metrics]]:
     """One training step `(state, batch) → (state, metrics)`, to be jitted with its state donated.
@@ -104,6 +111,7 @@ def make_update(
     `schedule`: how far they go at a step of the run, which does not depend on how old the optimizer's own state is.
     `seed`: of all that is random: a step's key is `fold_in(key(seed), step)`.
     `ema`: decay of the average of the parameters, reached gradually.
+    `profiles`: σ_rel of the averages by power-function profiles that are kept in its place, the first as `state.ema`.
     `accumulate`: parts into which a batch is cut, one after another, where memory is short.
 
     The metrics are loss, gradient norm and learning rate, scalars.
@@ -131,11 +139,15 @@ def make_update(
         pace = schedule(state.step)
         # optax's Adam corrects its bias in float64 under JAX_ENABLE_X64
         params = jax.tree.map(lambda p, d: p - pace * d.astype(p.dtype), state.model, directions)
-        step = state.step.astype(jnp.float32)
-        rate = jnp.maximum(1.0 - ema, 9.0 / (10.0 + step))  # a young average forgets its random start faster
-        average = jax.tree.map(lambda e, p: e + rate * (p - e), state.ema, params)
+        # a young average forgets its random start faster
+        young = 9.0 / (10.0 + state.step.astype(jnp.float32))
+        rates = [rate(width, state.step + 1) for width in profiles] or [jnp.maximum(1.0 - ema, young)]
+        average, *others = (
+            jax.tree.map(lambda e, p, share=share: e + share * (p - e), before, params)
+            for share, before in zip(rates, (state.ema, *state.averages), strict=True)
+        )
         metrics = {"loss": value, "grad_norm": optax.global_norm(grads), "learning_rate": pace}
-        return TrainState(state.step + 1, params, average, opt_state), metrics
+        return TrainState(state.step + 1, params, average, opt_state, tuple(others)), metrics
 
     return update
 

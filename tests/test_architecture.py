@@ -14,7 +14,7 @@ PACKAGE = [path for path in TREES if path.is_relative_to(ROOT / "gddim")]
 
 # What each part of gddim imports of the other parts, from the ground up; all may import `errors`.
 IMPORTS = {
-    **{ground: set() for ground in ("errors", "logs", "parallel", "sde", "settings", "storage")},
+    **{ground: set() for ground in ("averages", "errors", "logs", "parallel", "sde", "settings", "storage")},
     "checkpoint": {"parallel", "storage"},
     "data": {"parallel", "settings", "storage"},
     "denoiser": {"sde"},
@@ -22,7 +22,8 @@ IMPORTS = {
     "model": {"sde", "denoiser"},
     "nn": {"settings"},
     "samplers": {"sde"},
-    "train": {"logs"},
+    "train": {"averages", "logs"},
+    "compact": {"storage"},
     "laws": {"sde"},
     "check": {"sde", "samplers", "laws", "parallel"},
     "evaluation": {"sde", "samplers", "data", "parallel", "storage", "logs"},
@@ -41,11 +42,12 @@ IMPORTS = {
             "settings",
             "logs",
         ),
-        "evaluation",
+        *("evaluation", "averages", "compact"),
     },
+    "export": {"checkpoint", "compact", "parallel"},
     "convert": {"nn", "parallel", "train", "experiment"},  # it writes a run
 }
-READ_THE_COMMAND_LINE = {"experiment", "check", "convert", "__main__"}
+READ_THE_COMMAND_LINE = {"experiment", "check", "convert", "export", "__main__"}
 PICKLES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 
 

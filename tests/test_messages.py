@@ -20,6 +20,7 @@ import gddim.check
 import gddim.convert
 import gddim.data.__main__
 import gddim.evaluation.__main__
+import gddim.export
 from experiments import blurred_cld_cifar10, cld_cifar10, cld_digits, points
 from experiments.benchmark import __main__ as benchmark
 from gddim.data import CelebA, Digits, Shards, prepare
@@ -184,6 +185,7 @@ ENTRIES = {
     "data std": gddim.data.__main__.main,
     "convert": gddim.convert.main,
     "check": gddim.check.main,
+    "export": gddim.export.main,
     "benchmark": benchmark.main,
 }
 

@@ -16,6 +16,7 @@ import optax
 import pytest
 
 from gddim import EpsModel, denoising_loss
+from gddim.averages import exponent
 from gddim.data import FiveRings, batches
 from gddim.experiment import Experiment, Training
 from gddim.experiment.plan import Plan
@@ -152,6 +153,21 @@ def test_the_average_forgets_its_start_and_then_follows_its_decay():
         decay = min(0.9, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * state.model
         np.testing.assert_allclose(state.ema, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_averages_by_profile_weight_every_step_by_its_share():
+    optimizer, widths = optax.identity(), (0.05, 0.1, 0.2)
+    update = make_update(
+        lambda batch, key: (batch,), lambda w, x: jnp.mean((w[None] - x) ** 2), optimizer, learning_rate(0.1, 100),
+        seed=0, ema=0.9, profiles=widths,
+    )  # fmt: skip
+    state, path = TrainState.create(jnp.zeros(2), optimizer, others=2), []
+    for step in range(60):
+        state, _ = update(state, jnp.ones((4, 2), jnp.float32) * jnp.float32(step % 7))
+        path.append(np.asarray(state.model))
+    for width, average in zip(widths, (state.ema, *state.averages), strict=True):
+        shares = np.diff((np.arange(61) / 60) ** (exponent(width) + 1))
+        np.testing.assert_allclose(average, shares @ np.stack(path), rtol=1e-5)
 
 
 def test_the_learning_rate_rises_stays_and_falls():

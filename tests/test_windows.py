@@ -1,13 +1,22 @@
 """A run in windows: each trains for so long, and what the next begins with makes all of them one run."""
 
+import contextlib
+import dataclasses
 import json
 import shlex
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from etils import epath
 
 from experiments import points
-from gddim.experiment.cli import main
+from gddim import compact, export
+from gddim.checkpoint import Checkpointer, by_path
+from gddim.experiment.checkpoints import restore_ema
+from gddim.experiment.cli import main, parse
+from gddim.experiment.plan import Plan
 
 WORDS = [
     *("--train.batch=16", "--train.warmup=4", "--train.save-every=1000", "--train.report-every=4", "--train.steps=3"),
@@ -26,9 +35,9 @@ def sums(workdir: Path, step: int) -> dict:
     return json.loads((workdir / "checkpoints" / str(step) / "manifest" / "metadata").read_text())["items"]
 
 
-@pytest.mark.parametrize("fused", [1, 2])
-def test_windows_by_the_clock_are_one_run_bit_for_bit(tmp_path, capsys, fused):
-    more = (f"--train.fused={fused}", "--train.minutes=1e-9")
+@pytest.mark.parametrize(("fused", "averages"), [(1, []), (2, ["--train.ema-profiles", "0.05", "0.1"])])
+def test_windows_by_the_clock_are_one_run_bit_for_bit(tmp_path, capsys, fused, averages):
+    more = (f"--train.fused={fused}", "--train.minutes=1e-9", *averages)
     ended = []
     while (status := train(tmp_path / "w", *more)) == 75:
         said = capsys.readouterr().err.splitlines()[-1]
@@ -37,7 +46,7 @@ def test_windows_by_the_clock_are_one_run_bit_for_bit(tmp_path, capsys, fused):
         ended.append(int(said.split("saved at step ")[1].split()[0]))
     assert status == 0
     assert ended == list(range(fused, 3, fused)), "each makes the one dispatch for which there is always time"
-    assert train(tmp_path / "whole", more[0]) == 0
+    assert train(tmp_path / "whole", more[0], *averages) == 0
     assert sums(tmp_path / "w", 3) == sums(tmp_path / "whole", 3)
 
 
@@ -45,3 +54,99 @@ def test_windows_by_the_clock_are_one_run_bit_for_bit(tmp_path, capsys, fused):
 def test_a_time_that_is_none_is_refused(tmp_path, capsys, minutes):
     assert train(tmp_path / "w", f"--train.minutes={minutes}") == 2
     assert f"minutes must be at least 0, not {minutes}" in capsys.readouterr().err
+
+
+PROFILES = ("--train.ema-profiles", "0.05", "0.1", "--train.learning-rate=1e-2")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """400 steps, with a snapshot of two averages every 20, and a state of step 240."""
+    workdir = tmp_path_factory.mktemp("run") / "w"
+    more = (*PROFILES, "--train.steps=400", "--train.save-every=240", "--train.snapshot-every=20")
+    assert train(workdir, *more, "--train.keep=9") == 0
+    shutil.copytree(workdir, workdir.with_name("earlier"))
+    shutil.rmtree(workdir.with_name("earlier") / "checkpoints" / "400")
+    assert export.main([str(workdir.with_name("earlier")), str(workdir.with_name("state")), "--state"]) == 0
+    return workdir
+
+
+def state(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    with contextlib.closing(Checkpointer(workdir / "checkpoints")) as saved:
+        items, _ = saved.restore(saved.shapes(step), step)
+    return {f"{item}.{path}": np.asarray(leaf) for item, tree in items.items() for path, leaf in tree.items()}
+
+
+def far(found: dict, wanted: dict, part: str) -> float:
+    """The root mean square of the difference of a part of two states, relative to that of the part."""
+    names = [name for name in wanted if name.startswith(part)]
+    of, to = (np.concatenate([np.ravel(each[name]) for name in names]) for each in (found, wanted))
+    return float(np.linalg.norm(of - to) / np.linalg.norm(to))
+
+
+def test_a_run_that_is_handed_over_goes_on_as_it_would_have(run, tmp_path, capsys):
+    more = (*PROFILES, "--train.steps=400", "--train.save-every=240")
+    assert train(tmp_path / "w", *more, f"--train.init={run.with_name('state')}", "--train.snapshot-every=20") == 0
+    said = capsys.readouterr().out
+    assert f"from {run.with_name('state')}, step 240: " in said
+    assert "the state was rounded\n" in said
+    assert "training from step 240 to 400" in said
+    found, wanted = state(tmp_path / "w", 400), state(run, 400)
+    for name in ("train.step", "train.opt_state.1.count"):
+        np.testing.assert_array_equal(found[name], wanted[name])
+    apart = {part: far(found, wanted, part) for part in ("train.model", "ema", "train.averages.0")}
+    moved = {part: far(state(run, 240), wanted, part) for part in apart}
+    assert all(apart[part] < 0.15 * moved[part] for part in apart), (apart, moved)
+    steps = sorted(int(each.name) for each in (tmp_path / "w" / "snapshots").iterdir())
+    assert steps == [*range(240, 401, 20)], "what came over is a snapshot as well"
+
+
+def test_what_a_state_keeps_is_near_and_its_counts_are_exact(run):
+    packed, wanted = compact.read(epath.Path(run.with_name("state"))), state(run, 240)
+    assert packed.step == packed.about["count"] == 240
+    for path, leaf in packed.tree("model").items():
+        np.testing.assert_array_equal(leaf, wanted[f"train.model.{path}"].astype(np.float16).astype(np.float32))
+    for name, item in (("ema", "ema"), ("averages.0", "train.averages.0")):
+        for path, leaf in packed.tree(name).items():
+            np.testing.assert_allclose(leaf, wanted[f"{item}.{path}"], atol=2e-3)
+
+
+def test_lengths_are_rebuilt_from_snapshots(run, capsys):
+    """Those that were kept to rounding; one between them lies between them."""
+    plan = Plan(parse(points.EXPERIMENT, ["train", *WORDS, *PROFILES]).experiment)
+    wanted = state(run, 400)
+    vectors = {}
+    for sigma_rel in (0.05, 0.07, 0.1):
+        sampling = dataclasses.replace(plan.experiment.sampling, ema=sigma_rel)
+        asked = Plan(dataclasses.replace(plan.experiment, sampling=sampling))
+        params, step = restore_ema(asked, epath.Path(run))
+        assert step == 400
+        assert restore_ema(asked, epath.Path(run), 399)[1] == 380
+        vectors[sigma_rel] = {f"ema.{path}": np.asarray(leaf) for path, leaf in by_path(params).items()}
+    assert "average of σ_rel 0.07 at step 400: of 40 snapshots, its profile missed by 0." in capsys.readouterr().err
+    renamed = {name.replace("train.averages.0", "ema"): leaf for name, leaf in wanted.items() if "averages.0" in name}
+    assert far(vectors[0.05], wanted, "ema") < 5e-3
+    assert far(vectors[0.1], renamed, "ema") < 5e-3
+    apart = far(renamed, wanted, "ema")
+    assert 0.1 * apart < far(vectors[0.07], wanted, "ema") < apart
+    assert far(vectors[0.07], renamed, "ema") < apart
+
+
+def test_what_cannot_be_handed_over_is_refused_in_a_line(run, tmp_path, capsys):
+    def says(status: int, *more: str) -> str:
+        capsys.readouterr()
+        assert train(tmp_path / "w", "--train.steps=400", *more) == status
+        return capsys.readouterr().err
+
+    init = f"--train.init={run.with_name('state')}"
+    assert "holds averages of σ_rel [0.05, 0.1], train.ema_profiles are []" in says(2, init)
+    assert "is of another model: net" in says(2, init, *PROFILES, "--net.width=8")
+    assert "is a snapshot of averages, no state" in says(2, f"--train.init={run / 'snapshots' / '80'}", *PROFILES)
+    assert "is at step 240: --train.steps must be more" in says(2, init, *PROFILES, "--train.steps=240")
+    assert "--sampling.ema is made of snapshots" in says(2, "--sampling.ema=0.07", *PROFILES)
+    assert "snapshots are of ema_profiles" in says(2, "--train.snapshot-every=20")
+    assert not (tmp_path / "w").exists()
+    assert export.main([str(run), str(run), "--state"]) == 2
+    assert "is not overwritten" in capsys.readouterr().err
+    assert export.main([str(tmp_path), str(tmp_path / "x"), "--state"]) == 2
+    assert "holds no run with checkpoints" in capsys.readouterr().err

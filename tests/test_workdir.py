@@ -13,7 +13,8 @@ from gddim.nn import MLPConfig
 from gddim.settings import MAY_CHANGE, MAY_CHANGE_AFTER
 
 RUN = dataclasses.replace(cld_cifar10.EXPERIMENT, data=ImageFolder("here", 32))
-TRAIN = {"steps", "minutes", "accumulate", "fused", "report_every", "show_every", "save_every", "keep", "keep_every"}
+EVERY = {"report_every", "show_every", "snapshot_every", "save_every", "keep_every"}
+TRAIN = {"steps", "minutes", "accumulate", "fused", "keep", *EVERY}
 
 
 def test_a_run_goes_on_with_whatever_changes_no_gradient():

@@ -12,10 +12,12 @@ import jax
 from etils import epath
 from jaxtyping import PyTree
 
+from gddim import compact
 from gddim.checkpoint import Checkpointer, checksums
 from gddim.errors import UserError
 from gddim.experiment.config import Experiment
 from gddim.experiment.plan import Plan
+from gddim.experiment.snapshots import rebuild, state_of
 from gddim.experiment.workdir import CONFIG, check_release, describe, differences, may_change, read_config
 from gddim.train import TrainState
 
@@ -36,7 +38,8 @@ def checkpoints(experiment: Experiment, workdir: epath.Path) -> Checkpointer:
 
 def items_of(state: TrainState) -> dict[str, object]:
     """What a checkpoint holds, the average apart from the rest so that it can be read alone."""
-    return {"train": {"step": state.step, "model": state.model, "opt_state": state.opt_state}, "ema": state.ema}
+    rest = {"step": state.step, "model": state.model, "opt_state": state.opt_state, "averages": state.averages}
+    return {"train": rest, "ema": state.ema}
 
 
 def checkpoint_digest(params: PyTree) -> str:
@@ -45,7 +48,12 @@ def checkpoint_digest(params: PyTree) -> str:
 
 
 def restore_ema(plan: Plan, workdir: epath.Path, step: int | None = None) -> tuple[PyTree, int]:
-    """The averaged parameters of a checkpoint, the newest whole one if no step is given, and its step."""
+    """The averaged parameters of a checkpoint, the newest whole one if no step is given, and its step.
+
+    With `sampling.ema` those of that length, rebuilt.
+    """
+    if plan.experiment.sampling.ema:
+        return rebuild(plan, workdir, step)
     with contextlib.closing(checkpoints(plan.experiment, workdir)) as saved:
         items, step = saved.restore({"ema": plan.shapes.ema}, step)
     return items["ema"], step
@@ -63,13 +71,10 @@ def borrow(plan: Plan) -> Start:
     run, step = re.fullmatch(r"(.*?)(?:@(\d+))?", word, re.DOTALL).groups()  # pyright: ignore[reportOptionalMemberAccess]
     folder = epath.Path(run).expanduser()
     try:
-        if (folder / CONFIG).exists():
-            check_release(run, read_config(folder) or {})
-        with contextlib.closing(Checkpointer(folder / "checkpoints")) as saved:
-            if not saved.any():
-                raise UserError("no run with checkpoints is there; give RUN or RUN@STEP, RUN being its workdir")
-            start = _restored(plan, saved, None if step is None else int(step))
-            config = saved.config(start.step)
+        if step is None and compact.holds_state(folder):
+            start, config = _unpacked(plan, folder)
+        else:
+            start, config = _of_run(plan, folder, step)
     except UserError as error:
         raise UserError(f"--train.init {word}: {error}") from error
     if start.step >= settings.steps:
@@ -81,15 +86,41 @@ def borrow(plan: Plan) -> Start:
     return start._replace(notes=(f"from {run}, step {start.step}: {changes or 'nothing is changed'}", *start.notes))
 
 
+def _of_run(plan: Plan, run: epath.Path, step: str | None) -> tuple[Start, dict]:
+    """The checkpoint of another run, and its configuration."""
+    if (run / CONFIG).exists():
+        check_release(str(run), read_config(run) or {})
+    with contextlib.closing(Checkpointer(run / "checkpoints")) as saved:
+        if not saved.any():
+            raise UserError("no run with checkpoints is there; give RUN or RUN@STEP, RUN being its workdir")
+        start = _restored(plan, saved, None if step is None else int(step))
+        return start, saved.config(start.step)
+
+
 def _restored(plan: Plan, saved: Checkpointer, step: int | None = None) -> Start:
-    """A checkpoint's state; it notes where other steps in all than those that were to be move the cooldown."""
+    """A checkpoint's state, with a note where the cooldown has moved."""
     items, step = saved.restore(items_of(plan.shapes), step)
-    state, settings = TrainState(**items["train"], ema=items["ema"]), plan.experiment.train
-    before = saved.config(step).get("train", {}).get("steps", settings.steps)
+    state = TrainState(**items["train"], ema=items["ema"])
+    return Start(step, state, _cooldown_moved(plan, saved.config(step), step))
+
+
+def _unpacked(plan: Plan, folder: epath.Path) -> tuple[Start, dict]:
+    """An exported state, and the configuration it was of; it notes what of it is not as it was."""
+    state, config, moments = state_of(plan, folder)
+    step = int(state.step)
+    anew = [word for name, word in (("mu", "first"), ("nu", "second")) if name not in moments]
+    note = "the state was rounded" + f", and Adam's {' and '.join(anew)} moments begin at 0" * bool(anew)
+    return Start(step, state, (note, *_cooldown_moved(plan, config, step))), config
+
+
+def _cooldown_moved(plan: Plan, config: dict, step: int) -> tuple[str, ...]:
+    """A line where the run has other steps in all than those that were to be."""
+    settings = plan.experiment.train
+    before = config.get("train", {}).get("steps", settings.steps)
     old, new = max(before - settings.cooldown, 0), max(settings.steps - settings.cooldown, 0)
     if not settings.cooldown or before == settings.steps:
-        return Start(step, state)
+        return ()
     moves = f"begins at step {new}, not {old}" if new != old else f"ends at step {settings.steps}, not {before}"
     note = f"train.steps was {before} and is {settings.steps}: the cooldown {moves}"
     note += ", and the learning rate, which fell already, rises again" if settings.steps > before and step > old else ""
-    return Start(step, state, (note,))
+    return (note,)

@@ -24,6 +24,7 @@ from gddim.experiment.measure import cells, check_measurable
 from gddim.experiment.options import REGISTRY, UNGROUPED, explain, options
 from gddim.experiment.outputs import check_names
 from gddim.experiment.plan import Plan
+from gddim.experiment.snapshots import check_rebuildable
 from gddim.experiment.verbs.dry_run import dry_run
 from gddim.experiment.verbs.encode import encode
 from gddim.experiment.verbs.evaluate import evaluate
@@ -160,6 +161,7 @@ def execute(command: Command) -> None:
             raise UserError(f"--train.batch {batch:,} is more than the {len(source):,} records of the data")
         if measured:
             check_measurable(experiment, workdir, source)
+        check_rebuildable(experiment, workdir, training)
         if "sample" in verbs:
             check_names(workdir, *SAMPLES)
         if source is not None:

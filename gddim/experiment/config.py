@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_che
 import tyro
 from jaxtyping import PRNGKeyArray
 
+from gddim.averages import LONGEST
 from gddim.denoiser import positions
 from gddim.errors import UserError
 from gddim.experiment.options import UNGROUPED
@@ -78,8 +79,8 @@ class Training:
 
     init: str | None = None
     """RUN[@STEP]: a new run begins with the whole state of another one's checkpoint, the newest without @STEP, and goes on
-    from its step with this learning rate, clip, seed, …: for one that diverged. It needs a workdir of its own, and goes
-    on, once stopped, by the same command."""
+    from its step with this learning rate, clip, seed, …: for one that diverged. Or the folder that python -m gddim.export
+    RUN DIR --state wrote, perhaps elsewhere. It needs a workdir of its own, and goes on, once stopped, by the same command."""
     steps: int = field(default=100_000, metadata=MAY_CHANGE)
     """Steps in all; a run that was stopped, or given more, continues. The cooldown moves with them."""
     minutes: float = field(default=0.0, metadata=MAY_CHANGE)
@@ -110,6 +111,11 @@ class Training:
     """Largest global norm of the gradient."""
     ema: float = 0.9999
     """Decay of the average of the parameters, which is what samples; reached gradually."""
+    ema_profiles: tuple[float, ...] = ()
+    """Lengths σ_rel of averages that take the place of that one, as 0.05 0.1: of power-function profiles, whose width is
+    that share of all steps so far (EDM2). The first is what samples; of two sampling.ema makes any length."""
+    snapshot_every: int = field(default=0, metadata=MAY_CHANGE)
+    """Steps between two snapshots of these averages, small files in the workdir that sampling.ema reads; 0: none."""
     report_every: int = field(default=100, metadata=MAY_CHANGE)
     """Steps between two reports of loss, gradient norm, learning rate and images/s."""
     show_every: int = field(default=0, metadata=MAY_CHANGE)
@@ -124,7 +130,7 @@ class Training:
     def __post_init__(self):
         for name in ("steps", "batch", "accumulate", "fused", "report_every", "save_every", "keep"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("warmup", "cooldown", "show_every", "keep_every"):
+        for name in ("warmup", "cooldown", "show_every", "keep_every", "snapshot_every"):
             require(getattr(self, name) >= 0, f"{name} must be at least 0, not {getattr(self, name)}")
         for name in ("learning_rate", "clip", "time_power", "sigma_std"):
             value = getattr(self, name)
@@ -137,6 +143,13 @@ class Training:
         require(0 <= self.minutes < math.inf, f"minutes must be at least 0, not {self.minutes}")
         for name in ("ema", "beta1"):
             require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), not {getattr(self, name)}")
+        for sigma in self.ema_profiles:
+            require(0 < sigma <= LONGEST, f"ema_profiles must lie in (0, {LONGEST:.3f}], not {sigma}")
+        require(len(set(self.ema_profiles)) == len(self.ema_profiles), "ema_profiles: give each length once")
+        require(
+            not self.snapshot_every or len(self.ema_profiles) > 0,
+            "snapshot_every: snapshots are of ema_profiles: give two, as 0.05 0.1",
+        )
         require(
             self.batch % self.accumulate == 0,
             f"batch {self.batch} must be a multiple of accumulate {self.accumulate}",
@@ -173,6 +186,9 @@ class Sampling:
     """One more network call, from t_min to 0: an Euler step of the reverse SDE without noise, or the predicted data."""
     seed: int = 0
     """Sample i depends on the checkpoint, the sampler, this and i."""
+    ema: float = 0.0
+    """Length σ_rel of the average that is sampled after training, rebuilt from the run's snapshots up to the step, at the
+    last of them (train.snapshot_every); 0: the average that training keeps."""
 
     @property
     def method(self) -> Method:
@@ -185,6 +201,7 @@ class Sampling:
         for name in ("power", "t_min"):
             require(getattr(self, name) > 0, f"{name} must be > 0, not {getattr(self, name)}")
         require(0 <= self.seed < 2**31, f"seed must be in [0, 2³¹), not {self.seed}")
+        require(0 <= self.ema <= LONGEST, f"ema must lie in [0, {LONGEST:.3f}], not {self.ema}")
 
 
 @dataclass(frozen=True)

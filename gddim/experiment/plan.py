@@ -60,7 +60,8 @@ class Plan:
         return init_sharded(self._init, self.mesh, self.experiment.rule)
 
     def _init(self) -> TrainState:
-        return TrainState.create(self.experiment.build(jax.random.key(self.experiment.seed)), self.optimizer)
+        model = self.experiment.build(jax.random.key(self.experiment.seed))
+        return TrainState.create(model, self.optimizer, max(0, len(self.experiment.train.ema_profiles) - 1))
 
     def model(self, params: PyTree) -> Any:
         """The model that has these parameters, whole on every device.
@@ -82,9 +83,16 @@ class Plan:
     def step(self, flip: bool) -> Callable:
         """The pure training step of a batch of records."""
         train = self.experiment.train
-        prepare = partial(self.prepare, flip=flip)
-        settings = {"seed": self.experiment.seed, "ema": train.ema, "accumulate": train.accumulate}
-        return make_update(prepare, self.loss, self.optimizer, self.schedule, **settings)
+        return make_update(
+            partial(self.prepare, flip=flip),
+            self.loss,
+            self.optimizer,
+            self.schedule,
+            seed=self.experiment.seed,
+            ema=train.ema,
+            profiles=train.ema_profiles,
+            accumulate=train.accumulate,
+        )
 
     def update(self, flip: bool) -> Callable:
         """The jitted step of the state's leaves, whose buffers it takes over; several steps if the experiment fuses them."""

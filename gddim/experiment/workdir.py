@@ -75,7 +75,8 @@ def may_change(value: Any, after: bool = False) -> set[str]:
 
 def differences(saved: dict, given: dict, free: Collection[str] = ()) -> list[str]:
     """One line for each field of two descriptions that differs and is none of the `free` ones (or inside one)."""
-    saved, given = dict(flatten(saved)), dict(flatten(given))
+    # an empty list is as good as none, which an option that came later has
+    saved, given = ({k: v for k, v in flatten(each) if v != []} for each in (saved, given))
     lines = []
     for name in sorted(saved.keys() | given.keys()):
         held = any(f"{name}.".startswith(f"{prefix}.") for prefix in free)

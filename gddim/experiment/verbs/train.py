@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator
+from functools import partial
 
 import jax
 from etils import epath
@@ -17,6 +18,7 @@ from gddim.experiment.drawing import draw_samples
 from gddim.experiment.measure import Measure
 from gddim.experiment.pictures import gallery, pixels
 from gddim.experiment.plan import Plan
+from gddim.experiment.snapshots import snapshot
 from gddim.experiment.workdir import describe
 from gddim.logs import Log
 from gddim.parallel import PreemptionGuard, global_batch, mesh_in_words, peak_flops
@@ -73,7 +75,11 @@ def run_training(
 
         every = experiment.eval.every
         evaluations = [(every, Measure(plan, workdir).callback(log.metrics))] if every else []
-        step, _ = train(
+        keep = partial(snapshot, plan, workdir)
+        snapshots = settings.snapshot_every
+        if snapshots and step:
+            keep(step, state)
+        step, state = train(
             state,
             plan.update(source.flip),
             placed,
@@ -84,9 +90,11 @@ def run_training(
             report_every=settings.report_every,
             save=save,
             save_every=settings.save_every,
-            callbacks=[(settings.show_every, show), *evaluations],
+            callbacks=[(settings.show_every, show), (snapshots, keep), *evaluations],
             stop=guard.reached,
         )
+        if snapshots and step:
+            keep(step, state)
     if step < settings.steps:
         raise Preempted(f"saved at step {step} of {settings.steps}" if step else "stopped before the first step")
 

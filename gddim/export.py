@@ -1,0 +1,92 @@
+"""`python -m gddim.export RUN DIR --state`: what a run needs to go on elsewhere, in files of at most 16 MB.
+
+DIR gets the newest whole checkpoint of RUN, a workdir: parameters in float16, each average and moment in 8 bits
+(gddim.compact), so 5 bytes a parameter with one average. `--train.init DIR` begins a run with it, at its step. A DIR that is
+copied to RUN/snapshots tells the averages that sampling.ema is made of.
+
+Measured on points and digits after 1,500 and 1,000 steps, same batches and noise: with both moments the loss of the later
+steps was that of the uninterrupted run to 1e-5. With the second alone it was off by less than 0.006 over ten steps and less
+than 0.0005 from then on; with none it rose by 0.006 and 0.015 over ten steps, and a warm-up hid that without a later gain.
+"""
+
+import argparse
+import contextlib
+import re
+import sys
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from gddim import compact
+from gddim.checkpoint import Checkpointer
+from gddim.errors import UserError, harmless, place, printable
+from gddim.parallel import check_backend
+
+MOMENTS = {
+    "both": {"mu": "signed", "nu": "positive"},
+    "second": {"nu": "positive"},
+    "none": {},
+}
+
+
+def export_state(run: epath.Path, folder: epath.Path, moments: str = "both") -> compact.Packed:
+    """Write the newest whole checkpoint of a run to a new or empty folder, with these moments of Adam.
+
+    Raises `UserError` where there is none, or the folder holds something.
+    """
+    if folder.exists() and (not folder.is_dir() or any(not harmless(path.name) for path in folder.iterdir())):
+        raise UserError(f"{folder} is there already, and is not overwritten: give a new or an empty folder")
+    with contextlib.closing(Checkpointer(run / "checkpoints")) as saved:
+        if not saved.any():
+            raise UserError(f"{run} holds no run with checkpoints")
+        items, step = saved.restore(saved.shapes(saved.steps()[-1]))
+        config = saved.config(step)
+    rest, ema = items["train"], items["ema"]
+
+    def tree(prefix: str) -> dict[str, np.ndarray]:
+        """In the order of the leaves of the model, whatever that of the manifest is."""
+        return {path: np.asarray(rest[f"{prefix}.{path}"]) for path in ema}
+
+    widths = config.get("train", {}).get("ema_profiles", [])
+    others = sorted({found[0] for path in rest if (found := re.match(r"averages\.\d+", path))})
+    vectors = {"model": compact.vector(tree("model")), "ema": compact.vector(ema)}
+    vectors |= {name: compact.vector(tree(name)) for name in others}
+    ways = {"model": "whole", "ema": "near"} | dict.fromkeys(others, "near")
+    about: dict[str, Any] = {"config": config, "widths": dict(zip(["ema", *others], widths, strict=bool(widths)))}
+    adam = next((path[: -len(".count")] for path in rest if re.fullmatch(r"opt_state\..*count", path)), None)
+    if adam and MOMENTS[moments]:
+        about["count"] = int(rest[f"{adam}.count"])
+        ways |= MOMENTS[moments]
+        vectors |= {name: compact.vector(tree(f"{adam}.{name}")) for name in MOMENTS[moments]}
+    leaves = [(path, leaf.shape) for path, leaf in ema.items()]
+    packed = compact.Packed(step, leaves, vectors, ways, about)
+    compact.write(folder, packed)
+    return packed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    printable()
+    parser = argparse.ArgumentParser(prog="python -m gddim.export", description=__doc__)
+    parser.add_argument("run", metavar="RUN", help="workdir of the run")
+    parser.add_argument("folder", metavar="DIR", help="new or empty folder")
+    parser.add_argument("--state", action="store_true", required=True, help="the state, to go on with")
+    parser.add_argument("--moments", choices=MOMENTS, default="both", help="of Adam: each is a byte a parameter (both)")
+    options = parser.parse_args(arguments)
+    try:
+        check_backend()
+        folder = place(options.folder)
+        packed = export_state(place(options.run), folder, options.moments)
+    except (UserError, OSError) as error:
+        print(f"gddim.export: {error}", file=sys.stderr)
+        return 2
+    count, sizes = packed.vectors["model"].size, [path.stat().length for path in folder.iterdir()]
+    print(
+        f"{folder}: step {packed.step}, {count:,} parameters in {len(sizes)} file(s), {sum(sizes):,} bytes; "
+        f"to go on: --train.init {folder} with the options of the run and a new --workdir"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
