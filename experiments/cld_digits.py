@@ -31,7 +31,9 @@ EXPERIMENT = Experiment(
     train=Training(
         steps=3_000,
         batch=64,
-        learning_rate=2e-3,
+        sigma_mean=-0.6,  # as far as σ = 250, where sampling starts
+        sigma_std=2.0,
+        learning_rate=4e-3,
         warmup=100,
         cooldown=1_500,
         ema=0.999,
