@@ -70,6 +70,16 @@ def test_a_sample_is_the_same_whether_the_model_is_asked_for_data_or_epsilon(sde
             assert jnp.abs(ours - theirs).max() < 1e-9 * jnp.abs(theirs).max(), (sampler, last)
 
 
+@pytest.mark.parametrize("sampler", [gddim.DPMSolver(3), gddim.UniPC(2)], ids=repr)
+def test_so_do_the_solvers_of_others_that_predict_data(sampler):
+    with jax.enable_x64(True):
+        u, model, solver = start(CLD), Mixture(CLD, CENTRES), sampler.solver(CLD, gddim.power_grid(1.0, 1e-3, 8))
+        asked.clear()
+        ours = solver(model, u).state
+        assert "eps" not in asked
+        np.testing.assert_allclose(ours, solver(bare(model), u).state, atol=1e-9)
+
+
 @pytest.mark.parametrize("sde", PROCESSES)
 def test_a_path_tells_the_epsilon_that_the_model_did_not_say(sde):
     with jax.enable_x64(True):

@@ -175,7 +175,7 @@ def test_words():
         (lambda: DPMSolver(0), "order=0"),
         (lambda: UniPC().coefficients(gddim.Blurring(4), [0.9, 0.5]), "Blurring has a noise level per frequency"),
         (lambda: DPMSolver().coefficients(VP, [1.0, 0.0]), "noise level"),
-        (lambda: DPMSolver().coefficients(gddim.FlowMatching(), [1.0, 0.5]), "noise level"),
+        (lambda: DPMSolver().coefficients(gddim.FlowMatching(), [1.0, 0.5]), "nothing is left of the data"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(call, says):

@@ -171,6 +171,7 @@ class Steps:
         return Coefficients(
             ts, ts[:-1], self.psi_hat, weights, noise=np.zeros_like(self.psi_hat),
             record_u=np.broadcast_to(np.eye(k), self.R.shape), record_eps=-self.R, orders=count(self.nodes),
+            record_data=self.panels.psi(ts, np.zeros_like(ts))[..., :1],
         )  # fmt: skip
 
 
