@@ -68,6 +68,21 @@ def test_cifar10_reads_the_archive_in_place_whatever_its_paths(tmp_path, small_c
     np.testing.assert_array_equal(records(from_archive)[0, 5, 9], planes[:, 5, 9])
 
 
+def test_some_files_of_cifar10_are_trained_on_where_not_all_are_there(tmp_path, small_cifar):
+    for name in ("data_batch_2.bin", "data_batch_5.bin"):
+        (tmp_path / name).write_bytes(small_cifar[name])
+    found = records(CIFAR10(str(tmp_path), batches=(5, 2)).train())
+    for row, name in ((0, "data_batch_5.bin"), (2, "data_batch_2.bin")):
+        planes = np.frombuffer(small_cifar[name], np.uint8)[1:3073].reshape(3, 32, 32)
+        np.testing.assert_array_equal(found[row, 5, 9], planes[:, 5, 9])
+    assert len(found) == 4
+    with pytest.raises(UserError, match=r"has no data_batch_1.bin, data_batch_3.bin, data_batch_4.bin"):
+        CIFAR10(str(tmp_path)).train()
+    for wrong in ((0,), (6,), (1, 1)):
+        with pytest.raises(UserError, match="different numbers from 1 to 5"):
+            CIFAR10(str(tmp_path), batches=wrong)
+
+
 def test_damaged_cifar10_is_named(tmp_path, small_cifar):
     folder = tmp_path / "cifar-10-batches-bin"
     folder.mkdir()

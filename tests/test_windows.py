@@ -7,9 +7,11 @@ import shlex
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
 
 from experiments import points
 from gddim import compact, export
@@ -150,3 +152,22 @@ def test_what_cannot_be_handed_over_is_refused_in_a_line(run, tmp_path, capsys):
     assert "is not overwritten" in capsys.readouterr().err
     assert export.main([str(tmp_path), str(tmp_path / "x"), "--state"]) == 2
     assert "holds no run with checkpoints" in capsys.readouterr().err
+
+
+def test_compiled_programs_are_kept_and_found_again(tmp_path):
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        more = ("--keep-compiled", "--train.minutes=1e-9", "--train.steps=2")
+        assert train(tmp_path / "w", *more) == 75
+        kept = sorted(path.name for path in (tmp_path / "w" / "compiled").iterdir())
+        assert any("of_leaves" in name for name in kept), kept
+        jax.clear_caches()
+        assert train(tmp_path / "w", *more) == 0
+        new = {path.name for path in (tmp_path / "w" / "compiled").iterdir()} - {*kept}
+        assert not any("of_leaves" in name and name.endswith("cache") for name in new), new
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()

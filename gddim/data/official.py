@@ -42,14 +42,20 @@ class CIFAR10:
 
     root: str | None = field(default=None, metadata=MAY_CHANGE)
     """Folder that holds the data; by default $GDDIM_DATA, or ~/.cache/gddim."""
+    batches: tuple[int, ...] = ()
+    """Which of its files 1 to 5, of 10,000 photographs each, to train on, where not all are there; none named: all."""
 
     shape = (32, 32, 3)
+
+    def __post_init__(self):
+        if len({*self.batches} & {*range(1, 6)}) < len(self.batches):
+            raise UserError(f"batches must be different numbers from 1 to 5, not {self.batches}")
 
     def find(self) -> Path:
         return data_folder(self.root)  # what it lacks is downloaded
 
     def train(self) -> ArraySource:
-        return self._read([name for name in _BATCH_MD5 if name.startswith("data")])
+        return self._read([f"data_batch_{number}.bin" for number in self.batches or range(1, 6)])
 
     def test(self) -> ArraySource:
         return self._read(["test_batch.bin"])
@@ -57,7 +63,7 @@ class CIFAR10:
     def _read(self, names: list[str]) -> ArraySource:
         folder = self.find()
         unpacked = folder / "cifar-10-batches-bin"
-        if not unpacked.is_dir() and (folder / "data_batch_1.bin").exists():
+        if not unpacked.is_dir() and any((folder / name).exists() for name in _BATCH_MD5):
             unpacked = folder
         batches = _from_folder(unpacked, names) if unpacked.is_dir() else _from_archive(folder, names)
         return ArraySource(np.concatenate([_images(folder, name, batches[name]) for name in names]), flip=True)

@@ -16,6 +16,7 @@ from typing import Annotated, Literal, NoReturn, get_args
 
 import jax
 import tyro
+from jax.experimental.compilation_cache import compilation_cache
 
 from gddim.errors import UserError, place, printable
 from gddim.experiment.checkpoints import borrow
@@ -71,6 +72,8 @@ class Command:
     """Checkpoint that is sampled, evaluated, …; without it the newest whole one."""
     peak_flops: float | None = None
     """FLOP/s of one accelerator at full rate, for the share that training reaches; without it what is known of it."""
+    keep_compiled: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Keep compiled programs in the workdir, where the same command on the same kind of machine finds them."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the configuration and what it needs, and do nothing."""
 
@@ -183,6 +186,9 @@ def execute(command: Command) -> None:
 
         on_main(reserve)
         check_shared(workdir)
+        if command.keep_compiled:
+            jax.config.update("jax_compilation_cache_dir", os.fspath(workdir / "compiled"))
+            compilation_cache.reset_cache()  # it may have looked already, and found that it had no folder
         if source is not None:
             run_training(plan, source, workdir, command.peak_flops, borrowed)
         if command.verb == "run":
