@@ -53,7 +53,7 @@ def test_a_process_made_in_code_has_its_word(sde, word):
 
 @pytest.mark.parametrize("sde", [gddim.Blurring(8), gddim.VP.from_betas([0.1, 0.2])])
 def test_a_process_without_a_word_is_told_by_its_fields(sde):
-    assert process_name(sde) == repr(sde)
+    assert process_name(sde) == " ".join(repr(sde).split())
 
 
 @pytest.mark.parametrize(
@@ -96,3 +96,9 @@ def test_a_grid_is_that_of_the_process_unless_it_is_told(sde, t_min: float, powe
     assert (told.t_min, told.power) == (0.5, 3.0)
     discrete = gddim.VP.from_betas(np.linspace(1e-4, 0.02, 1000))
     assert Sampling().method(discrete).t_min == 1.0
+
+
+def test_a_process_made_in_code_has_its_word_too():
+    assert process_name(gddim.PSLD()) == "psld"
+    assert process_name(gddim.CriticallyDamped()) == "langevin"
+    assert "\n" not in process_name(gddim.PSLD(beta=7.0))

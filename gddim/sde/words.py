@@ -46,11 +46,15 @@ def parse_process(text: str) -> AbstractLinearSDE:
 
 
 def process_name(sde: AbstractLinearSDE) -> str:
-    """The shortest word that `parse_process` reads as this process; the `repr` of one that has no word."""
+    """The shortest word that `parse_process` reads as this process; the `repr`, in a line, of one that has no word."""
     for name, form in _FORMS.items():
         if type(sde) is form:
             return _spelled(name, form, {each: getattr(sde, each) for each in inspect.signature(form).parameters})
-    return next((word for word, made in _made.items() if made == sde), repr(sde))
+    for word, made in _made.items():
+        if made == sde:
+            return word
+    functions = ((name, form) for name, form in _FORMS.items() if not isinstance(form, type))
+    return next((name for name, form in functions if form() is sde), " ".join(repr(sde).split()))
 
 
 def _imported(module: str, attribute: str) -> Any:
