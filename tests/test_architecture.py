@@ -31,7 +31,6 @@ IMPORTS = {
         *(
             "sde",
             "samplers",
-            "denoiser",
             "model",
             "loss",
             "train",

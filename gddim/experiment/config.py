@@ -11,7 +11,6 @@ import tyro
 from jaxtyping import Float, PRNGKeyArray
 
 from gddim.averages import LONGEST
-from gddim.denoiser import positions
 from gddim.errors import UserError
 from gddim.experiment.options import SPELLED, UNGROUPED
 from gddim.experiment.spectrum import DataStd, Spectrum
@@ -21,7 +20,7 @@ from gddim.model import Denoiser, EpsModel
 from gddim.parallel import MeshConfig, Rule, default_rule
 from gddim.samplers import GDDIM, CholeskyMultistep, EulerMaruyama, Method, power_grid
 from gddim.sde import AbstractLinearSDE
-from gddim.sde.base import last_time
+from gddim.sde.base import last_time, positions
 from gddim.sde.words import process_name
 from gddim.settings import MAY_CHANGE, MAY_CHANGE_AFTER
 
@@ -306,7 +305,6 @@ class Experiment:
             )
         return sde
 
-    @property
     def evaluated(self) -> list[AbstractLinearSDE]:
         """The processes of the table. Raises `UserError` like `through`."""
         return [self.through(each) for each in self.eval.processes or (self.sampling.process,)]
