@@ -295,7 +295,7 @@ class Experiment:
         require(
             self.model.predicts == "data",
             f"process {other}: this network predicts the ε of {own} in its R coordinates (model.predicts eps, as "
-            "published), which no other process has; a run with --model.predicts data can be drawn through every process",
+            "published), which no other process has: only own is drawn here, and all by a run with --model.predicts data",
         )
         for name, process in ((own, self.sde), (other, sde)):
             require(
