@@ -4,8 +4,6 @@ What follows from Ψ and R alone cannot be checked: another Σ_0 or GGᵀ than w
 """
 
 import argparse
-import importlib
-import inspect
 import sys
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -16,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gddim.errors import UserError, printable
-from gddim.laws import Law, dims_of, gap, last_time, member_laws, process_laws, ranked
+from gddim.laws import Law, dims_of, gap, member_laws, process_laws, ranked
 from gddim.parallel import check_backend
 from gddim.samplers import GDDIM, AbstractSampler, sample
 from gddim.sde import (
@@ -32,8 +30,10 @@ from gddim.sde import (
     LinearSDE,
     SubVP,
 )
+from gddim.sde.base import last_time
 from gddim.sde.host import on_host
 from gddim.sde.linalg import aligned, inverse, namespace, product, transpose
+from gddim.sde.words import ACCEPTED, parse_process
 
 
 def shipped() -> dict[str, AbstractLinearSDE]:
@@ -170,38 +170,16 @@ def _reference(sde: AbstractLinearSDE, steps: int, std: float, t_min: float) -> 
     return run, run(GDDIM(4, corrector=True), 8 * steps)
 
 
-def load(name: str) -> AbstractLinearSDE:
-    """The process called `module:object`; a function without arguments is called. Raises `UserError` for another thing."""
-    module, _, attribute = name.partition(":")
-    if not attribute:
-        raise UserError(f"{name!r} must be module:object, e.g. gddim:CLD or my_package.my_module:my_sde")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{name}: {error}") from error
-    if callable(found):
-        try:
-            inspect.signature(found).bind()
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{name} cannot be called without arguments: {error}; name a process itself") from error
-        found = found()
-    if not isinstance(found, AbstractLinearSDE):
-        raise UserError(f"{name} is a {type(found).__name__}, not a gddim.AbstractLinearSDE")
-    return found
-
-
 def main(arguments: list[str] | None = None) -> int:
     printable()
     parser = argparse.ArgumentParser(prog="python -m gddim.check", description=__doc__)
-    parser.add_argument(
-        "process", nargs="*", help="module:object of a process; without any, every process of the package"
-    )
+    parser.add_argument("process", nargs="*", help=f"{ACCEPTED}; without any, every process of the package")
     parser.add_argument("--t-min", type=float, default=1e-3, help="smallest time at which laws are measured (1e-3)")
     options = parser.parse_args(arguments)
     failed = 0
     try:
         check_backend()
-        processes = {name: load(name) for name in options.process} or shipped()
+        processes = {name: parse_process(name) for name in options.process} or shipped()
         for name, sde in processes.items():
             print(name)
             for law in (*laws(sde, options.t_min), *convergence(sde)):

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gddim.sde import AbstractLinearSDE
+from gddim.sde.base import AbstractLinearSDE, last_time
 from gddim.sde.host import on_host
 from gddim.sde.linalg import aligned, transpose
 
@@ -140,11 +140,6 @@ def _prior(sde: AbstractLinearSDE, dims: tuple[int, ...]) -> float:
     fields = np.moveaxis(white, -2, 0).reshape(sde.k, -1)
     moments = [np.abs(z @ z.T / len(z[0]) - np.eye(len(z))) * np.sqrt(len(z[0]) / 2) for z in (rows, fields)]
     return worst(*(m.max() for m in moments), np.abs((white**4).mean() - 3) * np.sqrt(white.size / 96))
-
-
-def last_time(sde: AbstractLinearSDE) -> float:
-    """The horizon, or where `Ψ(T, 0) = 0` a time just before it: there ε says nothing of the data, and Ψ has no inverse."""
-    return sde.horizon if np.any(sde.transition(sde.horizon, 0.0)) else 0.99 * sde.horizon
 
 
 def dims_of(sde: AbstractLinearSDE) -> tuple[int, ...]:

@@ -235,7 +235,7 @@ def _scaled(c: Array, x: Array) -> Array:
     return (c[..., None] if c.ndim else c) * x
 
 
-def seen_through(model: Denoiser | EpsModel, sde: AbstractLinearSDE) -> Denoiser | EpsModel:
+def seen_through(model: Any, sde: AbstractLinearSDE) -> Any:
     """The same network through another process, exactly, where it is a denoiser of white noise.
 
     Raises `UserError` for one that predicts ε, and where the coefficients of either process differ by frequency.

@@ -26,7 +26,7 @@ IMPORTS = {
     "compact": {"storage"},
     "laws": {"sde"},
     "check": {"sde", "samplers", "laws", "parallel"},
-    "evaluation": {"sde", "samplers", "data", "parallel", "storage", "logs"},
+    "evaluation": {"sde", "samplers", "model", "data", "parallel", "storage", "logs"},
     "experiment": {
         *(
             "sde",

@@ -154,14 +154,14 @@ def test_processes_that_one_network_serves_stand_in_one_table_and_have_their_own
     both += [row | {"provenance": row["provenance"] | {"process": "VP()"}} for row in both[1:]]
     text = table(both)
     assert text.count("## ") == 1
-    assert "| gddim:3; CLD |" in text
-    assert "| gddim:3; VP |" in text
+    assert "| gddim:3 | CLD |" in text
+    assert "| gddim:3 | VP |" in text
     lines = {line.get_label(): line for line in chart(both).axes[0].get_lines()}
     a, b = lines["gDDIM, order 3, CLD"], lines["gDDIM, order 3, VP"]
     assert (a.get_color(), a.get_marker()) == (b.get_color(), b.get_marker())
     assert a.get_linestyle() != b.get_linestyle()
     again = [row | {"provenance": row["provenance"] | {"process": "CLD(m_inv=1.0)"}} for row in results(1.0, 60.0)]
-    assert "| gddim:3; CLD(m_inv=1.0) |" in table([*results(1.0, 60.0), *again]), "two of a class are not mixed"
+    assert "| gddim:3 | CLD(m_inv=1.0) |" in table([*results(1.0, 60.0), *again]), "two of a class are not mixed"
 
 
 def test_a_plot_is_written_as_png_svg_and_pdf_the_same_bytes_each_time(tmp_path: Path):

@@ -204,6 +204,7 @@ def test_a_cell_says_where_its_numbers_come_from():
     assert row["cell"] == {
         "sampler": "gddim:1:lam=0.5", "parameters": "GDDIM(order=1, lam=0.5, corrector=False, interpolate='eps')",
         "nfe": 5, "samples": 20, "seed": 3, "power": 2.0, "t_min": 1e-3, "last": "data",
+        "process": "vp",
     }  # fmt: skip
     origin = row["provenance"]
     assert origin["process"] == "VP(beta_min=0.1, beta_max=20.0, horizon=1.0)"

@@ -21,6 +21,7 @@ from gddim.errors import UserError
 from gddim.evaluation.features import FeatureSpace
 from gddim.evaluation.provenance import hardware, software, stable_repr
 from gddim.evaluation.statistics import Statistics, compare, features_of
+from gddim.model import seen_through
 from gddim.parallel import agree, to_host
 from gddim.samplers.base import ProcessModel
 from gddim.samplers.method import Method, check_methods
@@ -28,6 +29,7 @@ from gddim.samplers.numbered import sample_numbered
 from gddim.samplers.solver import AbstractSolver
 from gddim.samplers.words import sampler_name
 from gddim.sde import AbstractLinearSDE
+from gddim.sde.words import process_name
 
 Row = dict[str, Any]
 ROUNDING = "to the nearest uint8, clipped"
@@ -41,9 +43,11 @@ class Cell:
     method: Method
     samples: int
     seed: int = 0
+    sde: AbstractLinearSDE | None = None
+    """The process, where it is not the model's own."""
 
     def describe(self) -> Row:
-        """As JSON; a sampler that chooses its own steps has one cell, whatever its budget."""
+        """As JSON, but for the process; a sampler that chooses its own steps has one cell, whatever its budget."""
         method, sampler = self.method, self.method.sampler
         return {
             "sampler": sampler_name(sampler), "nfe": method.budget, "samples": self.samples, "seed": self.seed,
@@ -52,11 +56,20 @@ class Cell:
 
 
 def check(cells: Sequence[Cell], sde: AbstractLinearSDE) -> None:
-    """Raise `UserError` for what a cell would fail with: too few samples, or what `check_methods` finds."""
+    """Raise `UserError` for what a cell would fail with: too few samples, or what `check_methods` finds.
+
+    `sde` is the process of the cells that have none.
+    """
+    methods: dict[AbstractLinearSDE, list[Method]] = {}
     for cell in cells:
         if cell.samples < LEAST:
             raise UserError(f"samples: {cell.samples} given, an evaluation needs at least {LEAST}")
-    check_methods([cell.method for cell in cells], sde)
+        methods.setdefault(cell.sde or sde, []).append(cell.method)
+    for process, each in methods.items():
+        try:
+            check_methods(each, process)
+        except UserError as error:
+            raise UserError(f"{process_name(process)}: {error}" if len(methods) > 1 else str(error)) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +94,7 @@ class Evaluator:
 
     @functools.cached_property
     def origin(self) -> Row:
-        """All that decides the numbers of a cell but the cell itself."""
+        """All that decides the numbers of a cell of the model's own process but the cell itself."""
         return self.provenance | {
             "process": stable_repr(self.model.sde),
             "model": type(self.model).__name__,
@@ -90,6 +103,12 @@ class Evaluator:
             "rounding": ROUNDING if len(self.shape) == 3 else "none",
             **software(),
         }
+
+    def key(self, cell: Cell) -> Row:
+        """What a cell is and all that decides its numbers: its row but for the numbers."""
+        sde = cell.sde or self.model.sde
+        described = cell.describe() | {"process": process_name(sde)}
+        return {"cell": described, "provenance": self.origin | {"process": stable_repr(sde)}}
 
     def run(
         self,
@@ -104,15 +123,16 @@ class Evaluator:
         `keep(first, samples)` receives the samples drawn, `advance(samples)` how many were. Samples that are not finite
         end the cell: its row has no metrics, and tells which.
         """
-        key = {"cell": cell.describe(), "provenance": self.origin}
+        key = self.key(cell)
         origin = {"features": self.space.name, "cell": digest_of(key), "kept": keep is not None}
         found, calls, before = _resume(state, origin)
         first = found.count if found else 0
         advance(first)
-        solver = cell.method.solver(self.model.sde)
+        model = seen_through(self.model, cell.sde) if cell.sde else self.model
+        solver = cell.method.solver(model.sde)
         began = saved = time.perf_counter()
         rate = _Rate(began)
-        for start, x, features, made, finite in self._ahead(cell, solver, first):
+        for start, x, features, made, finite in self._ahead(cell, model, solver, first):
             n = min(self.batch, cell.samples - start)
             if lost := n - int(to_host(finite)[:n].sum()):
                 which = f"{lost} of samples {start} to {start + n - 1}"
@@ -140,13 +160,13 @@ class Evaluator:
         return key | {"metrics": compare(found, self.reference, self.space.metrics), "measured": measured}
 
     def _ahead(
-        self, cell: Cell, solver: AbstractSolver, first: int
+        self, cell: Cell, model: ProcessModel, solver: AbstractSolver, first: int
     ) -> Iterator[tuple[int, Array, Array, Array, Array]]:
         """Number, samples, features, network calls and finiteness of each batch; the devices have the next one by then."""
         pending = None
         for start in range(first, cell.samples, self.batch):
             indices = jax.device_put(np.arange(start, start + self.batch, dtype=np.int32), self.sharding)
-            x, made, _ = sample_numbered(self.model, solver, self.shape, jnp.asarray(cell.seed, jnp.int32), indices)
+            x, made, _ = sample_numbered(model, solver, self.shape, jnp.asarray(cell.seed, jnp.int32), indices)
             finite = jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))
             x = to_uint8(x) if len(self.shape) == 3 else x
             devices = self.sharding.num_devices if self.sharding else 1

@@ -12,7 +12,10 @@ KEY = "gddim"  # of what a PNG tells about itself
 # Okabe and Ito's (2008) without yellow and black, then two of Tol's: by eye and by simulation none is another.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#CC79A7", "#882255", "#999933")
 MARKERS = "osD^vPXp*h<>"
-LINES: tuple[Any, ...] = ("-", "--", ":", "-.")
+LINES: tuple[Any, ...] = (
+    *("-", "--", ":", "-."),
+    *((0, dashes) for dashes in ((8, 2), (3, 1, 1, 1, 1, 1), (1, 3), (8, 2, 2, 2))),
+)
 STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -35,17 +38,39 @@ _SAMPLERS = {
 }
 _FAMILIES = ("gddim", "gddim:data", "cholesky", "em", "heun", "sscs", "rk45")
 _PROCESSES = {
-    "VP": "variance-preserving diffusion",
-    "CLD": "critically damped Langevin diffusion",
-    "Blurring": "blurring diffusion",
-    "LinearSDE": "a linear SDE",
+    "vp": "variance-preserving diffusion",
+    "cosine": "variance-preserving diffusion, cosine schedule",
+    "subvp": "sub-variance-preserving diffusion",
+    "ve": "variance-exploding diffusion",
+    "flow": "flow matching",
+    "cld": "critically damped Langevin diffusion",
+    "psld": "phase-space Langevin diffusion",
+    "langevin": "critically damped Langevin diffusion of order",
+    "blurring": "blurring diffusion",
+    "linearsde": "a linear SDE",
 }
 
 
 def process_in_words(spelled: str) -> str:
-    """A process by what papers call it, `CLD(m_inv=4.0, …)` for example; one without such a name by its class."""
-    name = spelled.split("(")[0]
-    return _PROCESSES.get(name, name)
+    """A process by what papers call it, `CLD(m_inv=4.0, …)` or `cld:gamma=0.1` for example; one of the user's own by the
+    name of its class or function.
+    """
+    name, *options = _local(spelled.split("(")[0]).split(":")
+    words = _PROCESSES.get(name.lower(), name.replace("_", " "))
+    if name == "langevin":
+        words += f" {next((o.removeprefix('order=') for o in options if o.startswith('order=')), 3)}"
+    return words
+
+
+def processes_in_words(spelled: Iterable[str]) -> str:
+    """Several, each once: "a, b and c"."""
+    *others, last = dict.fromkeys(map(process_in_words, spelled))
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def _local(process: str) -> str:
+    """The word of a process, `package.module:object`, without its module."""
+    return re.sub(r"^\w+(\.\w+)+:", "", process)
 
 
 def label_in_words(label: str) -> str:
@@ -53,7 +78,7 @@ def label_in_words(label: str) -> str:
     sampler, _, process = label.partition("; ")
     name, *options = re.split(":|, ", sampler)
     spelled = (f"order {o}" if o.isdecimal() else o.replace("lam=", "λ=").replace("=", " = ") for o in options)
-    return ", ".join([_SAMPLERS.get(name, name), *spelled, *([process] if process else [])])
+    return ", ".join([_SAMPLERS.get(name, name), *spelled, *([_local(process)] if process else [])])
 
 
 class Look(NamedTuple):

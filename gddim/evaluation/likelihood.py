@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from gddim.data import Source, to_unit
 from gddim.parallel import to_host
-from gddim.sde import AbstractLinearSDE
+from gddim.sde.base import AbstractLinearSDE, last_time
 from gddim.sde.linalg import aligned, product
 
 
@@ -37,7 +37,8 @@ def log_density(
     """An unbiased estimate, in nats, of `log p(x)` for a process of one field and of a lower bound of it for several.
 
     The flow `du/dt = f = F u + ½GGᵀR⁻ᵀ ε(u, t)` carries `u = ψx + L(0, ξ)` from `t_min`, ψ = Ψ(t_min, 0) e, L the Cholesky
-    factor of Σ, ξ standard normal for the fields that are no data, to the prior `N(0, S_T)`:
+    factor of Σ, ξ standard normal for the fields that are no data, to the prior `N(0, S_T)`, T the
+    horizon, or 0.99 of it where nothing is left of the data there:
 
         log p(x) ≥ E_ξ[log N(u_T; 0, S_T) + ∫ div f dt + log |det (ψ, L_{·,1:})| − log N(ξ)],
 
@@ -66,7 +67,7 @@ def log_density(
         return product(F, state[0]) + noise, linear + divergence
 
     solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(flow), diffrax.Tsit5(), jnp.asarray(t_min, x.dtype), jnp.asarray(sde.horizon, x.dtype), None,
+        diffrax.ODETerm(flow), diffrax.Tsit5(), jnp.asarray(t_min, x.dtype), jnp.asarray(last_time(sde), x.dtype), None,
         (u, jnp.zeros((), x.dtype)), stepsize_controller=diffrax.PIDController(rtol, atol), max_steps=100_000,
     )  # fmt: skip
     assert solution.ys is not None
@@ -89,7 +90,7 @@ class _Table(NamedTuple):
 def _table(sde: AbstractLinearSDE, t_min: float) -> _Table:
     psi, L = np.broadcast_arrays(*aligned(sde.transition(t_min, 0.0), sde.cholesky_factor(t_min)))
     frame = np.concatenate([psi[..., :, :1], L[..., :, 1:]], axis=-1)
-    whiten = np.linalg.inv(np.linalg.cholesky(sde.prior_covariance(sde.horizon)))
+    whiten = np.linalg.inv(np.linalg.cholesky(sde.prior_covariance(last_time(sde))))
     return _Table(frame, whiten, np.linalg.slogdet(frame)[1] + np.linalg.slogdet(whiten)[1])
 
 

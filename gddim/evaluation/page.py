@@ -11,7 +11,7 @@ from etils import epath
 
 from gddim.errors import UserError
 from gddim.evaluation.cell import Row
-from gddim.evaluation.figures import PALETTE, encode, new_figure, number, process_in_words
+from gddim.evaluation.figures import PALETTE, encode, new_figure, number, processes_in_words
 from gddim.evaluation.provenance import flatten
 from gddim.evaluation.report import about, chart, groups, tables
 from gddim.evaluation.sweep import RESULTS, read_rows
@@ -90,7 +90,7 @@ def page(folder: epath.Path, rows: Sequence[Row]) -> str:
     full = {name: "\n".join(parts) for name, parts in sections.items() if any(parts)}
     name = config.get("name") or next((group.provenance.get("experiment") for group in found), None) or folder.name
     processes = [process for group in found for process in group.processes] or [config.get("sde", {}).get("type", "")]
-    about = [" and ".join(dict.fromkeys(map(process_in_words, processes)))]
+    about = [processes_in_words(processes)]
     about += [f"step {step}" for step in dict.fromkeys(group.provenance.get("step") for group in found) if step]
     links = "".join(f'<a href="#{title.lower()}">{title}</a>' for title in full)
     body = "\n".join(f'<h2 id="{title.lower()}">{title}</h2>\n{content}' for title, content in full.items())
@@ -164,7 +164,8 @@ def _results(group: Any) -> str:
 
 def _origin(group: Any) -> str:
     devices = dict.fromkeys(row["measured"].get("devices") for row in group.rows)
-    facts = group.provenance | {"process": " and ".join(group.processes), "devices": ", ".join(filter(None, devices))}
+    processes = dict.fromkeys(row["provenance"]["process"] for row in group.rows)
+    facts = group.provenance | {"process": " and ".join(processes), "devices": ", ".join(filter(None, devices))}
     return f"<h3>{escape(group.against)}</h3>{_facts(facts)}"
 
 

@@ -23,13 +23,14 @@ from gddim.evaluation.figures import (
     looks,
     new_figure,
     number,
-    process_in_words,
+    processes_in_words,
 )
 from gddim.evaluation.paper_tables import TABLES, Published
 from gddim.evaluation.statistics import FEW
 from gddim.evaluation.sweep import FLOOR
 from gddim.storage import write_whole
 
+PROCESS = "process"  # the title of a column
 TITLES = {
     "kid": "KID",
     "energy": "energy distance",
@@ -87,15 +88,15 @@ class Group(NamedTuple):
 
     @property
     def processes(self) -> list[str]:
-        """As they are spelled, `CLD(m_inv=4.0, …)`, in order."""
-        return list(dict.fromkeys(row["provenance"]["process"] for row in self.rows))
+        """By their words, `cld` or `cld:gamma=0.1`, in order; rows that have none tell `CLD(m_inv=4.0, …)`."""
+        return list(dict.fromkeys(map(_process, self.rows)))
 
     @property
     def heading(self) -> str:
         """The name of the run, its step, and the process in words."""
         name, step = (self.provenance.get(key) for key in ("experiment", "step"))
         run = ", ".join([name, *([f"step {step}"] if step is not None else [])]) + ": " if name else ""
-        return run + " and ".join(dict.fromkeys(map(process_in_words, self.processes)))
+        return run + processes_in_words(self.processes)
 
     @property
     def against(self) -> str:
@@ -115,7 +116,7 @@ class Group(NamedTuple):
         """Other people's rows for the same process, where the metric is theirs: Inception features of CIFAR-10."""
         source = str(self.provenance["reference"]["source"]).lower().replace("-", "")
         same = self.provenance["features"].startswith("inception") and "cifar10" in source
-        processes = {process.split("(")[0] for process in self.processes}
+        processes = {row["provenance"]["process"].split("(")[0] for row in self.rows}
         return [row for row in TABLES if same and row.process in processes]
 
     def entries(self, metric: str) -> dict[str, dict[int | None, Entry]]:
@@ -132,14 +133,18 @@ class Group(NamedTuple):
         }
 
     def _label(self, row: Row) -> str:
-        """The sampler, with what else differs between the rows of this group, the process after a semicolon."""
-        words = [row["cell"]["sampler"]]
+        """The sampler, with what else differs between the rows of its process, that after a semicolon if there are others."""
+        words, spelled = [row["cell"]["sampler"]], _process(row)
         for name in ("last", "power", "t_min"):
-            if len({other["cell"].get(name) for other in self.rows}) > 1:
+            if len({other["cell"].get(name) for other in self.rows if _process(other) == spelled}) > 1:
                 words.append(f"{name}={row['cell'].get(name)}")
-        spelled, short = row["provenance"]["process"], [process.split("(")[0] for process in self.processes]
+        short = [process.split("(")[0] for process in self.processes]
         process = spelled.split("(")[0] if len(set(short)) == len(short) else spelled
         return ", ".join(words) + (f"; {process}" if len(short) > 1 else "")
+
+
+def _process(row: Row) -> str:
+    return row["cell"].get("process", row["provenance"]["process"])
 
 
 def _entry(rows: list[Row], metric: str, error: str | None) -> Entry:
@@ -173,7 +178,7 @@ def _section(group: Group) -> list[str]:
     for paragraph in about(group):
         lines += [paragraph, ""]
     for cells in tables(group):
-        rule = ["---", *["---:"] * (len(cells[0]) - 1)]
+        rule = ["---" if i == 0 or name == PROCESS else "---:" for i, name in enumerate(cells[0])]
         lines += [*(f"| {' | '.join(row)} |" for row in [cells[0], rule, *cells[1:]]), ""]
     return lines
 
@@ -191,7 +196,9 @@ def about(group: Group) -> list[str]:
 
 
 def tables(group: Group) -> list[list[list[str]]]:
-    """For each metric the samplers against the network calls, as rows of cells, the first its header."""
+    """For each metric the samplers against the network calls, as rows of cells, the first its header; where there are
+    several processes the second column tells them.
+    """
     return [found for metric in ("frechet", *TITLES) if (found := _metric_table(group, metric))]
 
 
@@ -201,19 +208,23 @@ def _metric_table(group: Group, metric: str) -> list[list[str]]:
     adaptive = any(None in cells for cells in entries.values())
     if not entries:
         return []
-    found = [[group.title(metric), *(f"NFE {nfe}" for nfe in columns), *(["adaptive"] if adaptive else [])]]
+    several = len(group.processes) > 1
+    named = lambda label, process: [label, process] if several else [label]
+    numbers = [*(f"NFE {nfe}" for nfe in columns), *(["adaptive"] if adaptive else [])]
+    found = [[*named(group.title(metric), PROCESS), *numbers]]
     for label, cells in entries.items():
-        line = [label, *(_told(cells[nfe], nfe) if nfe in cells else "" for nfe in columns)]
+        sampler, _, process = label.partition("; ")
+        line = [*named(sampler, process), *(_told(cells[nfe], nfe) if nfe in cells else "" for nfe in columns)]
         if adaptive:
             line.append(_told(cells[None], None) if None in cells else "")
         found.append(line)
     for row in group.published() if metric == "frechet" else []:
         if set(row.values) & set(columns):
             values = [_published(row.values.get(nfe, "")) for nfe in columns]
-            found.append([f"*{row.label}*", *values, *([""] if adaptive else [])])
+            found.append([*named(f"*{row.label}*", row.process), *values, *([""] if adaptive else [])])
     if group.floor and metric in group.floor["metrics"]:
         value = _digits(group.floor["metrics"][metric])
-        found.append([f"{group.floor['cell']['source']} (floor)", *[value] * (len(found[0]) - 1)])
+        found.append([*named(f"{group.floor['cell']['source']} (floor)", ""), *[value] * len(numbers)])
     return found
 
 
@@ -278,7 +289,8 @@ def _chart_group(axes: Any, group: Group, metric: str, shared: dict[str, Look]) 
         values = {nfe: value for nfe, value in row.values.items() if not isinstance(value, str)}
         if len(values) > 1:  # of a single one the table tells
             style = {"color": looks([row.sampler])[row.sampler].color, "marker": marker, "markersize": 4.5}
-            axes.plot([*values], [*values.values()], "--", label=row.label, **style, fillstyle="none", linewidth=0.8)
+            label = f"{row.label}, {row.process}" if len(group.processes) > 1 else row.label
+            axes.plot([*values], [*values.values()], "--", label=label, **style, fillstyle="none", linewidth=0.8)
             budgets |= set(values)
     if group.floor and metric in group.floor["metrics"]:
         label = f"{group.floor['cell']['source']} (floor)"

@@ -13,6 +13,7 @@ from gddim.errors import UserError
 from gddim.evaluation.cell import Cell, Evaluator, Row, check, digest_of
 from gddim.evaluation.statistics import Statistics, compare
 from gddim.samplers.words import sampler_name
+from gddim.sde.words import process_name
 from gddim.storage import write_whole
 
 FLOOR = "data"  # the sampler of the row that compares data with data
@@ -53,7 +54,7 @@ def sweep(
         if jax.process_index() == 0:
             write_whole(results, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
-    named = {digest_of({"cell": cell.describe(), "provenance": evaluator.origin}): cell for cell in cells}
+    named = {digest_of(evaluator.key(cell)): cell for cell in cells}
     told = lambda key: folder / "samples" / f"{key}.json"  # there when the samples of a cell are: what they are
     done = lambda key: key in known and (not keep_samples or told(key).exists())
     missing = {key: cell for key, cell in named.items() if not done(key)}
@@ -64,10 +65,14 @@ def sweep(
         wanted.insert(0, digest_of(row))
         if wanted[0] not in known:
             add(row | {"metrics": compare(floor, evaluator.reference, evaluator.space.metrics)})
+    several = len({cell.sde and process_name(cell.sde) for cell in cells}) > 1
     work = sum(cell.samples * cell.method.nfe for cell in missing.values())
     with tqdm(total=work, unit="call", unit_scale=True, disable=None) as bar:
         for key, cell in missing.items():
-            bar.set_description(f"{sampler_name(cell.method.sampler)} at {cell.method.nfe} calls, seed {cell.seed}")
+            told_as = sampler_name(cell.method.sampler)
+            if several and cell.sde:
+                told_as += f", {process_name(cell.sde)}"
+            bar.set_description(f"{told_as} at {cell.method.nfe} calls, seed {cell.seed}")
             state = folder / "cells" / f"{key}.npz"
             keep = _Keeper(folder / "samples" / key) if keep_samples else None
             row = evaluator.run(cell, state, save_every, keep, lambda n, nfe=cell.method.nfe: bar.update(n * nfe))
@@ -79,7 +84,7 @@ def sweep(
                 state.unlink(missing_ok=True)
                 found = ", ".join(f"{name} {value:.4g}" for name, value in row["metrics"].items())
                 found = found or f"diverged, {row['measured']['not_finite']} are not finite"
-                tqdm.write(f"{sampler_name(cell.method.sampler)}, NFE {row['measured']['nfe']:g}: {found}")
+                tqdm.write(f"{told_as}, NFE {row['measured']['nfe']:g}: {found}")
     return [known[key] for key in wanted]
 
 

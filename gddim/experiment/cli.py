@@ -146,6 +146,11 @@ def execute(command: Command) -> None:
         known = not nowhere and on_main(lambda: check_config(workdir, config, free))
         if known:
             experiment = remembering(experiment, workdir)
+        shown = training and experiment.train.show_every > 0
+        measured = "evaluate" in verbs or (training and experiment.eval.every > 0)
+        drawn = experiment.through(experiment.sampling.process) if shown or set(verbs) & AFTERWARDS.keys() else None
+        if measured:
+            experiment.evaluated  # noqa: B018  what cannot be is said also by a dry run
         plan = Plan(experiment)
         if command.dry_run:
             dry_run(plan)
@@ -154,9 +159,8 @@ def execute(command: Command) -> None:
         # What could fail later is looked at now.
         if not training and not known:
             raise UserError(f"--workdir {workdir} holds no run: train it first")
-        if "sample" in verbs or (training and experiment.train.show_every):
-            check_methods([experiment.sampling.method], experiment.sde)
-        measured = "evaluate" in verbs or (training and experiment.eval.every > 0)
+        if drawn is not None and ("sample" in verbs or shown):
+            check_methods([experiment.sampling.method(drawn)], drawn)
         if measured:
             cells(experiment)
         source = experiment.data.train() if training else None

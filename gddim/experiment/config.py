@@ -6,38 +6,29 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
 
+import numpy as np
 import tyro
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Float, PRNGKeyArray
 
 from gddim.averages import LONGEST
 from gddim.denoiser import positions
 from gddim.errors import UserError
-from gddim.experiment.options import UNGROUPED
+from gddim.experiment.options import SPELLED, UNGROUPED
 from gddim.experiment.spectrum import DataStd, Spectrum
+from gddim.experiment.words import Process, Sampler, spell_process
 from gddim.loss import AbstractObjective, LogNormalNoise, ScoreMatching
 from gddim.model import Denoiser, EpsModel
 from gddim.parallel import MeshConfig, Rule, default_rule
-from gddim.samplers import GDDIM, AbstractSampler, CholeskyMultistep, EulerMaruyama, Method
-from gddim.samplers.words import parse_sampler, sampler_name
+from gddim.samplers import GDDIM, CholeskyMultistep, EulerMaruyama, Method, power_grid
 from gddim.sde import AbstractLinearSDE
+from gddim.sde.base import last_time
+from gddim.sde.words import process_name
 from gddim.settings import MAY_CHANGE, MAY_CHANGE_AFTER
 
 if TYPE_CHECKING:
     from gddim.data import Dataset
 else:
     Dataset = Any  # tyro narrows a field to the type of its default, but not from a protocol with attributes
-
-Sampler = Annotated[
-    AbstractSampler,
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="SAMPLER",
-        instance_from_str=lambda words: parse_sampler(words[0]),
-        is_instance=lambda value: isinstance(value, AbstractSampler),
-        str_from_instance=lambda sampler: [sampler_name(sampler)],
-    ),
-]
-
 
 OURS = GDDIM(3, interpolate="data")
 
@@ -171,6 +162,11 @@ class Sampling:
     )
     """gddim[:ORDER][:data][:corrector][:lam=λ], cholesky[:ORDER], em[:lam=λ], heun, sscs, rk45[:rtol=…][:atol=…],
     ipndm[:ORDER], dpm[:ORDER] or unipc[:ORDER][:bh1]."""
+    process: Annotated[Process, tyro.conf.arg(name="process", prefix_name=False)] = field(
+        default=None, metadata={UNGROUPED: True, SPELLED: spell_process}
+    )
+    """What they are drawn through: own, or, by a network that predicts the data, vp, cosine, subvp, ve, flow, cld, psld,
+    langevin or module:object, each with its parameters (cld:gamma=0.1, langevin:order=4)."""
     nfe: int = 50
     """Network calls a sample, the last step's included."""
     samples: int = 64
@@ -178,28 +174,35 @@ class Sampling:
     batch: int = 64
     """How many at a time, over all devices. Another number is another program of XLA's, and changes samples by rounding:
     up to 0.3 % of 8-bit pixels were seen to differ, by one level."""
-    power: float = 2.0
-    """Times are uniform in t^(1/power)."""
-    t_min: float = 1e-3
-    """Time at which the sampler stops."""
+    power: float | None = None
+    """Times are uniform in t^(1/power), those of the process; without it 2, for ve 7."""
+    t_min: float | None = None
+    """Time of the process at which the sampler stops; without it 0.001 of the horizon, for ve 0.002 of its 80."""
     last: Literal["none", "euler", "data"] = "none"
     """One more network call, from t_min to 0: an Euler step of the reverse SDE without noise, or the predicted data."""
     seed: int = 0
-    """Sample i depends on the checkpoint, the sampler, this and i."""
+    """Sample i depends on the checkpoint, the process, the sampler, this and i."""
     ema: float = 0.0
     """Length σ_rel of the average that is sampled after training, rebuilt from the run's snapshots up to the step, at the
     last of them (train.snapshot_every); 0: the average that training keeps."""
 
-    @property
-    def method(self) -> Method:
-        """How, whichever and however many samples."""
-        return Method(self.sampler, self.nfe, self.power, self.t_min, self.last)
+    def method(self, sde: AbstractLinearSDE) -> Method:
+        """How, whichever and however many samples of a process."""
+        power = sde.grid_power if self.power is None else self.power
+        t_min = sde.grid_end * sde.horizon if self.t_min is None else self.t_min
+        return Method(self.sampler, self.nfe, power, t_min, self.last)
+
+    def flow_grid(self, sde: AbstractLinearSDE, steps: int) -> Float[np.ndarray, " n"]:
+        """Times between which the probability flow goes both ways: they begin where something is left of the data."""
+        method = self.method(sde)
+        return power_grid(last_time(sde), method.t_min, steps, method.power)
 
     def __post_init__(self):
         for name in ("nfe", "samples", "batch"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("power", "t_min"):
-            require(getattr(self, name) > 0, f"{name} must be > 0, not {getattr(self, name)}")
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} must be > 0, not {value}")
         require(0 <= self.seed < 2**31, f"seed must be in [0, 2³¹), not {self.seed}")
         require(0 <= self.ema <= LONGEST, f"ema must lie in [0, {LONGEST:.3f}], not {self.ema}")
 
@@ -219,6 +222,8 @@ class Evaluation:
         GDDIM(3, interpolate="data"),
     )
     """The rows of the table, each in one of --sampler's forms (order 1 is the same in both interpolations)."""
+    processes: tuple[Process, ...] = field(default=(), metadata={SPELLED: lambda each: [*map(spell_process, each)]})
+    """The processes that each of them is drawn through, in --process's forms; without any that of --process."""
     nfe: tuple[int, ...] = (6, 10, 20, 50)
     """Its columns: network calls a sample."""
     samples: int = 500
@@ -269,8 +274,9 @@ class Experiment:
     """Seed of the parameters, the order of the data and the noise of training."""
 
     def __post_init__(self):
-        t_min, horizon = self.sampling.t_min, self.sde.horizon
-        require(t_min < horizon, f"sampling.t_min must be below the horizon {horizon} of the process, not {t_min}")
+        for sde in (self.sampling.process or self.sde, *(each or self.sde for each in self.eval.processes)):
+            t_min, horizon = self.sampling.method(sde).t_min, sde.horizon
+            require(t_min < horizon, f"sampling.t_min must be below the horizon {horizon} of the process, not {t_min}")
         if self.train.log_normal:
             white = self.model.predicts == "data" and not positions(self.sde)
             require(
@@ -278,6 +284,32 @@ class Experiment:
                 "train.sigma_mean and sigma_std are of white noise: they need a prediction of data, and a process "
                 "without a spectrum; give train.time_power",
             )
+
+    def through(self, sde: AbstractLinearSDE | None) -> AbstractLinearSDE:
+        """The process that samples are drawn through: the run's own for None, or another that its network serves too.
+
+        Raises `UserError` for another where the network belongs to its own.
+        """
+        if sde is None or sde == self.sde:
+            return self.sde
+        own, other = process_name(self.sde), process_name(sde)
+        require(
+            self.model.predicts == "data",
+            f"process {other}: this network predicts the ε of {own} in its R coordinates (model.predicts eps, as "
+            "published), which no other process has; a run with --model.predicts data can be drawn through every process",
+        )
+        for name, process in ((own, self.sde), (other, sde)):
+            require(
+                not positions(process),
+                f"process {other}: {name} has coefficients by position or frequency, and so a spectrum of noise: a "
+                "network belongs to such a process, and is drawn through it alone",
+            )
+        return sde
+
+    @property
+    def evaluated(self) -> list[AbstractLinearSDE]:
+        """The processes of the table. Raises `UserError` like `through`."""
+        return [self.through(each) for each in self.eval.processes or (self.sampling.process,)]
 
     @property
     def state_shape(self) -> tuple[int, ...]:

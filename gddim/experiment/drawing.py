@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -13,6 +12,7 @@ from jaxtyping import Array, Float, Shaped
 
 from gddim.data import to_uint8
 from gddim.experiment.config import Experiment, Sampling
+from gddim.model import seen_through
 from gddim.parallel import batch_sharding, round_up, to_host
 from gddim.samplers import GDDIM
 from gddim.samplers.base import ProcessModel
@@ -30,7 +30,8 @@ def draw_samples(
 
     `progress` is called with how many are there.
     """
-    solver = sampling.method.solver(experiment.sde)
+    sde = experiment.through(sampling.process)
+    model, solver = seen_through(model, sde), sampling.method(sde).solver(sde)
     size = round_up(min(sampling.batch, sampling.samples), mesh.size)
     parts, calls = [], []
     for first in range(0, sampling.samples, size):
@@ -44,7 +45,8 @@ def draw_samples(
 
 class Paths(NamedTuple):
     """Probability-flow paths of several samples: times `(t,)`; for each time and sample its ε in R coordinates,
-    `(t, n, *dims, k, C)`, and the data and the data foreseen, `(t, n, *dims, C)`."""
+    `(t, n, *dims, k, C)`, and the data and the data foreseen, `(t, n, *dims, C)`, the former made no larger than white data
+    where noise makes them so."""
 
     ts: Float[np.ndarray, " t"]
     eps: Float[Array, "t n *state"]
@@ -54,9 +56,14 @@ class Paths(NamedTuple):
 
 def follow(experiment: Experiment, model: ProcessModel, sampling: Sampling, count: int, steps: int = 64) -> Paths:
     """The paths of samples 0, …, count − 1 in gDDIM's first-order steps, and what the network says on the way."""
-    sde, method = experiment.sde, replace(sampling.method, sampler=GDDIM(order=1), nfe=steps, last="none")
+    sde = experiment.through(sampling.process)
+    ts = sampling.flow_grid(sde, steps)
     numbers, seed = jnp.arange(count), jnp.asarray(sampling.seed)
-    _, _, path = sample_numbered(model, method.solver(sde), experiment.data.shape, seed, numbers, path=True)
+    _, _, path = sample_numbered(
+        seen_through(model, sde), GDDIM(order=1).solver(sde, ts), experiment.data.shape, seed, numbers, path=True
+    )
     assert path is not None
     project = jax.jit(jax.vmap(jax.vmap(sde.project)))
-    return Paths(method.grid(sde)[:-1], path.eps, project(path.states), project(path.foreseen))
+    spread = np.sqrt(sde.prior_covariance(ts[:-1])[..., 0, 0]).reshape(steps, -1).max(-1)
+    size = jnp.asarray(np.maximum(spread, 1), path.states.dtype).reshape(-1, *[1] * (path.states.ndim - 2))
+    return Paths(ts[:-1], path.eps, project(path.states) / size, project(path.foreseen))

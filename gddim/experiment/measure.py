@@ -38,7 +38,8 @@ def cells(experiment: Experiment) -> list[Cell]:
     """Those of the table, each with its seeds. Raises `UserError` for one that cannot be."""
     settings, sampling = experiment.eval, experiment.sampling
     found = [
-        Cell(replace(sampling.method, sampler=sampler, nfe=nfe), settings.samples, seed)
+        Cell(replace(sampling.method(sde), sampler=sampler, nfe=nfe), settings.samples, seed, sde)
+        for sde in experiment.evaluated
         for nfe in settings.nfe
         for sampler in settings.samplers
         for seed in range(sampling.seed, sampling.seed + settings.seeds)
@@ -53,7 +54,8 @@ def cells(experiment: Experiment) -> list[Cell]:
 def periodic_cell(experiment: Experiment) -> Cell:
     """The cell of sampling's own sampler, which is evaluated while training."""
     sampling, count = experiment.sampling, min(PERIODIC, experiment.eval.samples)
-    return Cell(sampling.method, count, sampling.seed)
+    sde = experiment.through(sampling.process)
+    return Cell(sampling.method(sde), count, sampling.seed, sde)
 
 
 def check_measurable(experiment: Experiment, workdir: epath.Path, train: Source | None = None) -> None:

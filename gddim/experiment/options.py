@@ -18,6 +18,9 @@ from gddim.sde import AbstractLinearSDE
 UNGROUPED = "ungrouped"
 """Key in the metadata of a field whose options, and entry in a configuration, stand in no group of their own."""
 
+SPELLED = "spelled"
+"""Key in the metadata of a field that a configuration has as a word: the function that spells it."""
+
 REGISTRY = tyro.constructors.ConstructorRegistry()
 
 

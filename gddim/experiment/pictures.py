@@ -89,9 +89,16 @@ def trajectory(sde: AbstractLinearSDE, paths: Paths, title: str = "", lines: int
             values = jax.vmap(jax.vmap(sde.to_pixels))(eps[..., field, :])
             ax.set_prop_cycle(color=PALETTE)
             ax.plot(ts, np.asarray(values).reshape(len(ts), -1)[:, chosen], LINES[field % len(LINES)], linewidth=1.2)
-    for ax, words in zip(axes, ("x(t)", "ε in L coordinates", "ε in R coordinates"), strict=True):
+    grown = np.max(sde.prior_covariance(sde.horizon)[..., 0, 0]) > 2
+    for ax, words in zip(
+        axes,
+        ("x(t), scaled to variance 1" if grown else "x(t)", "ε in L coordinates", "ε in R coordinates"),
+        strict=True,
+    ):
         ax.set_title(words, fontsize=9)
         ax.set_xlabel("t")
+        if sde.grid_power > 2:  # what happens does so at small times
+            ax.set_xscale("log")
         ax.invert_xaxis()
     axes[2].sharey(axes[1])
     names = [_place(number, paths.data.shape[1:]) for number in chosen]

@@ -17,7 +17,7 @@ import gddim
 from gddim.data import Source, identity
 from gddim.errors import UserError, harmless
 from gddim.evaluation.provenance import flatten as flatten
-from gddim.experiment.options import UNGROUPED
+from gddim.experiment.options import SPELLED, UNGROUPED
 from gddim.experiment.spectrum import Spectrum
 from gddim.parallel import agree, tell
 from gddim.samplers import AbstractSampler
@@ -34,7 +34,7 @@ RECORDS = "records"  # in it, what the run was trained on, by content
 
 def describe(value: Any) -> Any:
     """A dataclass tree as JSON: each object its type and its fields, by the names of the command line; a sampler its word,
-    a function its name, a spectrum its digest."""
+    what its field says it spells its spelling, a function its name, a spectrum its digest."""
     if isinstance(value, AbstractSampler):
         return sampler_name(value)
     if isinstance(value, Spectrum):
@@ -44,7 +44,7 @@ def describe(value: Any) -> Any:
         for field in dataclasses.fields(value):
             if field.init:
                 inner = getattr(value, field.name)
-                described[field.name] = part = describe(inner)
+                described[field.name] = part = field.metadata.get(SPELLED, describe)(inner)
                 parts = dataclasses.fields(inner) if isinstance(part, dict) else ()
                 described |= {each.name: part.pop(each.name) for each in parts if each.metadata.get(UNGROUPED)}
         return described

@@ -10,7 +10,7 @@ from gddim.errors import UserError
 from gddim.samplers.base import Last
 from gddim.samplers.grids import power_grid
 from gddim.samplers.solver import AbstractSampler, AbstractSolver
-from gddim.samplers.words import steps_for
+from gddim.samplers.words import sampler_name, steps_for
 from gddim.sde.base import AbstractLinearSDE
 
 
@@ -64,8 +64,14 @@ def check_methods(methods: Iterable[Method], sde: AbstractLinearSDE) -> None:
     methods = list(methods)
     for method in methods:
         steps_for(method.sampler, method.nfe, method.last)
-    try:
-        for method in {dataclasses.replace(method, nfe=0) for method in methods}:
-            method.sampler.solver(sde, method._grid(sde, 1), method.last)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    for method in {dataclasses.replace(method, nfe=0) for method in methods}:
+        try:
+            with np.errstate(all="ignore"):
+                method.sampler.solver(sde, method._grid(sde, 1), method.last)
+        except ValueError as error:
+            if not np.any(sde.transition(sde.horizon, 0.0)):
+                raise UserError(
+                    f"{sampler_name(method.sampler)} cannot start at {sde.horizon:g}, where nothing is left of the data: "
+                    "interpolate them (gddim:3:data), or give the process a horizon below"
+                ) from error
+            raise UserError(str(error)) from error

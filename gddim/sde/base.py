@@ -1,7 +1,7 @@
 """What a linear SDE is: the interface that samplers, models and losses see."""
 
 import abc
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -53,6 +53,10 @@ class AbstractLinearSDE(eqx.Module):
 
     k: eqx.AbstractVar[int]
     horizon: eqx.AbstractVar[float]
+    grid_end: ClassVar[float] = 1e-3
+    """Where samplers stop unless they are told, over the horizon: time is the process's own, and means what it likes."""
+    grid_power: ClassVar[float] = 2.0
+    """Their times are then uniform in t^(1/grid_power)."""
 
     @abc.abstractmethod
     def transition(self, t: Time, s: Time) -> Array:
@@ -156,3 +160,8 @@ class AbstractLinearSDE(eqx.Module):
         if not good:
             expected = ", ".join([*(map(str, dims) if dims else ["*dims"]), str(self.k), "C"])
             raise ValueError(f"{name} has shape {u.shape}; {type(self).__name__} takes ({expected})")
+
+
+def last_time(sde: AbstractLinearSDE) -> float:
+    """The horizon, or where `Ψ(T, 0) = 0` a time just before it: there ε says nothing of the data, and Ψ has no inverse."""
+    return sde.horizon if np.any(sde.transition(sde.horizon, 0.0)) else 0.99 * sde.horizon

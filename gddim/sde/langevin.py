@@ -1,11 +1,14 @@
 """Langevin diffusions without a closed form of R: constant F and GGᵀ, solved by `LinearSDE`."""
 
+from functools import lru_cache
+
 import numpy as np
 
 from gddim.sde.general import LinearSDE
 from gddim.sde.host import as_index
 
 
+@lru_cache(maxsize=32)
 def PSLD(
     beta: float = 8.0,
     m_inv: float = 4.0,
@@ -33,6 +36,7 @@ def PSLD(
     return LinearSDE(lambda t: F, lambda t: GG, np.diag([epsilon, gamma / m_inv]), horizon)
 
 
+@lru_cache(maxsize=32)
 def CriticallyDamped(
     order: int = 3, beta: float = 4.0, gamma: float = 0.04, epsilon: float = 1e-4, horizon: float = 1.0
 ) -> LinearSDE:

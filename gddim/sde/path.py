@@ -106,6 +106,8 @@ class VE(AbstractPath):
 
     sigma_max: float = eqx.field(static=True)
     """Standard deviation of the noise at the horizon, and the horizon."""
+    grid_end: ClassVar[float] = 0.002 / 80
+    grid_power: ClassVar[float] = 7.0
 
     def __init__(self, sigma_max: float = 80.0):
         if not 0 < sigma_max < math.inf:

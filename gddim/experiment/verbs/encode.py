@@ -21,10 +21,11 @@ from gddim.experiment.outputs import check_names, write_figure, write_npz
 from gddim.experiment.pictures import gallery, rows
 from gddim.experiment.plan import Plan
 from gddim.experiment.workdir import describe
+from gddim.model import seen_through
 from gddim.parallel import batch_sharding, round_up, to_host
 from gddim.samplers import GDDIM
 from gddim.samplers.inversion import Coder, interpolate, reconstruct
-from gddim.samplers.words import sampler_name
+from gddim.samplers.words import sampler_name, steps_for
 
 ROWS, COLUMNS = 8, 9  # of the picture of interpolations
 
@@ -44,7 +45,9 @@ def encode(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
     params, step = restore_ema(plan, workdir, step)
     count = min(settings.samples, len(source))
     size = round_up(min(settings.batch, count), plan.mesh.size)
-    coder = Coder.of(plan.model(params), settings.method.grid(experiment.sde), order)
+    sde = experiment.through(settings.process)
+    grid = settings.flow_grid(sde, steps_for(sampler, settings.nfe, settings.last))
+    coder = Coder.of(seen_through(plan.model(params), sde), grid, order)
     parts = []
     for first in range(0, count, size):
         numbers = np.minimum(np.arange(first, first + size), count - 1)

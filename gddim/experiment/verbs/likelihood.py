@@ -16,7 +16,9 @@ from gddim.experiment.config import require
 from gddim.experiment.measure import held_out
 from gddim.experiment.plan import Plan
 from gddim.experiment.workdir import describe
+from gddim.model import seen_through
 from gddim.parallel import batch_sharding, round_up
+from gddim.sde.words import process_name
 from gddim.storage import write_whole
 
 
@@ -26,20 +28,23 @@ def likelihood(plan: Plan, workdir: epath.Path, step: int | None = None) -> None
     check_page(workdir / REPORT)
     require(experiment.eval.samples >= 2, "eval.samples: 1 given, likelihood needs at least 2")
     source = held_out(experiment)
+    sde = experiment.through(settings.process)
     params, step = restore_ema(plan, workdir, step)
     found = bits_per_dimension(
-        plan.model(params),
+        seen_through(plan.model(params), sde),
         source,
         min(experiment.eval.samples, len(source)),
         settings.seed,
         round_up(settings.batch, plan.mesh.size),
         batch_sharding(plan.mesh),
+        t_min=sde.grid_end * sde.horizon / 100,
     )
     row = {
         "bits_per_dimension": found.mean,
         "standard_error": found.standard_error,
         "records": len(found.each),
-        "kind": "exact" if experiment.sde.k == 1 and source.dtype != np.uint8 else "upper bound",
+        "kind": "exact" if sde.k == 1 and source.dtype != np.uint8 else "upper bound",
+        "process": process_name(sde),
         "checkpoint": checkpoint_digest(params),
         "experiment": describe(experiment),
         "step": step,

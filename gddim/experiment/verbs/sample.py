@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 from gddim.evaluation.figures import label_in_words, process_in_words
 from gddim.evaluation.page import write_page
-from gddim.evaluation.provenance import stable_repr
 from gddim.experiment.checkpoints import restore_ema
 from gddim.experiment.drawing import draw_samples, follow
 from gddim.experiment.outputs import check_names, write_figure, write_npz
@@ -18,6 +17,7 @@ from gddim.experiment.pictures import film, gallery, trajectory
 from gddim.experiment.plan import Plan
 from gddim.experiment.workdir import describe
 from gddim.samplers.words import sampler_name
+from gddim.sde.words import process_name
 
 SAMPLES = ("samples", "samples", "trajectory", "denoise")  # the file of arrays, and the pictures
 """What the verb `sample` writes."""
@@ -29,6 +29,7 @@ def sample(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
     check_names(workdir, *SAMPLES)
     params, step = restore_ema(plan, workdir, step)
     model = plan.model(params)
+    sde = experiment.through(sampling.process)
     origin = {"experiment": experiment.name, "step": step, **describe(sampling)}
     drawn = [(time.perf_counter(), 0)]
     with tqdm(total=sampling.samples, unit="img", disable=None) as bar:
@@ -44,15 +45,16 @@ def sample(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
     paths = follow(experiment, model, sampling, count=4 if data.ndim == 4 else 1000)
     if jax.process_index() == 0:
         run = f"{experiment.name}, step {step}"
-        by = f"{label_in_words(sampler_name(sampling.sampler))}, {calls:g} network calls"
-        on = f"{process_in_words(stable_repr(experiment.sde))}, {len(paths.ts)} steps of order 1"
+        through = "" if sde == experiment.sde else f" through {process_name(sde)}"
+        by = f"{label_in_words(sampler_name(sampling.sampler))}{through}, {calls:g} network calls"
+        on = f"{process_in_words(process_name(sde))}, {len(paths.ts)} steps of order 1"
         write_npz(workdir / "samples.npz", data, origin)
         write_figure(workdir / "samples", gallery(data, f"{run}\n{by}"), origin)
-        write_figure(workdir / "trajectory", trajectory(experiment.sde, paths, f"{run}: {on}"), origin)
+        write_figure(workdir / "trajectory", trajectory(sde, paths, f"{run}: {on}"), origin)
         write_figure(workdir / "denoise", film(paths, f"{run}\n{on}"), origin)
         write_page(workdir)
         print(
-            f"{len(data)} samples of step {step} by {sampler_name(sampling.sampler)}: NFE {calls:g}, "
+            f"{len(data)} samples of step {step} by {sampler_name(sampling.sampler)}{through}: NFE {calls:g}, "
             f"{rate}; {workdir}: samples.npz, samples.png, trajectory.png, denoise.png, report.html",
             flush=True,
         )

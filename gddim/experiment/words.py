@@ -1,0 +1,49 @@
+"""Samplers and processes as values of options: each is a word."""
+
+from typing import Annotated
+
+import tyro
+
+from gddim.errors import UserError
+from gddim.samplers import AbstractSampler
+from gddim.samplers.words import parse_sampler, sampler_name
+from gddim.sde import AbstractLinearSDE
+from gddim.sde.words import parse_process, process_name
+
+Sampler = Annotated[
+    AbstractSampler,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="SAMPLER",
+        instance_from_str=lambda words: parse_sampler(words[0]),
+        is_instance=lambda value: isinstance(value, AbstractSampler),
+        str_from_instance=lambda sampler: [sampler_name(sampler)],
+    ),
+]
+
+
+OWN = "own"  # the word of the process that a run was trained with
+
+
+def _parse_process(word: str) -> AbstractLinearSDE | None:
+    try:
+        return None if word == OWN else parse_process(word)
+    except UserError as error:
+        raise UserError(f"{error}; {OWN} is the one that the run was trained with") from error
+
+
+def spell_process(sde: AbstractLinearSDE | None) -> str:
+    """The word of a process to draw through, None being the run's own."""
+    return OWN if sde is None else process_name(sde)
+
+
+Process = Annotated[
+    AbstractLinearSDE | None,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PROCESS",
+        instance_from_str=lambda words: _parse_process(words[0]),
+        is_instance=lambda value: value is None or isinstance(value, AbstractLinearSDE),
+        str_from_instance=lambda sde: [spell_process(sde)],
+    ),
+]
