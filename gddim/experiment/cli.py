@@ -137,7 +137,7 @@ def parse(experiment: Experiment, argv: Sequence[str]) -> Command:
 def execute(command: Command) -> None:
     """Do what a command says. Whatever can be wrong with it raises `UserError` before anything is written."""
     experiment, workdir = command.experiment, place(command.workdir)
-    initialize()
+    initialize(experiment.train.batch // experiment.train.accumulate)
     verbs = RUN if command.verb == "run" else (command.verb,)
     training = "train" in verbs
     config, free = describe(experiment), may_change(experiment, after=not training)

@@ -73,7 +73,8 @@ def check_methods(methods: Iterable[Method], sde: AbstractLinearSDE) -> None:
             except ValueError as error:
                 raise UserError(str(error)) from error
             try:
-                start == sde.horizon or make(method._grid(sde, 1))
+                if start < sde.horizon:
+                    make(method._grid(sde, 1))
             except ValueError as error:
                 raise UserError(
                     f"{sampler_name(method.sampler)} cannot start at {sde.horizon:g}, where nothing is left of the data: "
