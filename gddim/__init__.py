@@ -1,5 +1,6 @@
 """Fast sampling and TPU-scale training for diffusion models driven by any linear SDE."""
 
+from gddim import guidance as guidance
 from gddim.denoiser import as_denoiser as as_denoiser
 from gddim.denoiser import through as through
 from gddim.errors import UserError as UserError
