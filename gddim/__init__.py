@@ -8,6 +8,8 @@ from gddim.loss import denoising_loss as denoising_loss
 from gddim.model import Denoiser as Denoiser
 from gddim.model import EpsModel as EpsModel
 from gddim.nn import MLP as MLP
+from gddim.nn import DiT as DiT
+from gddim.nn import DiTConfig as DiTConfig
 from gddim.nn import MLPConfig as MLPConfig
 from gddim.nn import NCSNpp as NCSNpp
 from gddim.nn import NCSNppConfig as NCSNppConfig
