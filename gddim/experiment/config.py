@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import tyro
@@ -12,12 +12,11 @@ from jaxtyping import Float, PRNGKeyArray
 
 from gddim.averages import LONGEST
 from gddim.denoiser import positions
-from gddim.errors import UserError
+from gddim.experiment.network import Model, NetConfig, require
 from gddim.experiment.options import SPELLED, UNGROUPED
-from gddim.experiment.spectrum import DataStd, Spectrum
 from gddim.experiment.words import Process, Sampler, spell_process
 from gddim.loss import AbstractObjective, LogNormalNoise, ScoreMatching
-from gddim.model import Denoiser, EpsModel
+from gddim.model import Denoiser, EpsModel, VelocityModel
 from gddim.parallel import MeshConfig, Rule, default_rule
 from gddim.samplers import GDDIM, CholeskyMultistep, EulerMaruyama, Method, power_grid
 from gddim.sde import AbstractLinearSDE
@@ -31,37 +30,6 @@ else:
     Dataset = Any  # tyro narrows a field to the type of its default, but not from a protocol with attributes
 
 OURS = GDDIM(3, interpolate="data")
-
-
-@runtime_checkable
-class NetConfig(Protocol):
-    """A network yet to be built, as `NCSNppConfig` and `MLPConfig` are."""
-
-    def build(self, in_shape: Any, out_channels: int, key: PRNGKeyArray) -> Any: ...
-
-
-def require(good: bool, message: str) -> None:
-    """Raise `UserError` with a message that says what was given and what is accepted."""
-    if not good:
-        raise UserError(message)
-
-
-@dataclass(frozen=True)
-class Model:
-    """What the network predicts."""
-
-    predicts: Literal["data", "eps"] = "data"
-    """The data, preconditioned, by one network for every process; or the noise ε in R coordinates, as published."""
-    data_std: DataStd = 0.5
-    """Root mean square of the data, which preconditions the prediction of data: a number, or, for a process with
-    coefficients by frequency, the file that python -m gddim.data std --spectrum wrote."""
-    mixed_score: bool = False
-    """Add that of the velocity, R⁻¹(0, v), to a predicted ε."""
-
-    def __post_init__(self):
-        if not isinstance(self.data_std, Spectrum):
-            require(0 < self.data_std < math.inf, f"data_std must be > 0, not {self.data_std}")
-        require(not self.mixed_score or self.predicts == "eps", "mixed_score is added to ε: it needs predicts eps")
 
 
 @dataclass(frozen=True)
@@ -263,7 +231,7 @@ class Experiment:
     sde: AbstractLinearSDE
     net: NetConfig
     data: Dataset
-    model: Model = Model()
+    model: Model = field(default=Model())
     train: Training = field(default=Training(), metadata=MAY_CHANGE_AFTER)
     sampling: Sampling = field(default=Sampling(), metadata=MAY_CHANGE)
     eval: Evaluation = field(default=Evaluation(), metadata=MAY_CHANGE)
@@ -325,18 +293,6 @@ class Experiment:
             return LogNormalNoise(**self.train.log_normal)
         return ScoreMatching(self.sde, power or 1.0)
 
-    def build(self, key: PRNGKeyArray) -> Denoiser | EpsModel:
+    def build(self, key: PRNGKeyArray) -> Denoiser | EpsModel | VelocityModel:
         """The model with fresh parameters. Raises `UserError` for a spectrum of other data."""
-        *dims, channels = self.data.shape
-        std = self.model.data_std
-        fits = not isinstance(std, Spectrum) or std.shape == tuple(dims)
-        require(fits, f"model.data_std is a {std}, and the data are {tuple(dims)}")
-        eps = self.model.predicts == "eps"
-        width = self.sde.k * channels if eps else channels
-        try:
-            net = self.net.build((*dims, width), width, key)
-        except UserError as error:
-            raise UserError(f"records {tuple(self.data.shape)}: {error}") from error
-        if eps:
-            return EpsModel(self.sde, net, mixed_score=self.model.mixed_score)
-        return Denoiser(self.sde, net, data_std=std.rms if isinstance(std, Spectrum) else std)
+        return self.model.build(self.sde, self.net, tuple(self.data.shape), key)
