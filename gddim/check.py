@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gddim.errors import UserError, printable
-from gddim.laws import Law, dims_of, gap, member_laws, process_laws, ranked
+from gddim.laws import Law, gap, member_laws, process_laws, ranked
 from gddim.parallel import check_backend
 from gddim.samplers import GDDIM, AbstractSampler, sample
 from gddim.sde import (
@@ -30,7 +30,7 @@ from gddim.sde import (
     LinearSDE,
     SubVP,
 )
-from gddim.sde.base import last_time
+from gddim.sde.base import last_time, positions
 from gddim.sde.host import on_host
 from gddim.sde.linalg import aligned, inverse, namespace, product, transpose
 from gddim.sde.words import ACCEPTED, parse_process
@@ -113,7 +113,7 @@ def _one_step(sde: AbstractLinearSDE, t_min: float, velocity: float) -> tuple[fl
     That is 1e-9, or the rounding of the terms of the step, 10⁷ times their sum where a process also blurs.
     """
     rng = np.random.default_rng(0)
-    u0 = np.zeros((*dims_of(sde), sde.k, 2))
+    u0 = np.zeros((*positions(sde), sde.k, 2))
     u0[..., 0, :] = rng.normal(size=u0[..., 0, :].shape)
     u0[..., 1:, :] = velocity * rng.normal(size=u0[..., 1:, :].shape)
     eps, T = rng.normal(size=u0.shape), last_time(sde)
@@ -154,7 +154,7 @@ def slope(
 @lru_cache(maxsize=2)
 def _reference(sde: AbstractLinearSDE, steps: int, std: float, t_min: float) -> tuple[Callable[..., Any], jax.Array]:
     """A function of sampler and steps that carries 24 states to `t_min`, which compiles once for all, and their true ends."""
-    dims = dims_of(sde)
+    dims = positions(sde)
     signs = np.random.default_rng(1).choice([-1.0, 1.0], (4, *dims, 2))
     eps_fn = mixture_eps(sde, 0.8 * signs / np.sqrt(max(1, np.prod(dims))), std)
     with jax.enable_x64(True):

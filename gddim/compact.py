@@ -13,6 +13,7 @@ each tell the step, the leaves, the configuration of the run.
 
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -113,8 +114,7 @@ def peek(folder: epath.Path) -> tuple[int, dict[str, Any]]:
     path = min(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
     try:
         with path.open("rb") as file:
-            head = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        told = json.loads(head["__metadata__"]["gddim"])
+            told = json.loads(_metadata(file)["gddim"])
         return told["step"], told["about"]
     except Exception as error:
         raise UserError(f"{path} is no part of a state: {error!r:.200}") from error
@@ -174,13 +174,18 @@ def _file(arrays: dict[str, np.ndarray], about: dict[str, Any]) -> bytes:
     return save(kept, metadata={"gddim": json.dumps(about), "sha256": _digest(kept)})
 
 
+def _metadata(file: Any) -> dict[str, str]:
+    """What a safetensors file tells beside its arrays, of which none is read."""
+    return json.loads(file.read(int.from_bytes(file.read(8), "little")))["__metadata__"]
+
+
 def _load(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     from safetensors.numpy import load
 
     try:
         content = path.read_bytes()
         arrays = load(content)
-        head = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+        head = _metadata(io.BytesIO(content))
         about, digest = json.loads(head["gddim"]), head["sha256"]
     except Exception as error:  # whatever safetensors, JSON and the disk make of bytes that are not theirs
         raise UserError(f"{path} is no part of a state: {error!r:.200}") from error

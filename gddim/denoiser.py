@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Scalar, ScalarLike
 
-from gddim.sde.base import AbstractLinearSDE
+from gddim.sde.base import AbstractLinearSDE, positions
 from gddim.sde.host import on_host
 from gddim.sde.linalg import Array, dot, inverse, product, transpose
 
@@ -64,13 +64,6 @@ def through(sde: AbstractLinearSDE, denoise: Denoise) -> Through:
             "denoiser of white noise has not seen; train a gddim.Denoiser of this process"
         )
     return Through(sde, denoise)
-
-
-def positions(sde: AbstractLinearSDE) -> tuple[int, ...]:
-    """The positions or frequencies over which its coefficients differ; () where they are the same at all."""
-    return np.broadcast_shapes(
-        *(np.shape(A)[:-2] for A in (sde.transition(sde.horizon, 0.0), sde.noise_factor(sde.horizon)))
-    )
 
 
 def reduction(sde: AbstractLinearSDE, t: ScalarLike, dtype: Any) -> tuple[Array, Array]:

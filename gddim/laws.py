@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gddim.sde.base import AbstractLinearSDE, last_time
+from gddim.sde.base import AbstractLinearSDE, last_time, positions
 from gddim.sde.host import on_host
 from gddim.sde.linalg import aligned, transpose
 
@@ -56,7 +56,7 @@ def gap(a: np.ndarray, b: np.ndarray) -> float:
 
 def _edges(sde: AbstractLinearSDE) -> np.ndarray:
     """Increasing times from 0 to the horizon: random ones everywhere, and ever closer ones at both ends."""
-    n = int(np.clip(2**17 // max(1, np.prod(dims_of(sde))), 128, 1024))
+    n = int(np.clip(2**17 // max(1, np.prod(positions(sde))), 128, 1024))
     within = (np.arange(1, n) + np.random.default_rng(0).uniform(-0.4, 0.4, n - 1)) / n
     return last_time(sde) * np.sort([0, *np.geomspace(1e-9, 1 / n, 96), *within, *1 - np.geomspace(1e-6, 1 / n, 32), 1])
 
@@ -104,7 +104,7 @@ def _increments(sde: AbstractLinearSDE, s: np.ndarray, t: np.ndarray) -> tuple[n
 
 def member_laws(sde: AbstractLinearSDE) -> Iterator[Law]:
     """Each derived member is what the base class makes of Ψ, R and the basis, also where a process has its own."""
-    rng, dims, base = np.random.default_rng(2), dims_of(sde) or (4, 4), AbstractLinearSDE
+    rng, dims, base = np.random.default_rng(2), positions(sde) or (4, 4), AbstractLinearSDE
     times = sde.horizon * rng.uniform(size=16)
     for name in ("covariance", "prior_covariance", "cholesky_factor", "drift", "diffusion_squared", "velocity_factors"):
         both = (getattr(sde, name), partial(getattr(base, name), sde))
@@ -140,7 +140,3 @@ def _prior(sde: AbstractLinearSDE, dims: tuple[int, ...]) -> float:
     fields = np.moveaxis(white, -2, 0).reshape(sde.k, -1)
     moments = [np.abs(z @ z.T / len(z[0]) - np.eye(len(z))) * np.sqrt(len(z[0]) / 2) for z in (rows, fields)]
     return worst(*(m.max() for m in moments), np.abs((white**4).mean() - 3) * np.sqrt(white.size / 96))
-
-
-def dims_of(sde: AbstractLinearSDE) -> tuple[int, ...]:
-    return np.shape(sde.transition(sde.horizon, 0.0))[:-2]

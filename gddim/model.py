@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, Float, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
-from gddim.denoiser import as_denoiser, implied_eps, positions, reduction, statistic
+from gddim.denoiser import as_denoiser, implied_eps, reduction, statistic
 from gddim.errors import UserError
-from gddim.sde.base import AbstractLinearSDE
+from gddim.sde.base import AbstractLinearSDE, positions
 from gddim.sde.linalg import Array, inverse, product, transpose
 
 
@@ -293,20 +293,19 @@ class Denoiser(eqx.Module):
         x, sigma = self.sde.from_pixels(x0), jnp.asarray(sigma, x0.dtype)
         std, c_in = self._scales(sigma)
         target = _scaled(c_in * sigma / std, x) - _scaled(c_in * std, noise)
-        out = self._network(x + _scaled(sigma, noise), sigma, cond, key)
+        out = self._network(_scaled(c_in, x + _scaled(sigma, noise)), sigma, cond, key)
         return jnp.mean((out - self.sde.to_pixels(target)) ** 2)
 
     def _denoised(self, y: Array, sigma: Array, cond: PyTree, key: PRNGKeyArray | None) -> Array:
         """`c_skip y + c_out F_θ`, in the basis of the process."""
         std, c_in = self._scales(sigma)
-        out = self.sde.from_pixels(self._network(y, sigma, cond, key))
+        out = self.sde.from_pixels(self._network(_scaled(c_in, y), sigma, cond, key))
         return _scaled((std * c_in) ** 2, y) + _scaled(std * sigma * c_in, out)
 
-    def _network(self, y: Array, sigma: Array, cond: PyTree, key: PRNGKeyArray | None) -> Array:
-        """`F_θ(c_in y, ln(σ)/4, cond)` in pixels, `(*dims, C)`."""
-        x = self.sde.to_pixels(_scaled(self._scales(sigma)[1], y))
+    def _network(self, x: Array, sigma: Array, cond: PyTree, key: PRNGKeyArray | None) -> Array:
+        """`F_θ(x, ln(σ)/4, cond)` in pixels, `(*dims, C)`, of `x = c_in y` in the basis of the process."""
         level = jnp.log(sigma[(0,) * sigma.ndim]) / 4
-        return _shaped(self.net(x, level, cond, key=key), y.shape).astype(y.dtype)
+        return _shaped(self.net(self.sde.to_pixels(x), level, cond, key=key), x.shape).astype(x.dtype)
 
     def _scales(self, sigma: Array) -> tuple[Array, Array]:
         """s and `c_in`, each `(*#dims,)`. Raises `ValueError` for noise of another kind than that of the process."""

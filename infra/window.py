@@ -31,6 +31,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PREEMPTED = 75
 FILES, FILE_BYTES = 8, 16_000_000
+LOG_BYTES = 2_000_000  # at least, for what is not the state
 PHASES = ("laws", "train", "evaluate")
 PRECISIONS = ("float32", "bfloat16")
 COMES_BACK = ("config.json", "results.*", "report.html", "samples.*", "classes.json", "tensorboard")  # of the workdir
@@ -127,7 +128,7 @@ class Window:
 
     def export(self) -> bool:
         """The state, with as many of Adam's moments as there is room for."""
-        most = 1e6 * self.given.room - FILE_BYTES
+        most = 1e6 * self.given.room - LOG_BYTES
         for moments in ("both", "second", "none"):
             folder = self.work / "state"
             shutil.rmtree(folder, ignore_errors=True)
@@ -153,13 +154,14 @@ class Window:
         told = {"command": sys.argv[1:], "phases": self.phases}
         (self.out / "window.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
         paths = [*self.logs.iterdir(), *(path for name in COMES_BACK for path in sorted(self.workdir.glob(name)))]
-        left_out = []
-        while True:
+        left_out, taken = [], sum(path.stat().st_size for path in self.out.iterdir())
+        most = min(FILE_BYTES, 1e6 * self.given.room - taken)
+        while paths:
             archive = self.out / "run.tar.gz"
             with tarfile.open(archive, "w:gz") as tar:
                 for path in paths:
                     tar.add(path, path.relative_to(self.work))
-            if archive.stat().st_size <= FILE_BYTES:
+            if archive.stat().st_size <= most:
                 break
             largest = max(paths, key=lambda path: sum(p.stat().st_size for p in [path, *path.rglob("*")]))
             paths.remove(largest)
@@ -179,7 +181,7 @@ def main() -> int:
     parser.add_argument("--work", default="window", help="folder of the work (window)")
     parser.add_argument("--laws", nargs="*", default=[], help="processes, as gddim:CLD, whose laws are measured (all)")
     parser.add_argument("--evaluate-minutes", type=float, default=0.0, help="of evaluation at most (no limit)")
-    parser.add_argument("--room", type=float, default=64, help="MB that may come back in all (64)")
+    parser.add_argument("--room", type=float, default=67, help="MB that may come back in all (67)")
     parser.add_argument("--without", nargs="*", default=[], choices=PHASES, help="phases to leave out")
     parser.add_argument("experiment", nargs="+", help="after --: module of the experiment, and its options")
     given = parser.parse_args()

@@ -32,7 +32,6 @@ IMPORTS = {
         *(
             "sde",
             "samplers",
-            "denoiser",
             "model",
             "loss",
             "train",

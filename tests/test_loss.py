@@ -13,12 +13,12 @@ from test_trees import PICTURES
 
 import gddim
 from gddim.data import batches
-from gddim.denoiser import positions
 from gddim.experiment import Experiment
 from gddim.experiment.cli import parse
 from gddim.experiment.plan import Plan
 from gddim.loss import AbstractObjective, LogNormalNoise, Row, ScoreMatching
 from gddim.nn import MLPConfig, NCSNppConfig
+from gddim.sde.base import positions
 from gddim.train import TrainState, adam, make_update
 
 OPTIMIZER = adam()

@@ -13,11 +13,12 @@ from test_through import POINTS, PROCESSES
 import gddim
 from experiments.processes import blurred_langevin
 from gddim.check import mixture_eps
-from gddim.denoiser import positions, reduction
+from gddim.denoiser import reduction
 from gddim.loss import LogNormalNoise, ScoreMatching
 from gddim.model import seen_through
 from gddim.nn import NCSNppConfig
 from gddim.sde import AbstractLinearSDE
+from gddim.sde.base import positions
 
 SPECTRAL = {"blurring": gddim.Blurring(2), "blurred CLD": blurred_langevin(2)}
 STD = 0.6

@@ -62,7 +62,7 @@ def test_it_agrees_with_the_package():
     assert module.FILE_BYTES >= compact.PART_BYTES
 
 
-@pytest.mark.parametrize(("room", "kept"), [(64, "both"), (17.5, "second"), (17, "none"), (16.1, None)])
+@pytest.mark.parametrize(("room", "kept"), [(67, "both"), (3.5, "second"), (3, "none"), (2.1, None)])
 def test_the_state_has_the_moments_for_which_there_is_room(tmp_path, room, kept):
     sizes = {"both": 1_800_000, "second": 1_400_000, "none": 900_000}
     built = load().Window.__new__(load().Window)

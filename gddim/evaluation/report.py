@@ -256,8 +256,8 @@ def chart(rows: Sequence[Row], metric: str = "frechet") -> Any:
         raise UserError("there are no results yet to plot")
     columns = min(2, len(found))
     height = -(-len(found) // columns)
-    shared = looks(label for group in found for label in group.entries(metric))
     figure, panels = new_figure(height, columns, (4.4 * columns + 1.9, 3.4 * height))
+    shared = looks(label for group in found for label in group.entries(metric))
     for axes, group in zip(panels, found, strict=False):
         _chart_group(axes, group, metric, shared)
     for axes in panels[len(found) :]:

@@ -150,7 +150,7 @@ def execute(command: Command) -> None:
         measured = "evaluate" in verbs or (training and experiment.eval.every > 0)
         drawn = experiment.through(experiment.sampling.process) if shown or set(verbs) & AFTERWARDS.keys() else None
         if measured:
-            experiment.evaluated  # noqa: B018  what cannot be is said also by a dry run
+            experiment.evaluated()  # what cannot be is said also by a dry run
         plan = Plan(experiment)
         if command.dry_run:
             dry_run(plan)

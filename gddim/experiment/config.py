@@ -11,7 +11,6 @@ import tyro
 from jaxtyping import Float, PRNGKeyArray
 
 from gddim.averages import LONGEST
-from gddim.denoiser import positions
 from gddim.experiment.network import Model, NetConfig, require
 from gddim.experiment.options import SPELLED, UNGROUPED
 from gddim.experiment.words import Process, Sampler, spell_process
@@ -20,7 +19,7 @@ from gddim.model import Denoiser, EpsModel, VelocityModel
 from gddim.parallel import MeshConfig, Rule, default_rule
 from gddim.samplers import GDDIM, CholeskyMultistep, EulerMaruyama, Method, power_grid
 from gddim.sde import AbstractLinearSDE
-from gddim.sde.base import last_time
+from gddim.sde.base import last_time, positions
 from gddim.sde.words import process_name
 from gddim.settings import MAY_CHANGE, MAY_CHANGE_AFTER
 
@@ -264,7 +263,7 @@ class Experiment:
         require(
             self.model.predicts == "data",
             f"process {other}: this network predicts the ε of {own} in its R coordinates (model.predicts eps, as "
-            "published), which no other process has; a run with --model.predicts data can be drawn through every process",
+            "published), which no other process has: only own is drawn here, and all by a run with --model.predicts data",
         )
         for name, process in ((own, self.sde), (other, sde)):
             require(
@@ -274,7 +273,6 @@ class Experiment:
             )
         return sde
 
-    @property
     def evaluated(self) -> list[AbstractLinearSDE]:
         """The processes of the table. Raises `UserError` like `through`."""
         return [self.through(each) for each in self.eval.processes or (self.sampling.process,)]

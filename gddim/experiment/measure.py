@@ -39,7 +39,7 @@ def cells(experiment: Experiment) -> list[Cell]:
     settings, sampling = experiment.eval, experiment.sampling
     found = [
         Cell(replace(sampling.method(sde), sampler=sampler, nfe=nfe), settings.samples, seed, sde)
-        for sde in experiment.evaluated
+        for sde in experiment.evaluated()
         for nfe in settings.nfe
         for sampler in settings.samplers
         for seed in range(sampling.seed, sampling.seed + settings.seeds)

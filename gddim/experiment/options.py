@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import inspect
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
@@ -22,6 +22,19 @@ SPELLED = "spelled"
 """Key in the metadata of a field that a configuration has as a word: the function that spells it."""
 
 REGISTRY = tyro.constructors.ConstructorRegistry()
+
+
+def one_word(
+    metavar: str, parse: Callable[[str], Any], accepted: Any, spell: Callable[[Any], str] = str
+) -> tyro.constructors.PrimitiveConstructorSpec:
+    """How a value of the `accepted` types is one word of a command line."""
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda words: parse(words[0]),
+        is_instance=lambda value: isinstance(value, accepted),
+        str_from_instance=lambda value: [spell(value)],
+    )
 
 
 @REGISTRY.struct_rule

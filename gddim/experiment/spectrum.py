@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import tyro
 
 from gddim.errors import UserError
+from gddim.experiment.options import one_word
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,4 @@ def parse_std(word: str) -> float | Spectrum:
         return Spectrum.read(word)
 
 
-DataStd = Annotated[
-    float | Spectrum,
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="STD|FILE",
-        instance_from_str=lambda words: parse_std(words[0]),
-        is_instance=lambda value: isinstance(value, float | Spectrum),
-        str_from_instance=lambda value: [str(value)],
-    ),
-]
+DataStd = Annotated[float | Spectrum, one_word("STD|FILE", parse_std, float | Spectrum)]

@@ -2,26 +2,14 @@
 
 from typing import Annotated
 
-import tyro
-
 from gddim.errors import UserError
+from gddim.experiment.options import one_word
 from gddim.samplers import AbstractSampler
 from gddim.samplers.words import parse_sampler, sampler_name
 from gddim.sde import AbstractLinearSDE
 from gddim.sde.words import parse_process, process_name
 
-Sampler = Annotated[
-    AbstractSampler,
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="SAMPLER",
-        instance_from_str=lambda words: parse_sampler(words[0]),
-        is_instance=lambda value: isinstance(value, AbstractSampler),
-        str_from_instance=lambda sampler: [sampler_name(sampler)],
-    ),
-]
-
-
+Sampler = Annotated[AbstractSampler, one_word("SAMPLER", parse_sampler, AbstractSampler, sampler_name)]
 OWN = "own"  # the word of the process that a run was trained with
 
 
@@ -38,12 +26,5 @@ def spell_process(sde: AbstractLinearSDE | None) -> str:
 
 
 Process = Annotated[
-    AbstractLinearSDE | None,
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="PROCESS",
-        instance_from_str=lambda words: _parse_process(words[0]),
-        is_instance=lambda value: value is None or isinstance(value, AbstractLinearSDE),
-        str_from_instance=lambda sde: [spell_process(sde)],
-    ),
+    AbstractLinearSDE | None, one_word("PROCESS", _parse_process, AbstractLinearSDE | None, spell_process)
 ]

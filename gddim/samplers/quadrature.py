@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gddim.sde.base import AbstractLinearSDE
+from gddim.sde.base import AbstractLinearSDE, positions
 from gddim.sde.collocation import DEPTH, DIFFERENTIATE, GAUSS_NODES, GAUSS_WEIGHTS, NODES, unresolved
 from gddim.sde.host import on_host
 
@@ -24,7 +24,7 @@ class Panels:
 
     def __init__(self, sde: AbstractLinearSDE, ts: np.ndarray, lam: float):
         self.sde, self.ts, self.lam = sde, ts, lam
-        self.rank = max(np.ndim(sde.transition(sde.horizon, 0.0)), np.ndim(sde.noise_factor(sde.horizon))) - 2
+        self.rank = len(positions(sde))
         step = np.arange(len(ts) - 1)
         lower, upper = np.sqrt(ts[1:]), np.sqrt(ts[:-1])
         done: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []

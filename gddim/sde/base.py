@@ -165,3 +165,9 @@ class AbstractLinearSDE(eqx.Module):
 def last_time(sde: AbstractLinearSDE) -> float:
     """The horizon, or where `Ψ(T, 0) = 0` a time just before it: there ε says nothing of the data, and Ψ has no inverse."""
     return sde.horizon if np.any(sde.transition(sde.horizon, 0.0)) else 0.99 * sde.horizon
+
+
+def positions(sde: AbstractLinearSDE) -> tuple[int, ...]:
+    """The positions or frequencies over which its coefficients differ; () where they are the same at all."""
+    T = np.float64(sde.horizon)
+    return np.broadcast_shapes(*(np.shape(A)[:-2] for A in (sde.transition(T, 0.0), sde.noise_factor(T))))
