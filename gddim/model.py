@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, Float, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
-from gddim.denoiser import as_denoiser, implied_eps, reduction, statistic
+from gddim.denoiser import as_denoiser, implied_eps, reduction, statistic, through
 from gddim.errors import UserError
 from gddim.sde.base import AbstractLinearSDE, positions
 from gddim.sde.linalg import Array, inverse, product, transpose
@@ -322,14 +322,14 @@ def _scaled(c: Array, x: Array) -> Array:
 
 
 def seen_through(model: Any, sde: AbstractLinearSDE) -> Any:
-    """The same network through another process, exactly, where it is a denoiser of white noise.
+    """The same network through another process, exactly, where it is a denoiser of white noise, as an ε of one field is too.
 
-    Raises `UserError` for one that predicts ε, and where the coefficients of either process differ by frequency.
+    Raises `UserError` for one of several fields, and where the coefficients of either process differ by frequency.
     """
     if sde == model.sde:
         return model
     own, other = type(model.sde).__name__, type(sde).__name__
-    if not isinstance(model, Denoiser):
+    if not isinstance(model, Denoiser) and (not isinstance(model, EpsModel) or model.sde.k > 1):
         raise UserError(
             f"the network predicts the ε of {own}, and {other} has another; one that predicts data serves both"
         )
@@ -338,4 +338,4 @@ def seen_through(model: Any, sde: AbstractLinearSDE) -> Any:
             raise UserError(
                 f"{name} has a spectrum of noise, and its network belongs to it: it cannot go from {own} to {other}"
             )
-    return dataclasses.replace(model, sde=sde)
+    return dataclasses.replace(model, sde=sde) if isinstance(model, Denoiser) else through(sde, model.denoiser)

@@ -47,6 +47,12 @@ def test_the_kin_take_any_size_and_drop_with_a_key_only(name):
             net(jnp.zeros(bad), 0.3)
 
 
+def test_levels_may_narrow_and_widen_again():
+    """Blocks of one shape, to which the skip connections bring now more channels, now fewer, are no run."""
+    net = built(dataclasses.replace(SMALL, multipliers=(2, 1, 2)))
+    assert jax.eval_shape(net, jnp.zeros((8, 8, 3)), 0.3).shape == (8, 8, 3)
+
+
 @pytest.mark.parametrize("style", ["ncsnpp", "adm"])
 def test_a_class_enters_and_none_is_no_class(style):
     net = built(dataclasses.replace(SMALL, style=style, classes=3))

@@ -261,9 +261,10 @@ class Experiment:
             return self.sde
         own, other = process_name(self.sde), process_name(sde)
         require(
-            self.model.predicts == "data",
-            f"process {other}: this network predicts the ε of {own} in its R coordinates (model.predicts eps, as "
-            "published), which no other process has: only own is drawn here, and all by a run with --model.predicts data",
+            self.model.predicts == "data" or (self.model.predicts == "eps" and self.sde.k == 1),
+            f"process {other}: this network predicts the ε of {own} in its {'R' if self.model.predicts == 'eps' else 'L'} "
+            f"coordinates (model.predicts {self.model.predicts}, as published), from all of its fields, which no other process "
+            "has: only own is drawn here, and all by a run with --model.predicts data",
         )
         for name, process in ((own, self.sde), (other, sde)):
             require(

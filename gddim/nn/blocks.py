@@ -121,17 +121,21 @@ def apply_block(h: Array, time: Array, block: Block, skip: Array | None, keep: A
     return block(h if skip is None else jnp.concatenate([h, skip], axis=-1), time, keep)
 
 
-def stack_runs(blocks: Sequence[Block]) -> list[Block]:
-    """Consecutive blocks of equal shapes as one, their parameters stacked."""
+def stack_runs(blocks: Sequence[Block], joined: Sequence[int] = ()) -> list[Block]:
+    """Consecutive blocks of equal shapes as one, their parameters stacked.
 
-    def shapes(block: Block) -> tuple[Any, list[tuple[int, ...]]]:
-        leaves, structure = jax.tree.flatten(block)
-        return structure, [leaf.shape for leaf in leaves]
+    `joined`: of each block's inputs those channels that a skip connection brings, which are as many throughout a run.
+    """
+
+    def shapes(pair: tuple[Block, int]) -> tuple[Any, list[tuple[int, ...]], int]:
+        leaves, structure = jax.tree.flatten(pair[0])
+        return structure, [leaf.shape for leaf in leaves], pair[1]
 
     def stack(*leaves: Array) -> Array:  # NumPy compiles nothing
         return jnp.stack(leaves) if any(isinstance(leaf, Tracer) for leaf in leaves) else jnp.asarray(np.stack(leaves))
 
-    return [jax.tree.map(stack, *run) for _, run in itertools.groupby(blocks, shapes)]
+    pairs = zip(blocks, joined or [0] * len(blocks), strict=True)
+    return [jax.tree.map(stack, *(block for block, _ in run)) for _, run in itertools.groupby(pairs, shapes)]
 
 
 def unstack(tree: T, count: int) -> list[T]:

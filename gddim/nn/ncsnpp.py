@@ -196,15 +196,15 @@ class NCSNpp(eqx.Module):
         self.middle = [block(now, now, attend=True), block(now, now)]
         self.up = []
         for level, (size, outputs) in reversed(levels):
-            blocks = []
-            for i in range(config.blocks + 1):
+            blocks, joined = [], [skips.pop() for _ in range(config.blocks + 1)]
+            for i, skip in enumerate(joined):
                 attend = (always or i == config.blocks) and size in config.attention
-                blocks.append(block(now + skips.pop(), outputs, attend=attend))
+                blocks.append(block(now + skip, outputs, attend=attend))
                 now = outputs
             resample = None
             if level:
                 resample = Conv(now, now, draw=draw) if by_conv else block(now, now, resample="up")
-            self.up.append(Level(stack_runs(blocks), resample, None))
+            self.up.append(Level(stack_runs(blocks, joined), resample, None))
         self.norm_out = config.norm(now)
         self.conv_out = Conv(now, out_channels, scale=0.0, draw=draw)
         self.config, self.in_shape, self.logarithmic = config, in_shape, config.embedding == "fourier"
