@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, PyTree, Scalar, ScalarLike
+from jaxtyping import Float, Scalar, ScalarLike
 
 from gddim.sde.base import AbstractLinearSDE, positions
 from gddim.sde.host import on_host
@@ -25,7 +25,9 @@ class Through(eqx.Module):
     sde: AbstractLinearSDE
     denoiser: Callable[..., Any]
 
-    def __call__(self, u: Float[Array, "*dims k C"], t: ScalarLike, *cond: Any, **key: Any) -> Float[Array, "*dims k C"]:
+    def __call__(
+        self, u: Float[Array, "*dims k C"], t: ScalarLike, *cond: Any, **key: Any
+    ) -> Float[Array, "*dims k C"]:
         return implied_eps(self.sde, u, t, self.denoise(u, t, *cond, **key))
 
     def denoise(self, u: Float[Array, "*dims k C"], t: ScalarLike, *cond: Any, **key: Any) -> Float[Array, "*dims C"]:

@@ -6,11 +6,13 @@ the file gives. Anything else in the file is an error, not an instruction.
 
 import pickletools
 from collections.abc import Callable, Mapping
+from sys import getsizeof
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from gddim.errors import UserError
 
 Calls = Mapping[str, Callable[..., Any]]
+ALLOWED, OPCODE = 2**25, 100  # bytes: that any pickle may make, and that an opcode, often of one byte, makes at most
 _MARK = object()
 _PUSHED = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_SET": set}
@@ -46,20 +48,20 @@ def unpickle(file: Readable, calls: Calls, size: int, persistent: Callable[..., 
     """The value of one pickle, made of containers, numbers, strings, `Name`s, and what `calls` return.
 
     `calls`: by `module name`, what a call of that function, or a new object of that class, is to us.
-    `size`: of the whole file, in bytes; a pickle of more objects than such a file has reason to hold is refused.
+    `size`: of the whole file, in bytes; a pickle that makes much more of it than that is refused.
     `persistent`: what the file refers to by an identifier.
 
     Raises `UserError` for what is not known here, and whatever bytes that are no pickle lead to.
     """
     stack: list[Any] = []
     memo: dict[int, Any] = {}
-    left = 100_000 + size // 20  # an opcode of one byte makes an object of a hundred
+    left = ALLOWED + 2 * size  # bytes: as much for texts and numbers, and for what calls take, as the file has
     argument: Any
     for opcode, argument, position in pickletools.genops(file):  # pyright: ignore[reportArgumentType]
-        left -= 1
+        name: str = opcode.name
+        left -= OPCODE + getsizeof(argument)
         if left < 0:
             raise UserError(f"its pickle makes too many objects for a file of {size:,} bytes")
-        name: str = opcode.name
         if name in _CONSTANTS:
             stack.append(argument)
             continue
@@ -74,6 +76,7 @@ def unpickle(file: Readable, calls: Calls, size: int, persistent: Callable[..., 
                 stack.append(_PUSHED[name])
             case "EMPTY_DICT" | "EMPTY_LIST" | "EMPTY_TUPLE" | "EMPTY_SET":
                 stack.append(_EMPTY[name]())
+                left -= getsizeof(stack[-1])
             case "MARK":
                 stack.append(_MARK)
             case "TUPLE":
@@ -99,6 +102,7 @@ def unpickle(file: Readable, calls: Calls, size: int, persistent: Callable[..., 
                 stack.append(Name(f"{module} {attribute}"))
             case "REDUCE" | "NEWOBJ":
                 arguments, function = _of(stack.pop(), tuple), stack.pop()
+                left -= sum(map(getsizeof, arguments))  # of which a call may make a copy, as often as it is called
                 stack.append(_call(calls, function, arguments))
             case "BINPERSID" if persistent is not None:
                 stack.append(persistent(*_of(stack.pop(), tuple)))

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from gddim.errors import UserError
-from gddim.pickles import Calls, Name, Readable, Thing, unpickle
+from gddim.pickles import Calls, Name, Thing, unpickle
 
 _DTYPES = {
     "FloatStorage": np.dtype("<f4"),
@@ -134,8 +134,11 @@ def _member(archive: zipfile.ZipFile, root: str, storage: Storage) -> np.ndarray
     return np.frombuffer(archive.read(member), storage.dtype)
 
 
-def _read_stream(file: Readable, calls: Calls, size: int) -> Any:
-    """The form before PyTorch 1.6: five pickles, then the storages in the order of the fifth, each after its length."""
+def _read_stream(file: io.BytesIO | mmap.mmap, calls: Calls, size: int, content: bytes | None = None) -> Any:
+    """The form before PyTorch 1.6: five pickles, then the storages in the order of the fifth, each after its length.
+
+    Of a file whose `content` stays in memory the numbers are no copy.
+    """
     if unpickle(file, {}, size) != _MAGIC:
         raise UserError("neither a zip archive nor PyTorch's older form")
     unpickle(file, {}, size)
@@ -144,18 +147,19 @@ def _read_stream(file: Readable, calls: Calls, size: int) -> Any:
     storages: dict[str, Storage] = {}
     tree = unpickle(file, calls, size, _Storages(storages, None))
     for key in unpickle(file, {}, size):
-        storage = storages[key]
-        if int.from_bytes(file.read(8), "little") != storage.count:
-            raise UserError(f"storage {key:.40} does not have the length that its tensors name")
-        raw = file.read(storage.size)
-        if len(raw) != storage.size:
-            raise UserError(f"storage {key:.40} ends after {len(raw)} bytes of {storage.size}")
-        storage.find = partial(_numbers, raw)
+        storage = storages.get(key) if isinstance(key, str) else None
+        if storage is None or int.from_bytes(file.read(8), "little") != storage.count:
+            raise UserError("a storage does not have the length that its tensors name")
+        start = file.tell()
+        if start + storage.size > size:
+            raise UserError(f"storage {key:.40} ends after {size - start} bytes of {storage.size}")
+        storage.find = partial(_numbers, file.read(storage.size) if content is None else memoryview(content)[start:])
+        file.seek(start + storage.size)
     return tree
 
 
-def _numbers(raw: bytes, storage: Storage) -> np.ndarray:
-    return np.frombuffer(raw, storage.dtype)
+def _numbers(raw: bytes | memoryview, storage: Storage) -> np.ndarray:
+    return np.frombuffer(raw, storage.dtype, storage.count)
 
 
 class _Storages(NamedTuple):
@@ -181,7 +185,7 @@ def _nested(content: Any) -> Storage:
     """A storage that was pickled as the bytes of a file of its own."""
     if not isinstance(content, bytes):
         raise UserError("a storage within the pickle is not bytes")
-    storage = _read_stream(io.BytesIO(content), {}, len(content))
+    storage = _read_stream(io.BytesIO(content), {}, len(content), content)
     if not isinstance(storage, Storage):
         raise UserError("a storage within the pickle is something else")
     return storage
@@ -206,6 +210,12 @@ def _encoded(text: Any, encoding: Any) -> bytes:
     return text.encode("latin1")
 
 
+def _size(sizes: Any) -> tuple[Any, ...]:
+    if not isinstance(sizes, list | tuple) or len(sizes) > 8:
+        raise UserError("a size is not that of a tensor")
+    return tuple(sizes)
+
+
 def empty() -> dict[Any, Any]:
     """A dictionary, to be filled by opcodes, which check its keys."""
     return {}
@@ -216,7 +226,7 @@ CALLS: Calls = {
     "torch._utils _rebuild_tensor": Tensor,
     "torch._utils _rebuild_parameter": lambda data, *_: data,
     "torch.storage _load_from_bytes": _nested,
-    "torch Size": lambda sizes: tuple(sizes),
+    "torch Size": _size,
     "torch device": lambda *_: Thing("torch device"),
     "collections OrderedDict": empty,
     "numpy dtype": _dtype,

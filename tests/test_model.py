@@ -13,9 +13,9 @@ from test_through import POINTS, PROCESSES
 import gddim
 from experiments.processes import blurred_langevin
 from gddim.check import mixture_eps
-from gddim.denoiser import reduction
+from gddim.denoiser import implied_eps, reduction, statistic
 from gddim.loss import LogNormalNoise, ScoreMatching
-from gddim.model import seen_through
+from gddim.model import VelocityModel, seen_through
 from gddim.nn import NCSNppConfig
 from gddim.sde import AbstractLinearSDE
 from gddim.sde.base import positions
@@ -91,13 +91,26 @@ def third_order():
     return lambda t: 3 * F, lambda t: np.diag([0.0, 0.0, 6.0]), np.diag([1e-3, 0.1, 0.1])
 
 
+def test_an_epsilon_of_one_field_is_seen_through_every_process_with_its_class():
+    of_class = lambda x, level, cond=None, *, key=None: jnp.tanh(x + cond["label"]) * level / 999
+    model, cond, t = gddim.EpsModel(gddim.VP(), of_class), {"label": 0.5}, jnp.asarray(0.4)
+    for sde in (gddim.VE(), gddim.CLD()):
+        seen, u = seen_through(model, sde), jax.random.normal(jax.random.key(0), (4, 4, sde.k, 3))
+        y, sigma = statistic(sde, u, t)
+        data = model.denoiser(y, sigma, cond)
+        np.testing.assert_allclose(seen.denoise(u, t, cond), data, atol=1e-5)
+        np.testing.assert_allclose(seen(u, t, cond, key=jax.random.key(1)), implied_eps(sde, u, t, data), atol=1e-3)
+
+
 def test_a_network_that_belongs_to_its_process_stays_with_it():
     white, blurring = gddim.Denoiser(gddim.CLD(), net), gddim.Denoiser(gddim.Blurring(4), net)
-    published = gddim.EpsModel(gddim.CLD(), net)
-    for model in (white, blurring, published):
+    published, velocity = gddim.EpsModel(gddim.CLD(), net), VelocityModel(gddim.CLD(), net)
+    for model in (white, blurring, published, velocity):
         assert seen_through(model, dataclasses.replace(model.sde)) is model
     for model, sde, why in (
         (published, gddim.VP(), "predicts the ε of CLD"),
+        (velocity, gddim.VP(), "predicts the ε of CLD"),
+        (gddim.EpsModel(gddim.Blurring(4), net), gddim.VP(), "Blurring has a spectrum of noise"),
         (blurring, gddim.VP(), "Blurring has a spectrum of noise"),
         (white, gddim.Blurring(4), "Blurring has a spectrum of noise"),
     ):

@@ -15,6 +15,7 @@ from checkpoint_files import (
     pickled,
     refused,
     score_sde_state,
+    tensor,
     write_zip,
 )  # fmt: skip
 
@@ -62,6 +63,49 @@ def test_a_score_sde_file_is_read_as_it_was_written(tmp_path, fir, fourier):
         np.testing.assert_array_equal(other, sign * mine)
     raw = convert.read(tmp_path / "subvp.pth", "raw").model.net
     np.testing.assert_array_equal(raw.time[0].weight, net.time[0].weight + 1)
+
+
+PLAIN = NCSNppConfig(
+    width=8, multipliers=(1, 2), blocks=1, attention=(8,), fir=False, embedding="positional", progressive_input="none"
+)
+
+
+def state_file(path, config=PLAIN, inputs=3, **changes):
+    """A training state, beside whose parameters there are others."""
+    tree, storages = score_sde_state(config.build((16, 16, inputs), 3, jax.random.key(0)))
+    shapes = {f"x{i}": shape for i, shape in enumerate(changes.values())}
+    for name, key in zip(changes, shapes, strict=True):
+        size = int(np.prod(shapes[key]))
+        storages[key] = bytes(4 * size)
+        tree["model"][name] = tensor(key, shapes[key], tuple(np.cumprod((1, *shapes[key][:0:-1])).tolist()[::-1]), size)
+    return write_zip(path, tree, storages)
+
+
+def test_what_a_training_state_does_not_tell_is_as_published_or_said(tmp_path):
+    """The height of images, the range of σ, what is added to a covariance."""
+    path = state_file(tmp_path / "x.pth")
+    assert convert.read(path).experiment.data.shape == (32, 32, 3)
+    found = convert.read(path, size=16).experiment
+    assert (found.data.shape, found.net.attention) == ((16, 16, 3), (8,))
+    assert "multiples of 2" in refused(path, size=15)
+    fourier = dataclasses.replace(PLAIN, embedding="fourier")
+    assert convert.read(state_file(path, fourier)).experiment.sde == gddim.VE(100.0)
+    for config, epsilon in ((fourier, 1e-9), (PLAIN, 1e-6)):
+        assert convert.read(state_file(path, config, inputs=6)).experiment.sde.epsilon == epsilon
+
+
+@pytest.mark.parametrize(
+    ("parameter", "shape", "said"),
+    [
+        ("all_modules.3.NIN_0.W", (8, 8), "has DDPM's blocks"),
+        ("all_modules.90.Conv.weight", (8, 3, 1, 1), "has input or output skips"),
+        ("all_modules.90.weight", (3, 8, 3, 3), "has input or output skips"),
+        ("all_modules.90.weight", (8, 8), "is not told the noise level"),
+        ("other.weight", (8, 8), "which NCSN++ has not"),
+    ],
+)
+def test_other_options_of_score_sde_are_one_line(tmp_path, parameter, shape, said):
+    assert said in refused(state_file(tmp_path / "x.pth", **{parameter: shape}), weights="raw")
 
 
 DDPM = {"style": "ddpm", "groups": 4}

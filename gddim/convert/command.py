@@ -112,14 +112,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--process", choices=("vp", "subvp"), help="of a network of score_sde, where its file does not tell"
     )
+    parser.add_argument(
+        "--size",
+        type=int,
+        metavar="PIXELS",
+        help="height of the images, where a training state is not of a published size",
+    )
     options, rest = parser.parse_known_args(arguments)
     words = ["sample", "--workdir", options.workdir, *rest]
     try:
         check_backend()
         source, workdir = place(options.source), place(options.workdir)
         if options.experiment:
-            if options.process:
-                raise UserError("--process is of a network of score_sde; a state of gDDIM is of its --experiment")
+            if options.process or options.size:
+                raise UserError("--process and --size are not of a state of gDDIM, which is of its --experiment")
             experiment = _parsed(load_experiment(options.experiment), words)
             step = convert(source, workdir, experiment, options.weights)
             again = shlex.join(["python", "-m", _module(options.experiment), *words])
@@ -127,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             if is_flax(source):
                 raise UserError(f"{source} is a state of gDDIM, which tells no experiment: give --experiment NAME")
-            published = read(source, options.weights, options.process)
+            published = read(source, options.weights, options.process, options.size)
             published = dataclasses.replace(published, experiment=_parsed(published.experiment, words))
             convert_published(published, workdir)
             step = f" of step {published.step}" if published.step else ""

@@ -29,7 +29,7 @@ FIXED = {"act_fn": ("silu",), "mid_block_scale_factor": (1,), "time_embedding_ty
          "class_embed_type": (None,), "num_class_embeds": (None,), "add_attention": (True,),
          "resnet_time_scale_shift": ("default",), "downsample_padding": (1, 0), "attn_norm_num_groups": (None,)}  # fmt: skip
 DTYPES = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
-JSON_LIMIT = 2**24
+JSON_LIMIT = 2**21  # bytes, which Python makes thirty times as many of
 
 
 def read_diffusers(folder: Path, source: Any) -> Published:

@@ -8,6 +8,7 @@ import dataclasses
 import io
 import mmap
 import os
+import reprlib
 from typing import Any
 
 import numpy as np
@@ -56,9 +57,9 @@ def read_edm(file: io.BufferedReader, source: Any) -> Published:
         raise UserError(f"its ema is not a network of {' or '.join(NETS)} in a preconditioner")
     config = _song(options) if model.name == "SongUNet" else _dhariwal(options)
     found = _adapted(arrays(dict(_tensors(model)), size), config)
-    channels, side = options["in_channels"], options["img_resolution"]
-    if channels != options["out_channels"]:
-        raise UserError(f"its network takes {channels} channels and returns {options['out_channels']}")
+    channels, side = _whole(options, "in_channels"), _whole(options, "img_resolution")
+    if channels != (returned := _whole(options, "out_channels")):
+        raise UserError(f"its network takes {channels} channels and returns {returned}")
     data = Elsewhere((side, side, channels), config.classes)
     process = _process(outer, found, config)
     told = f"EDM's {outer.name} of a {model.name}"
@@ -89,45 +90,68 @@ def _process(outer: Thing, found: dict[str, np.ndarray], config: NCSNppConfig) -
 
 
 def _song(given: dict[str, Any]) -> NCSNppConfig:
-    width, filters = given["model_channels"], list(given.get("resample_filter", [1, 1]))
+    width, filters = _whole(given, "model_channels"), given.get("resample_filter", [1, 1])
     if filters not in ([1, 1], [1, 3, 3, 1]):
-        raise UserError(f"resample_filter: {filters!s:.60}; known are [1, 1] and [1, 3, 3, 1]")
+        raise UserError(f"resample_filter: {_shown(filters)}; known are [1, 1] and [1, 3, 3, 1]")
     encoder, decoder = given.get("encoder_type", "standard"), given.get("decoder_type", "standard")
     if encoder not in ("standard", "residual") or decoder != "standard":
-        raise UserError(f"encoder_type {encoder}, decoder_type {decoder}: known are standard or residual, and standard")
+        said = f"encoder_type {_shown(encoder)}, decoder_type {_shown(decoder)}"
+        raise UserError(f"{said}: known are standard or residual, and standard")
+    embedding = given.get("embedding_type", "positional")
+    if embedding not in list(EMBEDDINGS):
+        raise UserError(f"embedding_type: {_shown(embedding)}; known are {', '.join(EMBEDDINGS)}")
     return NCSNppConfig(
         width=width,
-        multipliers=tuple(given.get("channel_mult", (1, 2, 2, 2))),
-        blocks=given.get("num_blocks", 4),
-        attention=tuple(given.get("attn_resolutions", (16,))),
+        multipliers=_wholes(given, "channel_mult", (1, 2, 2, 2)),
+        blocks=_whole(given, "num_blocks", 4),
+        attention=_wholes(given, "attn_resolutions", (16,)),
         dropout=given.get("dropout", 0.1),
-        embedding=EMBEDDINGS[given.get("embedding_type", "positional")],  # pyright: ignore[reportArgumentType]
+        embedding=EMBEDDINGS[embedding],  # pyright: ignore[reportArgumentType]
         fir=len(filters) == 4,
         progressive_input="averaged" if encoder == "residual" and len(filters) == 2 else
         ("residual" if encoder == "residual" else "none"),
-        classes=given.get("label_dim", 0),
-        features=width * given.get("channel_mult_noise", 1),
-        hidden=width * given.get("channel_mult_emb", 4),
+        classes=_whole(given, "label_dim", 0),
+        features=width * _whole(given, "channel_mult_noise", 1),
+        hidden=width * _whole(given, "channel_mult_emb", 4),
     )  # fmt: skip
 
 
 def _dhariwal(given: dict[str, Any]) -> NCSNppConfig:
-    width = given["model_channels"]
+    width = _whole(given, "model_channels")
     return NCSNppConfig(
         width=width,
-        multipliers=tuple(given.get("channel_mult", (1, 2, 3, 4))),
-        blocks=given.get("num_blocks", 3),
-        attention=tuple(given.get("attn_resolutions", (32, 16, 8))),
+        multipliers=_wholes(given, "channel_mult", (1, 2, 3, 4)),
+        blocks=_whole(given, "num_blocks", 3),
+        attention=_wholes(given, "attn_resolutions", (32, 16, 8)),
         dropout=given.get("dropout", 0.1),
         embedding="positional_open",
         fir=False,
         progressive_input="none",
         style="adm",
-        classes=given.get("label_dim", 0),
-        hidden=width * given.get("channel_mult_emb", 4),
+        classes=_whole(given, "label_dim", 0),
+        hidden=width * _whole(given, "channel_mult_emb", 4),
         eps=1e-5,
         head=64,
     )
+
+
+def _whole(given: dict[str, Any], name: str, default: int | None = None) -> int:
+    value = given.get(name, default)
+    if type(value) is not int or not 0 <= value < 2**20:
+        raise UserError(f"its {name} is {_shown(value)}, where a number of these must be")
+    return value
+
+
+def _wholes(given: dict[str, Any], name: str, default: tuple[int, ...]) -> tuple[int, ...]:
+    values = given.get(name, default)
+    if not isinstance(values, list | tuple) or len(values) > 32:
+        raise UserError(f"its {name} is {_shown(values)}, where numbers must be")
+    return tuple(_whole({name: value}, name) for value in values)
+
+
+def _shown(value: Any) -> str:
+    """In a few words: what is listed within a list again and again would be a text without an end."""
+    return f"{reprlib.repr(value):.60}"
 
 
 def _part(thing: Any, name: str) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 A file holds the list of modules in the order of their calls, without names, options or process; what its shapes do not tell
 is that of the published configurations: a network with Fourier features is of the VE SDE, told σ, on data in [0, 1], and
-returns `−σ score`'s negative; one with sinusoids is of VP (or sub-VP), is told 999 t and returns ε. Level sizes are known by
-the attention, which those configurations have at 16.
+returns `σ score`; one with sinusoids is of VP (or sub-VP), is told 999 t and returns ε. Sizes are known by the attention, which
+those configurations have at 16; FIR filters by the convolutions of the input on its way down, which theirs have.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ LAYERS = {"norm_in": "GroupNorm_0", "conv_in": "Conv_0", "time": "Dense_0", "nor
           "conv_out": "Conv_1", "shortcut": "Conv_2"}  # fmt: skip
 ATTENTION = {"norm": "GroupNorm_0", "query": "NIN_0", "key": "NIN_1", "value": "NIN_2", "out": "NIN_3"}
 ATTEND_AT = 16  # the height of images with attention in the published configurations
+SIGMA_MAX = 50.0  # CIFAR-10's, of a file that does not tell it
 SUB_VP = ("subvp", "sub_vp", "sub-vp")  # as names of published files have it
 Process = Literal["vp", "subvp"]
 
@@ -38,7 +39,7 @@ class State:
     arrays: dict[str, np.ndarray]
     """The parameters by their modules' numbers, in our layout."""
     sigmas: np.ndarray | None
-    """A range of noise levels, which all of score_sde's have."""
+    """A range of noise levels, which most of score_sde's have."""
     step: int
     config: NCSNppConfig
     inputs: int
@@ -49,9 +50,9 @@ class State:
     """Height of the images."""
 
     @classmethod
-    def read(cls, file: io.BufferedReader, weights: Literal["ema", "raw"]) -> State:
-        """Raises `UserError` for another kind of file, and whatever bytes lead to."""
-        size, tree = os.fstat(file.fileno()).st_size, torch_tree(file)
+    def read(cls, file: io.BufferedReader, weights: Literal["ema", "raw"], size: int | None = None) -> State:
+        """`size`: the height of the images. Raises `UserError` for another kind of file, and whatever bytes lead to."""
+        tree = torch_tree(file)
         if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
             raise UserError(
                 "it holds no model; the states of score_sde and CLD-SGM have model, ema, optimizer and step"
@@ -67,19 +68,19 @@ class State:
         step = tree.get("step", 0)
         if type(step) is not int or not 0 <= step < 2**31:
             raise UserError("its step is no number of steps")
-        found = arrays(state, size)
+        found = arrays(state, os.fstat(file.fileno()).st_size)
         sigmas = found.pop("sigmas", None)
         found = {name: value if name.endswith(".W") else ours(value) for name, value in found.items()}
-        return cls(found, sigmas, step, *shapes_of(found))
+        return cls(found, sigmas, step, *shapes_of(found, size))
 
 
 def read_score_sde(state: State, source: Any, process: Process | None = None) -> Published:
     """Raises `UserError` for a network of another kind."""
     config, found = state.config, dict(state.arrays)
     if config.fourier:
-        sigma_max = 0.0 if state.sigmas is None else float(np.max(state.sigmas))
+        sigma_max = SIGMA_MAX if state.sigmas is None else float(f"{np.max(state.sigmas):.12g}")
         if not 0 < sigma_max < 1e6 or process is not None:
-            raise UserError("its network takes the logarithm of σ, as for VE alone, or the file has no range of σ")
+            raise UserError("its network takes the logarithm of σ, as for VE alone, or its range of σ is none")
         last = max(int(name.split(".")[1]) for name in found)
         for name in (f"all_modules.{last}.weight", f"all_modules.{last}.bias"):
             found[name] = -found[name]
@@ -95,7 +96,7 @@ def read_score_sde(state: State, source: Any, process: Process | None = None) ->
     return Published(source, experiment, found, names, state.step, f"score_sde's, taken for one of {told}")
 
 
-def shapes_of(found: dict[str, np.ndarray]) -> tuple[NCSNppConfig, int, int, int]:
+def shapes_of(found: dict[str, np.ndarray], size: int | None = None) -> tuple[NCSNppConfig, int, int, int]:
     """The network's configuration, its channels in and out, and the height of its images, from the shapes of its modules."""
     modules: dict[int, dict[str, tuple[int, ...]]] = {}
     for name, value in found.items():
@@ -103,11 +104,12 @@ def shapes_of(found: dict[str, np.ndarray]) -> tuple[NCSNppConfig, int, int, int
         if word != "all_modules" or not number.isdecimal() or len(number) > 4:
             raise UserError(f"its model has a {name:.60}, which NCSN++ has not")
         modules.setdefault(int(number), {})[".".join(layer)] = value.shape
-    fourier = "W" in modules[0]
-    features, hidden = modules[fourier]["weight"]
-    channels, width = modules[2 + fourier]["weight"][2:]
     order = [modules[n] for n in sorted(modules)]
     blocks = [module for module in order if "Dense_0.weight" in module]
+    _check_kind(order)
+    fourier = "W" in order[0]
+    features, hidden = order[fourier]["weight"]
+    channels, width = order[2 + fourier]["weight"][2:]
     resampling = [
         module["Conv_0.weight"][2:] == module["Conv_1.weight"][2:] and "Conv_2.weight" in module for module in blocks
     ]
@@ -122,7 +124,7 @@ def shapes_of(found: dict[str, np.ndarray]) -> tuple[NCSNppConfig, int, int, int
         at += "Dense_0.weight" in module
         if "NIN_0.W" in module and at < levels * (per_level + 1) - 1:
             attending.add(at // (per_level + 1))
-    side = ATTEND_AT << min(attending) if attending else 32
+    side = size or (ATTEND_AT << min(attending) if attending else 32)
     kernels = [module for module in order[3 + fourier :] if set(module) <= {"Conv2d_0.weight", "Conv2d_0.bias"}]
     strided = [module for module in order[3 + fourier :] if set(module) <= {"Conv_0.weight", "Conv_0.bias"}]
     config = NCSNppConfig(
@@ -137,6 +139,22 @@ def shapes_of(found: dict[str, np.ndarray]) -> tuple[NCSNppConfig, int, int, int
         hidden=hidden,
     )
     return config, channels, order[-1]["weight"][-1], side
+
+
+def _check_kind(order: list[dict[str, tuple[int, ...]]]) -> None:
+    """Raise `UserError` for options of score_sde's that ours has not."""
+    levels = sum(len(module.get("weight", ())) == 2 for module in order)
+    images = sum(len(module.get("weight", ())) == 4 for module in order)  # convolutions from images or to them
+    combined = ("Conv.weight" in module or module.get("Conv_0.weight", ())[:1] == (1,) for module in order)
+    for wrong, what in (
+        (levels != 2, "is not told the noise level"),
+        (any({"NIN_0.W", "Conv_0.weight"} <= module.keys() for module in order), "has DDPM's blocks"),
+        (images != 2 or any(combined), "has input or output skips"),
+    ):
+        if wrong:
+            raise UserError(
+                f"its network {what}: read are DDPM++ and NCSN++, of BigGAN's blocks, with images at its ends"
+            )
 
 
 def names(net: NCSNpp) -> Names:

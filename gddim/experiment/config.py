@@ -132,8 +132,8 @@ class Sampling:
     process: Annotated[Process, tyro.conf.arg(name="process", prefix_name=False)] = field(
         default=None, metadata={UNGROUPED: True, SPELLED: spell_process}
     )
-    """What they are drawn through: own, or, by a network that predicts the data, vp, cosine, subvp, ve, flow, cld, psld,
-    langevin or module:object, each with its parameters (cld:gamma=0.1, langevin:order=4)."""
+    """What they are drawn through: own, or, by a network that predicts the data, or the ε of one field, vp, cosine, subvp, ve,
+    flow, cld, psld, langevin or module:object, each with its parameters (cld:gamma=0.1, langevin:order=4)."""
     nfe: int = 50
     """Network calls a sample, the last step's included."""
     samples: int = 64
@@ -263,8 +263,8 @@ class Experiment:
         require(
             self.model.predicts == "data" or (self.model.predicts == "eps" and self.sde.k == 1),
             f"process {other}: this network predicts the ε of {own} in its {'R' if self.model.predicts == 'eps' else 'L'} "
-            f"coordinates (model.predicts {self.model.predicts}, as published), from all of its fields, which no other process "
-            "has: only own is drawn here, and all by a run with --model.predicts data",
+            f"coordinates (model.predicts {self.model.predicts}, as published), of all its fields, which no other process has: "
+            "only own is drawn here, and all by a run with --model.predicts data",
         )
         for name, process in ((own, self.sde), (other, sde)):
             require(
