@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command_line import status_of
 from etils import epath
 
 import gddim
 from gddim import convert
+from gddim.data import to_uint8
 from gddim.errors import UserError
 from gddim.experiment.checkpoints import restore_ema
 from gddim.experiment.plan import Plan
@@ -22,8 +24,9 @@ EDM = ("edm_ddpmpp_cond", "edm_ncsnpp_uncond")
 def published(folder, name):
     """A fixture that has been read, and what its code base said.
 
-    The fixtures' `model` is their average plus 0.01 throughout, their fixed frequencies too, with which nothing was
-    computed: in these the frequencies are moved back.
+    The fixtures' `model` is their average plus 0.01 throughout, the fixed frequencies and noise levels too, which no average
+    holds. A reader takes those of the file, as the published code does: it says something else of these files than what
+    they come with (by a tenth), which was computed before all was moved. Here the frequencies are moved back.
     """
     found = convert.read(folder / "checkpoints" / f"{name}.{'pkl' if name in EDM else 'pth'}")
     if (fixed := found.arrays.get("all_modules.0.W")) is not None:
@@ -152,6 +155,33 @@ def test_the_command_knows_what_it_was_given_and_writes_a_run(fixtures_dir, tmp_
     assert "holds a run already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_converted_run_is_drawn_through_another_process_where_it_can_be(fixtures_dir, tmp_path, capsys):
+    folder, run = fixtures_dir / "checkpoints", tmp_path / "run"
+    source = str(folder / "scoresde_vp_ddpmpp.pth")
+    assert convert.main([source, str(run), "--size", "16"]) == 0
+    found = convert.read(source, size=16)
+    words = ["--process", "cld", "--sampling.samples=4", "--sampling.batch=4", "--sampling.nfe=5"]
+    assert status_of(found.experiment, "sample", f"--workdir={run}", *words) == 0
+    with np.load(run / "samples.npz", allow_pickle=False) as file:
+        samples = file["samples"]
+    sde, ts = gddim.CLD(), gddim.power_grid(1.0, 1e-3, 5)
+    eps_fn = gddim.through(sde, found.model.denoiser)
+
+    def draw(i):
+        prior, noise = jax.random.split(jax.random.fold_in(jax.random.key(0), i))
+        u = sde.sample_prior(prior, (16, 16, 2, 3))
+        return sde.project(gddim.sample(gddim.GDDIM(3, interpolate="data"), sde, eps_fn, u, ts, noise))
+
+    direct = np.asarray(to_uint8(compiled(jax.vmap(draw), jnp.arange(4))))
+    assert samples.shape == (4, 16, 16, 3)
+    assert np.mean(np.abs(samples.astype(int) - direct.astype(int)) > 1) < 0.01
+    source = str(folder / "cldsgm_mixed.pth")
+    assert convert.main([source, str(tmp_path / "cld")]) == 0
+    assert status_of(convert.read(source).experiment, "sample", f"--workdir={tmp_path / 'cld'}", "--process=vp") == 2
+    assert "predicts the ε of cld:epsilon=1e-09 in its L coordinates" in capsys.readouterr().err
+
+
 def test_what_a_file_does_not_tell_is_an_option(fixtures_dir, tmp_path, capsys):
     folder = fixtures_dir / "checkpoints"
     vp, run = str(folder / "scoresde_vp_ddpmpp.pth"), tmp_path / "run"
@@ -163,6 +193,7 @@ def test_what_a_file_does_not_tell_is_an_option(fixtures_dir, tmp_path, capsys):
     )
     for words, said in (
         ([str(folder / "edm_ncsnpp_uncond.pkl"), "--weights", "raw"], "leave out --weights"),
+        ([str(folder / "edm_ncsnpp_uncond.pkl"), "--size", "16"], "leave out --weights, --process and --size"),
         ([str(folder / "scoresde_ve_ncsnpp.pth"), "--process", "vp"], "as for VE alone"),
         ([str(fixtures_dir / "ncsnpp_positional.msgpack")], "give --experiment NAME"),
         ([str(folder / "cldsgm_mixed.names.txt")], "is no EDM pickle"),
