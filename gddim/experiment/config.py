@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -251,6 +251,12 @@ class Experiment:
                 "train.sigma_mean and sigma_std are of white noise: they need a prediction of data, and a process "
                 "without a spectrum; give train.time_power",
             )
+
+    def predicting_eps(self) -> Experiment:
+        """The same for the published ε, without what is set of a prediction of data alone: white noise, other processes."""
+        train = replace(self.train, sigma_mean=None, sigma_std=None)
+        sampling, table = replace(self.sampling, process=None), replace(self.eval, processes=())
+        return replace(self, model=Model(predicts="eps"), train=train, sampling=sampling, eval=table)
 
     def through(self, sde: AbstractLinearSDE | None) -> AbstractLinearSDE:
         """The process that samples are drawn through: the run's own for None, or another that its network serves too.

@@ -115,6 +115,7 @@ class Calls(eqx.Module):
     record_eps: Array | None = None
     carry: Array | None = None
     shift: Array | None = None
+    made: Array | None = None  # whether the call is made, and not passed over; None if all are
 
 
 def calls(table: Coefficients, sde: AbstractLinearSDE, last: Last = "none", data: bool = False) -> Calls:
@@ -172,6 +173,13 @@ def calls(table: Coefficients, sde: AbstractLinearSDE, last: Last = "none", data
         noisy = (rows["noise"] != 0).any(tuple(range(1, rows["noise"].ndim)))
     rows |= dict(weights=by_slot, noisy=noisy, other=(to_eps if data else to_data)(sde, rows["time"]))
     return Calls(**{name: None if data and name in RECORD else value for name, value in rows.items()})
+
+
+def among(rows: Calls, room: int) -> Calls:
+    """The same calls, from NumPy, as the first of `room`: the loop passes over the others, at next to no cost."""
+    count = len(rows.time)
+    longer = jax.tree.map(lambda x: np.concatenate([x, np.zeros((room - count, *x.shape[1:]), x.dtype)]), rows)
+    return dataclasses.replace(longer, made=np.arange(room) < count)
 
 
 def _of_data(weights: Array, record_data: Array, after: int) -> Array:

@@ -64,8 +64,8 @@ class Path(NamedTuple):
 def run(rows: Calls, model: Any, u: Float[Array, "..."], key: PRNGKeyArray) -> tuple[Float[Array, "..."], Path | None]:
     """The one loop: u after all calls, and the path there if the rows have `other`.
 
-    `rows` are arguments of the compiled program, so no table recompiles it. `model` is an `EpsFn`, or for rows of D a
-    `DataModel`.
+    `rows` are arguments of the compiled program, so no table recompiles it; of those that are not all made there is no
+    path. `model` is an `EpsFn`, or for rows of D a `DataModel`.
     """
     rows = jax.tree.map(lambda x: x.astype(u.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, rows)
     of_data = rows.record_eps is None
@@ -99,10 +99,13 @@ def run(rows: Calls, model: Any, u: Float[Array, "..."], key: PRNGKeyArray) -> t
         fields, history = jax.lax.cond(row.noisy, add_noise, lambda *same: same, fields, history)
         return (_choose(row.accept, fields, base), fields, history), path
 
+    def step_if_made(state: tuple[Fields, Fields, list[Fields]], row: Calls) -> Any:
+        return jax.lax.cond(row.made, step, lambda state, row: (state, None), state, row)
+
     shape, fields = u.shape, _apart(u)
     nothing = [jnp.zeros_like(x) for x in fields]  # varies over a mesh as u does, where it is sharded by hand
     history = [nothing[: rows.weights.shape[-1]]] * rows.weights.shape[1]
-    (_, fields, _), path = jax.lax.scan(step, (fields, fields, history), rows)
+    (_, fields, _), path = jax.lax.scan(step if rows.made is None else step_if_made, (fields, fields, history), rows)
     return _together(fields), path
 
 

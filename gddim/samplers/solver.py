@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Num, PRNGKeyArray
 
-from gddim.samplers.base import Calls, Coefficients, DataModel, EpsFn, Last, calls
+from gddim.samplers.base import Calls, Coefficients, DataModel, EpsFn, Last, among, calls
 from gddim.samplers.grids import check_grid
 from gddim.samplers.loop import Path, run
 from gddim.sde.base import AbstractLinearSDE
@@ -126,9 +127,10 @@ class TableSolver(AbstractSolver):
         return TableSolver(sde, rows, data_rows, table.start)
 
     @property
-    def nfe(self) -> int:
+    def nfe(self) -> Any:
         """Network calls, that of `last` included."""
-        return len(self._either.time)
+        made = self._either.made
+        return len(self._either.time) if made is None else made.sum()
 
     @property
     def _either(self) -> Calls:
@@ -160,6 +162,16 @@ class TableSolver(AbstractSolver):
             u = product(psi, u) + product(noise, jax.random.normal(first, u.shape, u.dtype))
         state, way = run(rows if path else dataclasses.replace(rows, other=None), eps_fn, u, rest)
         return Solution(state, self.nfe, way)
+
+
+def sharing(solver: AbstractSolver) -> AbstractSolver:
+    """The solver with its calls as the first of 64, 128, 256, …: those of other budgets then share its compiled program.
+
+    The calls that are not made cost next to nothing; there is no path of them.
+    """
+    laid_out = lambda node: isinstance(node, Calls)
+    room = lambda count: 64 * 2 ** max(0, math.ceil(math.log2(count / 64)))
+    return jax.tree.map(lambda x: among(x, room(len(x.time))) if laid_out(x) else x, solver, is_leaf=laid_out)
 
 
 def count_calls(sampler: AbstractSampler, steps: int, last: Last = "none") -> int:
