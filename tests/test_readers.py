@@ -102,6 +102,7 @@ def test_what_a_training_state_does_not_tell_is_as_published_or_said(tmp_path):
         ("all_modules.90.weight", (3, 8, 3, 3), "has input or output skips"),
         ("all_modules.90.weight", (8, 8), "is not told the noise level"),
         ("other.weight", (8, 8), "which NCSN++ has not"),
+        ("all_modules.3.two\nlines", (8, 8), "unexpected: all_modules.3.two lines"),
     ],
 )
 def test_other_options_of_score_sde_are_one_line(tmp_path, parameter, shape, said):

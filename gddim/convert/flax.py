@@ -33,17 +33,15 @@ def load_flax(path: epath.PathLike, model: M, weights: Literal["ema", "raw"] = "
     return assign(read_state(path), model, weights, epath.Path(path))
 
 
-def read_state(path: epath.PathLike) -> dict[str, Any]:
+def read_state(path: epath.PathLike) -> dict[Any, Any]:
     """A flax msgpack file as nested dictionaries of NumPy arrays, by hand: neither flax nor pickle is involved."""
-    import msgpack
-
     path = epath.Path(path).expanduser()
     try:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     try:
-        state = _join(msgpack.unpackb(content, ext_hook=_extension, strict_map_key=False))
+        state = _join(_unpacked(content))
     except Exception as error:  # whatever msgpack and NumPy make of bytes that are not theirs
         raise UserError(f"{path} is no flax msgpack file, or not all of it: {error!r:.200}") from error
     if not isinstance(state, dict):
@@ -51,7 +49,7 @@ def read_state(path: epath.PathLike) -> dict[str, Any]:
     return state
 
 
-def assign(state: dict[str, Any], model: M, weights: Literal["ema", "raw"], source: Any) -> M:
+def assign(state: dict[Any, Any], model: M, weights: Literal["ema", "raw"], source: Any) -> M:
     """`load_flax` of a state that has been read; `source` is what errors call it."""
     net = getattr(model, "net", model)
     if not isinstance(net, NCSNpp):
@@ -60,7 +58,9 @@ def assign(state: dict[str, Any], model: M, weights: Literal["ema", "raw"], sour
     for word in place:
         tree = tree.get(word) if isinstance(tree, dict) else None
     if not isinstance(tree, dict):
-        raise UserError(f"{source} holds no {'.'.join(place)}, where {weights} weights are; it has {', '.join(state)}")
+        raise UserError(
+            f"{source} holds no {'.'.join(place)}, where {weights} weights are; it has {', '.join(map(str, state)):.200}"
+        )
     found = dict(_flatten(tree["params"] if set(tree) == {"params"} else tree))
     return fill(model, published_names(net), found, source)
 
@@ -111,6 +111,22 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield from _flatten(value, f"{prefix}{name}/")
         else:
             yield f"{prefix}{name}", value
+
+
+def _unpacked(content: bytes) -> Any:
+    import msgpack
+
+    left = 2**18 + len(content) // 100  # entries, each of a byte or more, and a hundred bytes here
+
+    def counted(value: Any) -> Any:
+        nonlocal left
+        left -= 1 + len(value)
+        if left < 0:
+            raise UserError("it has more entries than arrays have reason to")
+        return value
+
+    hooks: dict[str, Any] = {"ext_hook": _extension, "object_hook": counted, "list_hook": counted}
+    return msgpack.unpackb(content, **hooks, strict_map_key=False, max_array_len=2**16, max_map_len=2**16)
 
 
 def _extension(code: int, data: bytes) -> Any:

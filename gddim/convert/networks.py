@@ -80,9 +80,12 @@ def fill(model: M, names: Names, found: dict[str, Any], source: Any) -> M:
     Raises `UserError` naming those that are missing, unexpected or of another shape.
     """
     _check({name: shape for each in names for name, shape in each.items()}, found, source)
-    loaded = [np.stack([np.asarray(found[name], np.float32) for name in each]) for each in names]
-    leaves = [value.reshape(leaf.shape) for value, leaf in zip(loaded, jax.tree.leaves(model), strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(model), map(jnp.asarray, leaves))
+    leaves, structure = jax.tree.flatten(model)
+
+    def loaded(each: dict[str, tuple[int, ...]], leaf: Any) -> jax.Array:  # one at a time: none is held twice
+        return jnp.asarray(np.stack([np.asarray(found[name], np.float32) for name in each]).reshape(leaf.shape))
+
+    return jax.tree.unflatten(structure, [loaded(*pair) for pair in zip(names, leaves, strict=True)])
 
 
 def ours(value: np.ndarray) -> np.ndarray:
@@ -105,5 +108,7 @@ def _check(wanted: dict[str, tuple[int, ...]], found: dict[str, Any], source: An
             lines.append(f"values: {name} is not finite")
     if lines:
         more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-        told = "; ".join([*lines[:SHOWN], *more])
+        told = " ".join(
+            "; ".join([*(f"{line:.200}" for line in lines[:SHOWN]), *more]).split()
+        )  # whatever the names hold
         raise UserError(f"{source} does not fit this network; {len(lines)} parameter(s) do not match: {told}")
