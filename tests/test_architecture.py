@@ -14,7 +14,7 @@ PACKAGE = [path for path in TREES if path.is_relative_to(ROOT / "gddim")]
 
 # What each part of gddim imports of the other parts, from the ground up; all may import `errors`.
 IMPORTS = {
-    **{ground: set() for ground in ("averages", "errors", "logs", "parallel", "sde", "settings", "storage")},
+    **{ground: set() for ground in ("averages", "errors", "logs", "parallel", "pickles", "sde", "settings", "storage")},
     "checkpoint": {"parallel", "storage"},
     "data": {"parallel", "settings", "storage"},
     "denoiser": {"sde"},
@@ -23,11 +23,12 @@ IMPORTS = {
     "guidance": {"sde", "denoiser"},
     "nn": {"settings"},
     "samplers": {"sde"},
+    "torch_reader": {"pickles"},
     "train": {"averages", "logs"},
     "compact": {"storage"},
     "laws": {"sde"},
     "check": {"sde", "samplers", "laws", "parallel"},
-    "evaluation": {"sde", "samplers", "model", "data", "parallel", "storage", "logs"},
+    "evaluation": {"sde", "samplers", "model", "data", "parallel", "storage", "logs", "torch_reader"},
     "experiment": {
         *(
             "sde",
@@ -45,7 +46,9 @@ IMPORTS = {
         *("evaluation", "averages", "compact"),
     },
     "export": {"checkpoint", "compact", "parallel"},
-    "convert": {"nn", "parallel", "train", "experiment"},  # it writes a run
+    "convert": {  # it writes a run
+        *("nn", "sde", "samplers", "parallel", "storage", "train", "pickles", "torch_reader", "experiment")
+    },
 }
 READ_THE_COMMAND_LINE = {"experiment", "check", "convert", "export", "__main__"}
 PICKLES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
