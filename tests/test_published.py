@@ -22,15 +22,8 @@ EDM = ("edm_ddpmpp_cond", "edm_ncsnpp_uncond")
 
 
 def published(folder, name):
-    """A fixture that has been read, and what its code base said.
-
-    The fixtures' `model` is their average plus 0.01 throughout, the fixed frequencies and noise levels too, which no average
-    holds. A reader takes those of the file, as the published code does: it says something else of these files than what
-    they come with (by a tenth), which was computed before all was moved. Here the frequencies are moved back.
-    """
+    """A fixture that has been read, and what its code base said."""
     found = convert.read(folder / "checkpoints" / f"{name}.{'pkl' if name in EDM else 'pth'}")
-    if (fixed := found.arrays.get("all_modules.0.W")) is not None:
-        found = dataclasses.replace(found, arrays=found.arrays | {"all_modules.0.W": fixed - np.float32(0.01)})
     with np.load(folder / "checkpoints" / f"{name}_io.npz") as io:
         return found, dict(io)
 
