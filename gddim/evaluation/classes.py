@@ -18,7 +18,7 @@ class Labelled(Protocol):
 
     def test(self) -> Source: ...
 
-    def labels(self) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]:
+    def known_classes(self) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]:
         """The classes of the training and of the held-out records."""
         ...
 
@@ -33,7 +33,7 @@ def classify(data: Labelled, samples: Shaped[np.ndarray, "n ..."]) -> dict[str, 
     from sklearn.svm import SVC
 
     train, test = data_alone(data.train()), data_alone(data.test())
-    labels, held_out = data.labels()
+    labels, held_out = data.known_classes()
 
     def pixels(records: np.ndarray) -> np.ndarray:
         return records.reshape(len(records), -1) / 255.0

@@ -69,7 +69,7 @@ def check_measurable(experiment: Experiment, workdir: epath.Path, train: Source 
     if train is not None:
         measured_against(experiment, train)
         if isinstance(experiment.data, Labelled):
-            experiment.data.labels()
+            experiment.data.known_classes()
             experiment.data.test()
 
 
