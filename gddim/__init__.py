@@ -17,6 +17,7 @@ from gddim.samplers import GDDIM as GDDIM
 from gddim.samplers import IPNDM as IPNDM
 from gddim.samplers import RK45 as RK45
 from gddim.samplers import SSCS as SSCS
+from gddim.samplers import AnalyticStart as AnalyticStart
 from gddim.samplers import CholeskyMultistep as CholeskyMultistep
 from gddim.samplers import DPMSolver as DPMSolver
 from gddim.samplers import EulerMaruyama as EulerMaruyama

@@ -15,6 +15,7 @@ from gddim.samplers.grids import two_phase_grid as two_phase_grid
 from gddim.samplers.grids import uniform_grid as uniform_grid
 from gddim.samplers.method import Method as Method
 from gddim.samplers.peers import IPNDM as IPNDM
+from gddim.samplers.peers import AnalyticStart as AnalyticStart
 from gddim.samplers.peers import DPMSolver as DPMSolver
 from gddim.samplers.peers import UniPC as UniPC
 from gddim.samplers.solver import AbstractSampler as AbstractSampler

@@ -11,8 +11,8 @@ from gddim.samplers.adams import GDDIM
 from gddim.samplers.base import Last
 from gddim.samplers.baselines import RK45, SSCS, CholeskyMultistep, EulerMaruyama, Heun
 from gddim.samplers.grids import band_grid, karras_grid, log_snr_grid, power_grid, two_phase_grid, uniform_grid
-from gddim.samplers.peers import IPNDM, DPMSolver, UniPC
-from gddim.samplers.solver import AbstractSampler, count_calls
+from gddim.samplers.peers import IPNDM, AnalyticStart, DPMSolver, UniPC
+from gddim.samplers.solver import AbstractSampler, AbstractTableSampler, count_calls
 from gddim.sde import VP, AbstractLinearSDE
 
 _FORMS = {
@@ -20,18 +20,22 @@ _FORMS = {
     "ipndm": IPNDM, "dpm": DPMSolver, "unipc": UniPC,
 }  # fmt: skip
 _WORDS = {
-    "eps": ("interpolate", "eps"), "data": ("interpolate", "data"), "corrector": ("corrector", True),
+    "eps": ("interpolate", "eps"), "data": ("interpolate", "data"), "residual": ("interpolate", "residual"),
+    "corrector": ("corrector", True), "free": ("corrector", "free"),
     "bh1": ("variant", "bh1"), "bh2": ("variant", "bh2"),
 }  # fmt: skip
 ACCEPTED = (
-    "gddim[:ORDER][:data][:corrector][:lam=λ], cholesky[:ORDER], em[:lam=λ], heun, sscs, rk45[:rtol=…][:atol=…], "
-    "ipndm[:ORDER], dpm[:ORDER] (DPM-Solver++), unipc[:ORDER][:bh1]; for example gddim:3:data or em:lam=1"
+    "gddim[:ORDER][:data|:residual][:free|:corrector][:lam=λ][:data_std=…], cholesky[:ORDER], em[:lam=λ], heun, sscs, "
+    "rk45[:rtol=…][:atol=…], ipndm[:ORDER], dpm[:ORDER] (DPM-Solver++), unipc[:ORDER][:bh1], "
+    "or afs:SAMPLER, whose first step is analytic; for example gddim:3:data or em:lam=1"
 )
 
 
 def parse_sampler(text: str) -> AbstractSampler:
     """The sampler that a word such as `gddim:3:data` names. Raises `UserError` that lists what is accepted."""
     name, *options = text.strip().lower().split(":")
+    if name == "afs" and options:
+        return AnalyticStart(_table(parse_sampler(":".join(options)), text))
     if name not in _FORMS:
         raise UserError(f"unknown sampler {text!r}; accepted are {ACCEPTED}")
     known = {field.name for field in dataclasses.fields(_FORMS[name])}
@@ -48,6 +52,12 @@ def parse_sampler(text: str) -> AbstractSampler:
         raise UserError(f"sampler {text!r}: {error}") from error
 
 
+def _table(sampler: AbstractSampler, text: str) -> AbstractTableSampler:
+    if not isinstance(sampler, AbstractTableSampler):
+        raise UserError(f"sampler {text!r}: afs is the first step of a sampler on a grid; accepted are {ACCEPTED}")
+    return sampler
+
+
 def _argument(option: str) -> tuple[str, Any]:
     """The argument that one option sets; its name is empty if the option is malformed."""
     if option.isascii() and option.isdecimal():
@@ -56,15 +66,17 @@ def _argument(option: str) -> tuple[str, Any]:
         return _WORDS[option]
     name, _, number = option.partition("=")
     try:
-        return (name if name in ("lam", "rtol", "atol") else ""), float(number)
+        return (name if name in ("lam", "rtol", "atol", "data_std") else ""), float(number)
     except ValueError:
         return "", None
 
 
 def sampler_name(sampler: AbstractSampler) -> str:
     """The shortest word that `parse_sampler` reads as this sampler; the `repr` of one that has no word."""
+    if isinstance(sampler, AnalyticStart) and sampler.data_std == 0.5:
+        return f"afs:{sampler_name(sampler.sampler)}"
     name = next((name for name, form in _FORMS.items() if isinstance(sampler, form)), None)
-    if name is None:
+    if name is None or isinstance(getattr(sampler, "data_std", 0.5), tuple):
         return repr(sampler)
     words = [name]
     for field in dataclasses.fields(sampler):
@@ -88,7 +100,7 @@ def steps_for(sampler: AbstractSampler, nfe: int, last: Last = "none") -> int:
     least = count_calls(sampler, 1, last)
     if nfe < least:
         raise UserError(f"nfe: {nfe} given, but {sampler_name(sampler)} with last={last} makes at least {least} calls")
-    return max(steps for steps in range(1, nfe + 1) if count_calls(sampler, steps, last) <= nfe)
+    return max(steps for steps in range(1, nfe + 2) if count_calls(sampler, steps, last) <= nfe)
 
 
 _GRIDS = {"band": 2, "karras": 1, "log-snr": 0, "power": 1, "two-phase": 3, "uniform": 0}  # numbers that may follow
