@@ -13,11 +13,12 @@ from jaxtyping import Float, PRNGKeyArray
 from gddim.averages import LONGEST
 from gddim.experiment.network import Model, NetConfig, require
 from gddim.experiment.options import SPELLED, UNGROUPED
-from gddim.experiment.words import Process, Sampler, spell_process
+from gddim.experiment.words import Process, Sampler, TimeGrid, spell_process
 from gddim.loss import AbstractObjective, LogNormalNoise, ScoreMatching
 from gddim.model import Denoiser, EpsModel, VelocityModel
 from gddim.parallel import MeshConfig, Rule, default_rule
-from gddim.samplers import GDDIM, CholeskyMultistep, EulerMaruyama, Method, power_grid
+from gddim.samplers import GDDIM, CholeskyMultistep, EulerMaruyama, Grid, Method
+from gddim.samplers.words import BEST, laid_out
 from gddim.sde import AbstractLinearSDE
 from gddim.sde.base import last_time, positions
 from gddim.sde.words import process_name
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from gddim.data import Dataset
 else:
     Dataset = Any  # tyro narrows a field to the type of its default, but not from a protocol with attributes
-
-OURS = GDDIM(3, interpolate="data")
 
 
 @dataclass(frozen=True)
@@ -125,10 +124,11 @@ class Sampling:
     """How samples are drawn: by `sample`, for the grids while training, and where an evaluation does not say."""
 
     sampler: Annotated[Sampler, tyro.conf.arg(name="sampler", prefix_name=False)] = field(
-        default=OURS, metadata={UNGROUPED: True}
+        default=BEST, metadata={UNGROUPED: True}
     )
-    """gddim[:ORDER][:data][:corrector][:lam=λ], cholesky[:ORDER], em[:lam=λ], heun, sscs, rk45[:rtol=…][:atol=…],
-    ipndm[:ORDER], dpm[:ORDER] or unipc[:ORDER][:bh1]."""
+    """gddim[:ORDER][:data|:residual][:free|:corrector][:lam=λ][:data_std=…], cholesky[:ORDER], em[:lam=λ], heun, sscs,
+    rk45[:rtol=…][:atol=…], ipndm[:ORDER], dpm[:ORDER], unipc[:ORDER][:bh1], or afs:SAMPLER, its first step analytic;
+    any of them on a grid of its own, as gddim:3:data:free@band."""
     process: Annotated[Process, tyro.conf.arg(name="process", prefix_name=False)] = field(
         default=None, metadata={UNGROUPED: True, SPELLED: spell_process}
     )
@@ -142,7 +142,10 @@ class Sampling:
     """How many at a time, over all devices. Another number is another program of XLA's, and changes samples by rounding:
     up to 0.3 % of 8-bit pixels were seen to differ, by one level."""
     power: float | None = None
-    """Times are uniform in t^(1/power), those of the process; without it 2, for ve 7."""
+    """Times are uniform in t^(1/power), those of the process, for samplers that bring no grid; without it 2, for ve 7."""
+    grid: TimeGrid = field(default=None, metadata={SPELLED: lambda grid: grid and str(grid)})
+    """Another layout of the times, of every sampler that brings none: power[:POWER], band[:LO:HI] (in standard deviations
+    of the data), karras[:RHO], log-snr, two-phase[:SHARE:FRACTION:POWER] or uniform."""
     t_min: float | None = None
     """Time of the process at which the sampler stops; without it 0.001 of the horizon, for ve 0.002 of its 80."""
     last: Literal["none", "euler", "data"] = "none"
@@ -157,12 +160,12 @@ class Sampling:
         """How, whichever and however many samples of a process."""
         power = sde.grid_power if self.power is None else self.power
         t_min = sde.grid_end * sde.horizon if self.t_min is None else self.t_min
-        return Method(self.sampler, self.nfe, power, t_min, self.last)
+        return Method(laid_out(self.sampler, self.grid, self.power), self.nfe, power, t_min, self.last)
 
     def flow_grid(self, sde: AbstractLinearSDE, steps: int) -> Float[np.ndarray, " n"]:
         """Times between which the probability flow goes both ways: they begin where something is left of the data."""
         method = self.method(sde)
-        return power_grid(last_time(sde), method.t_min, steps, method.power)
+        return (self.grid or Grid("power", (method.power,)))(sde, last_time(sde), method.t_min, steps)
 
     def __post_init__(self):
         for name in ("nfe", "samples", "batch"):
@@ -170,6 +173,7 @@ class Sampling:
         for name in ("power", "t_min"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} must be > 0, not {value}")
+        require(self.power is None or self.grid is None, "give grid or power, not both")
         require(0 <= self.seed < 2**31, f"seed must be in [0, 2³¹), not {self.seed}")
         require(0 <= self.ema <= LONGEST, f"ema must lie in [0, {LONGEST:.3f}], not {self.ema}")
 

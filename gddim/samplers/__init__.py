@@ -24,3 +24,5 @@ from gddim.samplers.solver import Solution as Solution
 from gddim.samplers.solver import TableSolver as TableSolver
 from gddim.samplers.solver import count_calls as count_calls
 from gddim.samplers.solver import sample as sample
+from gddim.samplers.words import Grid as Grid
+from gddim.samplers.words import OnGrid as OnGrid
