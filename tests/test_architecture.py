@@ -15,7 +15,8 @@ PACKAGE = [path for path in TREES if path.is_relative_to(ROOT / "gddim")]
 # What each part of gddim imports of the other parts, from the ground up; all may import `errors`.
 IMPORTS = {
     **{ground: set() for ground in ("averages", "errors", "logs", "parallel", "sde", "settings", "storage")},
-    "checkpoint": {"parallel", "storage"},
+    "checksums": {"parallel"},
+    "checkpoint": {"parallel", "storage", "checksums"},
     "data": {"parallel", "settings", "storage"},
     "denoiser": {"sde"},
     "loss": {"sde"},
@@ -24,6 +25,7 @@ IMPORTS = {
     "samplers": {"sde"},
     "train": {"averages", "logs"},
     "compact": {"storage"},
+    "weights": {"compact", "storage"},
     "laws": {"sde"},
     "check": {"sde", "samplers", "laws", "parallel"},
     "evaluation": {"sde", "samplers", "model", "data", "parallel", "storage", "logs"},
@@ -41,12 +43,14 @@ IMPORTS = {
             "settings",
             "logs",
         ),
-        *("evaluation", "averages", "compact"),
+        *("evaluation", "averages", "compact", "checksums", "nn", "weights"),
     },
-    "export": {"checkpoint", "compact", "parallel"},
+    "loading": {"sde", "samplers", "model", "parallel", "experiment"},
+    "export": {"checkpoint", "compact", "parallel", "storage", "weights", "evaluation", "experiment", "loading"},
+    "generate": {"data", "evaluation", "experiment", "loading", "parallel", "samplers", "sde", "storage"},
     "convert": {"nn", "parallel", "train", "experiment"},  # it writes a run
 }
-READ_THE_COMMAND_LINE = {"experiment", "check", "convert", "export", "__main__"}
+READ_THE_COMMAND_LINE = {"experiment", "check", "convert", "export", "generate", "__main__"}
 PICKLES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 
 

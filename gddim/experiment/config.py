@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -271,6 +272,10 @@ class Experiment:
     """Where each array of the state lives on the mesh, by its path: a function, to be given in the experiment's file."""
     seed: int = field(default=0, metadata=MAY_CHANGE_AFTER)
     """Seed of the parameters, the order of the data and the noise of training."""
+    weights: tyro.conf.Suppress[str | None] = field(
+        default=None, metadata={**MAY_CHANGE, SPELLED: lambda path: path and Path(path).name}
+    )
+    """A file of python -m gddim.export, with which what follows training goes on where the run has no checkpoint."""
 
     def __post_init__(self):
         for sde in (self.sampling.process or self.sde, *(each or self.sde for each in self.eval.processes)):
