@@ -1,5 +1,6 @@
 """Fast sampling and TPU-scale training for diffusion models driven by any linear SDE."""
 
+from gddim import guidance as guidance
 from gddim.denoiser import as_denoiser as as_denoiser
 from gddim.denoiser import through as through
 from gddim.errors import UserError as UserError
@@ -8,6 +9,8 @@ from gddim.loss import denoising_loss as denoising_loss
 from gddim.model import Denoiser as Denoiser
 from gddim.model import EpsModel as EpsModel
 from gddim.nn import MLP as MLP
+from gddim.nn import DiT as DiT
+from gddim.nn import DiTConfig as DiTConfig
 from gddim.nn import MLPConfig as MLPConfig
 from gddim.nn import NCSNpp as NCSNpp
 from gddim.nn import NCSNppConfig as NCSNppConfig

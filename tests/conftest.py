@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 # Read by XLA and JAX when they are imported, and inherited by the processes that tests start.
@@ -24,6 +25,15 @@ jaxtyping.install_import_hook("gddim", "beartype.beartype")
 # Compilation takes what time it takes; the same examples every time, so that a failure is there again tomorrow.
 hypothesis.settings.register_profile("gddim", deadline=None, derandomize=True, max_examples=30)
 hypothesis.settings.load_profile("gddim")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _room_for_programs() -> Iterator[None]:
+    """Each compiled program holds tens of memory mappings: Linux ends a process that asks for more than 65,530."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 15_000:
+        jax.clear_caches()
 
 
 def _folder(variable: str, default: Path | None, what: str) -> Path:

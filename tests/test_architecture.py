@@ -21,6 +21,7 @@ IMPORTS = {
     "denoiser": {"sde"},
     "loss": {"sde"},
     "model": {"sde", "denoiser"},
+    "guidance": {"sde", "denoiser"},
     "nn": {"settings"},
     "samplers": {"sde"},
     "train": {"averages", "logs"},

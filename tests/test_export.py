@@ -28,6 +28,7 @@ from gddim.experiment.outputs import write_figure
 from gddim.experiment.pictures import gallery
 from gddim.experiment.workdir import describe
 from gddim.export.model import shareable
+from gddim.nn import DiTConfig
 
 PAGE = Path(__file__).parents[1] / "experiments" / "weights" / "README.md"
 
@@ -90,7 +91,7 @@ def test_the_page_names_every_array(files):
     patterns = [re.escape(name).replace("N", r"\d+").replace(r"\*", ".+") for name in named]
     net = dataclasses.replace(COLOUR.net, attention=(8,), progressive_input="residual")
     fourier = dataclasses.replace(net, embedding="fourier")
-    for config in (net, fourier, gddim.MLPConfig(8, 2)):
+    for config in (net, fourier, DiTConfig(width=16, depth=2, heads=2), gddim.MLPConfig(8, 2)):
         shape = (2,) if isinstance(config, gddim.MLPConfig) else (8, 8, 3)
         made = by_path({"net": config.build(shape, shape[-1], jax.random.key(0))})
         assert not [name for name in made if not any(re.fullmatch(pattern, name) for pattern in patterns)]

@@ -93,6 +93,30 @@ def test_a_missing_accelerator_is_an_error(platforms, said):
     assert bool(said) == ("UserError" in done.stdout)
 
 
+@pytest.mark.parametrize(
+    ("cores", "batch", "flags", "devices"),
+    [
+        (2, 64, "", 2),
+        (2, 48, "", 1),
+        (12, 128, "", 8),
+        (1, 64, "", 1),
+        (2, 64, "--xla_force_host_platform_device_count=3", 3),
+    ],
+)
+def test_a_cpu_is_as_many_devices_as_cores_have_rows(cores, batch, flags, devices):
+    program = f"""
+import os
+os.cpu_count = lambda: {cores}
+import jax
+from gddim.parallel import initialize
+initialize({batch})
+print(len(jax.devices("cpu")))
+"""
+    env = {**os.environ, "XLA_FLAGS": flags}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+    assert int(done.stdout) == devices
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_at_the_next_step(number, capfd):
     before = signal.getsignal(number)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from gddim.errors import UserError
 from gddim.samplers import AbstractSampler, Coefficients, TableSolver
 from gddim.samplers.method import check_methods
 from gddim.samplers.numbered import sample_numbered
+from gddim.samplers.solver import sharing
 from gddim.sde.linalg import product
 
 CLD = gddim.CLD()
@@ -46,6 +48,25 @@ def test_every_sampler_makes_a_solver_of_a_budget_and_counts_its_calls(sampler):
             <= 11
             < gddim.count_calls(sampler, steps + 1, "data")
         )
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS[:-1], ids=repr)
+def test_budgets_that_share_a_program_change_no_bit_and_count_only_calls_made(sampler):
+    traced, u, key = [], jnp.ones((2, 3)), jax.random.key(0)
+
+    def counted(u, t):
+        traced.append(t)
+        return eps_fn(u, t)
+
+    alone, together = ([], [])
+    for nfe in (5, 8, 64):
+        solver = Method(sampler, nfe, last="data").solver(CLD)
+        alone.append(solver(eps_fn, u, key))
+        before = len(traced)
+        together.append(sharing(solver)(counted, u, key))
+    chex.assert_trees_all_equal(together, alone)
+    assert len(traced) == before > 0, "64 calls compile nothing that 5 have not"
+    assert sharing(Method(sampler, 66).solver(CLD)).nfe > 64, "more than 64 calls have a program of their own"
 
 
 LEARNED = [

@@ -23,6 +23,7 @@ from gddim.experiment.cli import parse
 from gddim.experiment.drawing import follow
 from gddim.experiment.pictures import film, pixels, trajectory
 from gddim.experiment.plan import Plan
+from gddim.loss import ScoreMatching
 from gddim.model import seen_through
 from gddim.samplers.numbered import sample_numbered
 from gddim.sde.words import parse_process
@@ -159,6 +160,15 @@ def test_a_network_of_frequencies_is_drawn_through_its_own_process_alone():
         own.through(gddim.VP())
 
 
+@pytest.mark.parametrize("words", [["--model.predicts", "eps"], ["--model.predicts=eps"]], ids=" ".join)
+def test_the_main_job_trains_the_published_eps_by_one_option(words):
+    """White noise and other processes, which its file sets, are of a prediction of data."""
+    found = parse(cld_digits.EXPERIMENT, ["run", *words]).experiment
+    assert found.objective == ScoreMatching(found.sde, 1.0)
+    assert found.evaluated() == [gddim.CLD()]
+    assert found.train.steps == cld_digits.EXPERIMENT.train.steps
+
+
 REFUSED = [
     (["sample", "--process", "nonsense"], "unknown process 'nonsense'; accepted are vp, cosine"),
     (["evaluate", "--eval.processes", "vp", "cld:gama=1"], "'gama=1' is no parameter"),
@@ -172,6 +182,10 @@ REFUSED = [
     (
         ["run", "--eval.processes", "cld", "flow", "--eval.samplers", "em"],
         "error: flow: em cannot start at 1, where nothing",
+    ),
+    (
+        ["run", "--eval.processes", "cld", "flow", "--eval.samplers", "sscs"],
+        "error: flow: SSCS needs a stationary covariance",
     ),
     (["sample", "--process", "ve", "--sampling.t-min", "90"], "t_min must be below the horizon 80.0"),
     (["evaluate", "--eval.processes", "vp,cld"], "separate by spaces: --eval.processes vp cld"),

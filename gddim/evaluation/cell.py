@@ -26,7 +26,7 @@ from gddim.parallel import agree, to_host
 from gddim.samplers.base import ProcessModel
 from gddim.samplers.method import Method, check_methods
 from gddim.samplers.numbered import sample_numbered
-from gddim.samplers.solver import AbstractSolver
+from gddim.samplers.solver import AbstractSolver, sharing
 from gddim.samplers.words import sampler_name
 from gddim.sde import AbstractLinearSDE
 from gddim.sde.words import process_name
@@ -129,7 +129,7 @@ class Evaluator:
         first = found.count if found else 0
         advance(first)
         model = seen_through(self.model, cell.sde) if cell.sde else self.model
-        solver = cell.method.solver(model.sde)
+        solver = sharing(cell.method.solver(model.sde))
         began = saved = time.perf_counter()
         rate = _Rate(began)
         for start, x, features, made, finite in self._ahead(cell, model, solver, first):

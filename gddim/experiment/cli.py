@@ -140,6 +140,8 @@ def _nowhere(command: Command) -> bool:
 
 
 def _parse(experiment: Experiment, argv: Sequence[str]) -> Command:
+    if "--model.predicts eps" in " ".join(argv).replace("=", " "):
+        experiment = experiment.predicting_eps() if experiment.model.predicts != "eps" else experiment
     default = Command("run", default_workdir(experiment), experiment)
     about = f"{sys.modules['__main__'].__doc__ or experiment.name}\n\n{EPILOGUE}"
     settings = {"default": default, "prog": _program(), "description": about, "registry": REGISTRY}
@@ -162,7 +164,7 @@ def _parse(experiment: Experiment, argv: Sequence[str]) -> Command:
 def execute(command: Command) -> None:
     """Do what a command says. Whatever can be wrong with it raises `UserError` before anything is written."""
     experiment, workdir = command.experiment, place(command.workdir)
-    initialize()
+    initialize(experiment.train.batch // experiment.train.accumulate)
     verbs = RUN if command.verb == "run" else (command.verb,)
     training = "train" in verbs
     config, free = describe(experiment), may_change(experiment, after=not training)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -272,9 +271,7 @@ class Experiment:
     """Where each array of the state lives on the mesh, by its path: a function, to be given in the experiment's file."""
     seed: int = field(default=0, metadata=MAY_CHANGE_AFTER)
     """Seed of the parameters, the order of the data and the noise of training."""
-    weights: tyro.conf.Suppress[str | None] = field(
-        default=None, metadata={**MAY_CHANGE, SPELLED: lambda path: path and Path(path).name}
-    )
+    weights: tyro.conf.Suppress[str | None] = field(default=None, metadata=MAY_CHANGE)
     """A file of python -m gddim.export, with which what follows training goes on where the run has no checkpoint."""
 
     def __post_init__(self):
@@ -288,6 +285,12 @@ class Experiment:
                 "train.sigma_mean and sigma_std are of white noise: they need a prediction of data, and a process "
                 "without a spectrum; give train.time_power",
             )
+
+    def predicting_eps(self) -> Experiment:
+        """The same for the published ε, without what is set of a prediction of data alone: white noise, other processes."""
+        train = replace(self.train, sigma_mean=None, sigma_std=None)
+        sampling, table = replace(self.sampling, process=None), replace(self.eval, processes=())
+        return replace(self, model=Model(predicts="eps"), train=train, sampling=sampling, eval=table)
 
     def through(self, sde: AbstractLinearSDE | None) -> AbstractLinearSDE:
         """The process that samples are drawn through: the run's own for None, or another that its network serves too.

@@ -24,6 +24,8 @@ A network of your own is such a module, and a frozen dataclass that builds it, w
 (8, 8, 2, 1)
 """
 
+from gddim.nn.dit import DiT as DiT
+from gddim.nn.dit import DiTConfig as DiTConfig
 from gddim.nn.mlp import MLP as MLP
 from gddim.nn.mlp import MLPConfig as MLPConfig
 from gddim.nn.ncsnpp import NCSNpp as NCSNpp

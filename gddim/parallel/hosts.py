@@ -76,10 +76,12 @@ def cluster(env: Mapping[str, str], on_tpu: bool) -> dict[str, Any] | None:
     raise UserError(f"a job of {rank['num_processes']} processes, but no JAX_COORDINATOR_ADDRESS=host:port")
 
 
-def initialize() -> None:
+def initialize(batch: int = 1) -> None:
     """Joins this process to its job, if it is in one. Call it before JAX is used.
 
-    Raises `UserError` when JAX does not run on what JAX_PLATFORMS names first: JAX itself falls back without a word.
+    A process on its own makes a device of each core that `batch` rows keep busy, unless XLA_FLAGS or JAX has settled their
+    number: two cores do more with half a batch each than with a program that they share. Raises `UserError` when JAX does
+    not run on what JAX_PLATFORMS names first: JAX itself falls back without a word.
     """
     # libtpu and its device files: what JAX itself takes for a TPU machine, without asking a metadata server.
     on_tpu = bool(
@@ -90,7 +92,15 @@ def initialize() -> None:
     job = cluster(os.environ, on_tpu)
     if job is not None and not jax.distributed.is_initialized():
         _join(job)
+    if job is None and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # JAX has its devices
+            jax.config.update("jax_num_cpu_devices", _busy(os.cpu_count() or 1, batch))
     check_backend()
+
+
+def _busy(cores: int, batch: int) -> int:
+    """The most cores that split a batch into equal parts of 16 rows or more."""
+    return max(n for n in range(1, cores + 1) if n == 1 or batch % (16 * n) == 0)
 
 
 def check_backend() -> None:

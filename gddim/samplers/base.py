@@ -16,6 +16,7 @@ from gddim.sde.host import on_host
 from gddim.sde.linalg import Array, as_times, inverse, namespace, product
 
 EpsFn = Callable[[Array, Array], Array]  # ε(u, t) of one state (*dims, k, C)
+Callback = Callable[[Array, Array, Array], Array]  # of a state, the data foreseen and t, to the state that goes on
 Last = Literal["none", "euler", "data"]
 RECORD = ("record_u", "record_eps", "carry", "shift")  # how a record is made of u and ε, and moves with the noise
 SLOTS = 5  # history entries that the loop carries at least: order 4 and the corrector's, so that these share a program
@@ -107,6 +108,7 @@ class Calls(eqx.Module):
     psi: Array
     weights: Array  # (calls, slots, …, k, k), in order of slots; (calls, slots, …, k, 1) of D
     accept: Array  # whether the new state is the base of what follows (a prediction is not)
+    until: Array  # the time of the new state
     step: Array  # names the step's ξ
     noisy: Array
     noise: Array
@@ -115,6 +117,7 @@ class Calls(eqx.Module):
     record_eps: Array | None = None
     carry: Array | None = None
     shift: Array | None = None
+    made: Array | None = None  # whether the call is made, and not passed over; None if all are
 
 
 def calls(table: Coefficients, sde: AbstractLinearSDE, last: Last = "none", data: bool = False) -> Calls:
@@ -140,8 +143,9 @@ def calls(table: Coefficients, sde: AbstractLinearSDE, last: Last = "none", data
     slots = max(SLOTS, *(w.shape[1] for w in (table.weights, table.corrector) if w is not None))
     predictor: dict[str, Any] = dict(
         time=table.times, slot=steps % slots, record_u=table.record_u[:-1], record_eps=table.record_eps[:-1],
-        psi=table.psi, weights=_padded(table.weights, slots), accept=~corrected, step=steps, noise=table.noise,
-        carry=one if table.carry is None else table.carry, shift=zero if table.shift is None else table.shift,
+        psi=table.psi, weights=_padded(table.weights, slots), accept=~corrected, until=table.ts[1:], step=steps,
+        noise=table.noise, carry=one if table.carry is None else table.carry,
+        shift=zero if table.shift is None else table.shift,
     )  # fmt: skip
     parts = [predictor]
     if table.corrector is not None and table.corrector_noise is not None:
@@ -151,7 +155,7 @@ def calls(table: Coefficients, sde: AbstractLinearSDE, last: Last = "none", data
         parts.append(predictor | dict(
             time=_where(corrected, table.ts[1:], table.times), slot=(steps + 1) % slots,
             record_u=table.record_u[1:], record_eps=table.record_eps[1:], psi=_where(acts, table.psi, one),
-            weights=_where(acts[:, None], _padded(table.corrector, slots), 0.0), accept=np.full(n, True),
+            weights=_where(acts[:, None], _padded(table.corrector, slots), 0.0), accept=corrected,
             noise=_where(acts, table.corrector_noise, 0.0), carry=one, shift=zero,
         ))  # fmt: skip
     rows = {name: _joined("stack", [part[name] for part in parts], 1) for name in predictor}
@@ -161,8 +165,8 @@ def calls(table: Coefficients, sde: AbstractLinearSDE, last: Last = "none", data
         psi, weight = (namespace(A).broadcast_to(A, to) for A, to in ((psi, shape), (weight, table.weights.shape[2:])))
         final: dict[str, Any] = dict(
             time=table.ts[-1], slot=np.asarray(n % slots), record_u=zero[0], record_eps=one[0], psi=psi,
-            weights=_padded(weight[None, None], slots)[0], accept=np.asarray(True), step=np.asarray(n),
-            noise=zero[0], carry=one[0], shift=zero[0],
+            weights=_padded(weight[None, None], slots)[0], accept=np.asarray(True), until=0 * table.ts[-1],
+            step=np.asarray(n), noise=zero[0], carry=one[0], shift=zero[0],
         )  # fmt: skip
         rows = {name: _joined("concatenate", [value, final[name][None]]) for name, value in rows.items()}
     order = (rows["slot"][:, None] - np.arange(slots)) % slots  # before how many calls each slot was written
@@ -172,6 +176,13 @@ def calls(table: Coefficients, sde: AbstractLinearSDE, last: Last = "none", data
         noisy = (rows["noise"] != 0).any(tuple(range(1, rows["noise"].ndim)))
     rows |= dict(weights=by_slot, noisy=noisy, other=(to_eps if data else to_data)(sde, rows["time"]))
     return Calls(**{name: None if data and name in RECORD else value for name, value in rows.items()})
+
+
+def among(rows: Calls, room: int) -> Calls:
+    """The same calls, from NumPy, as the first of `room`: the loop passes over the others, at next to no cost."""
+    count = len(rows.time)
+    longer = jax.tree.map(lambda x: np.concatenate([x, np.zeros((room - count, *x.shape[1:]), x.dtype)]), rows)
+    return dataclasses.replace(longer, made=np.arange(room) < count)
 
 
 def _of_data(weights: Array, record_data: Array, after: int) -> Array:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from gddim.samplers.adams import count, history_nodes, triangular
-from gddim.samplers.base import Coefficients, EpsFn, Last
+from gddim.samplers.base import Callback, Coefficients, EpsFn, Last
 from gddim.samplers.grids import check_grid
 from gddim.samplers.loop import denoise, predict
 from gddim.samplers.quadrature import Panels, lagrange
@@ -187,11 +187,15 @@ class AdaptiveSolver(AbstractSolver):
     end: float = eqx.field(static=True)
     last: Last = eqx.field(static=True)
 
-    def solve(self, eps_fn: EpsFn, u: Array, key: PRNGKeyArray | None, path: bool) -> Solution:
+    def solve(
+        self, eps_fn: EpsFn, u: Array, key: PRNGKeyArray | None, path: bool, callback: Callback | None
+    ) -> Solution:
         import diffrax
 
-        if path:
-            raise ValueError("RK45 chooses its own steps and keeps no path: take a sampler on a grid")
+        if path or callback:
+            raise ValueError(
+                "RK45 chooses its own steps and keeps no path, and calls nothing back: take a sampler on a grid"
+            )
 
         def velocity(t: Array, u: Array, _: None) -> Array:
             F, half = (x.astype(u.dtype) for x in self.sde.velocity_factors(t))

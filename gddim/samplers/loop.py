@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, PRNGKeyArray
 
-from gddim.samplers.base import Calls, DataModel, EpsFn, Last, denoising_call
+from gddim.samplers.base import Callback, Calls, DataModel, EpsFn, Last, denoising_call
 from gddim.sde.base import AbstractLinearSDE
 from gddim.sde.linalg import Array, product
 
@@ -61,11 +62,18 @@ class Path(NamedTuple):
 
 
 @eqx.filter_jit
-def run(rows: Calls, model: Any, u: Float[Array, "..."], key: PRNGKeyArray) -> tuple[Float[Array, "..."], Path | None]:
-    """The one loop: u after all calls, and the path there if the rows have `other`.
+def run(
+    rows: Calls,
+    model: Any,
+    u: Float[Array, "..."],
+    key: PRNGKeyArray,
+    path: bool = False,
+    callback: Callback | None = None,
+) -> tuple[Float[Array, "..."], Path | None]:
+    """The one loop: u after all calls, and the path there if that was asked for. `callback` changes the state after a step.
 
-    `rows` are arguments of the compiled program, so no table recompiles it. `model` is an `EpsFn`, or for rows of D a
-    `DataModel`.
+    `rows` are arguments of the compiled program, so no table recompiles it; of those that are not all made there is no
+    path. `model` is an `EpsFn`, or for rows of D a `DataModel`.
     """
     rows = jax.tree.map(lambda x: x.astype(u.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, rows)
     of_data = rows.record_eps is None
@@ -74,12 +82,13 @@ def run(rows: Calls, model: Any, u: Float[Array, "..."], key: PRNGKeyArray) -> t
         state: tuple[Fields, Fields, list[Fields]], row: Calls
     ) -> tuple[tuple[Fields, Fields, list[Fields]], Path | None]:
         base, fields, history = state
-        u, path = _together(fields), None
+        u = _together(fields)
         reply = foresee(model, u, row.time) if of_data else predict(model, u, row.time)
+        foreseen, way = reply, None
         if row.other is not None:
             other = product(row.other[0], u - product(row.other[1], reply))
-            both = (other, product(np.eye(u.shape[-2], 1), reply)) if of_data else (reply, other)
-            path = Path(row.time, u, *both)
+            eps, foreseen = (other, product(np.eye(u.shape[-2], 1), reply)) if of_data else (reply, other)
+            way = Path(row.time, u, eps, foreseen) if path else None
         record = _apart(reply)
         if not of_data:
             record = _combine((row.record_u, fields), (row.record_eps, record))
@@ -97,13 +106,29 @@ def run(rows: Calls, model: Any, u: Float[Array, "..."], key: PRNGKeyArray) -> t
         # Drawn in a branch of its own: within the other, XLA:CPU would draw ξ anew for each of what it is added to.
         xi = jax.lax.cond(row.noisy, random, lambda: nothing)
         fields, history = jax.lax.cond(row.noisy, add_noise, lambda *same: same, fields, history)
-        return (_choose(row.accept, fields, base), fields, history), path
+        if callback is not None:
+            fields = _choose(
+                row.accept, _called_back(callback, _together(fields), foreseen[..., 0, :], row.until), fields
+            )
+        return (_choose(row.accept, fields, base), fields, history), way
+
+    def step_if_made(state: tuple[Fields, Fields, list[Fields]], row: Calls) -> Any:
+        return jax.lax.cond(row.made, step, lambda state, row: (state, None), state, row)
 
     shape, fields = u.shape, _apart(u)
     nothing = [jnp.zeros_like(x) for x in fields]  # varies over a mesh as u does, where it is sharded by hand
     history = [nothing[: rows.weights.shape[-1]]] * rows.weights.shape[1]
-    (_, fields, _), path = jax.lax.scan(step, (fields, fields, history), rows)
-    return _together(fields), path
+    rows = rows if path or (callback and not of_data) else dataclasses.replace(rows, other=None)
+    (_, fields, _), way = jax.lax.scan(step if rows.made is None else step_if_made, (fields, fields, history), rows)
+    return _together(fields), way
+
+
+def _called_back(callback: Callback, u: Array, data: Array, t: Array) -> Fields:
+    """What `callback` makes of a state. Raises `ValueError` unless it is one of the same shape."""
+    changed = _one_array(callback(u, data, t), "callback", "the state alone, one array")
+    if changed.shape != u.shape:
+        raise ValueError(f"callback returned shape {changed.shape} for a state of shape {u.shape}; the two must agree")
+    return _apart(changed.astype(u.dtype))
 
 
 def _apart(u: Array) -> Fields:

@@ -11,7 +11,7 @@ from gddim.samplers.base import Last
 from gddim.samplers.grids import power_grid
 from gddim.samplers.solver import AbstractSampler, AbstractSolver
 from gddim.samplers.words import sampler_name, steps_for
-from gddim.sde.base import AbstractLinearSDE
+from gddim.sde.base import AbstractLinearSDE, last_time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +65,18 @@ def check_methods(methods: Iterable[Method], sde: AbstractLinearSDE) -> None:
     for method in methods:
         steps_for(method.sampler, method.nfe, method.last)
     for method in {dataclasses.replace(method, nfe=0) for method in methods}:
-        try:
-            with np.errstate(all="ignore"):
-                method.sampler.solver(sde, method._grid(sde, 1), method.last)
-        except ValueError as error:
-            if not np.any(sde.transition(sde.horizon, 0.0)):
+        make = lambda grid, method=method: method.sampler.solver(sde, grid, method.last)
+        start = last_time(sde)
+        with np.errstate(all="ignore"):
+            try:
+                make(power_grid(start, method.t_min, 1, method.power))
+            except ValueError as error:
+                raise UserError(str(error)) from error
+            try:
+                if start < sde.horizon:
+                    make(method._grid(sde, 1))
+            except ValueError as error:
                 raise UserError(
                     f"{sampler_name(method.sampler)} cannot start at {sde.horizon:g}, where nothing is left of the data: "
                     "interpolate them (gddim:3:data), or give the process a horizon below"
                 ) from error
-            raise UserError(str(error)) from error

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import abc
-import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Num, PRNGKeyArray
+from jaxtyping import Num, PRNGKeyArray
 
-from gddim.samplers.base import Calls, Coefficients, DataModel, EpsFn, Last, calls
+from gddim.samplers.base import Callback, Calls, Coefficients, DataModel, EpsFn, Last, among, calls
 from gddim.samplers.grids import check_grid
 from gddim.samplers.loop import Path, run
 from gddim.sde.base import AbstractLinearSDE
@@ -36,11 +36,18 @@ class AbstractSolver(eqx.Module):
     sde: eqx.AbstractVar[AbstractLinearSDE]
 
     @abc.abstractmethod
-    def solve(self, eps_fn: EpsFn, u: Array, key: PRNGKeyArray | None, path: bool) -> Solution:
+    def solve(
+        self, eps_fn: EpsFn, u: Array, key: PRNGKeyArray | None, path: bool, callback: Callback | None
+    ) -> Solution:
         """The solution from the state `u`, which is of this process and of float32 at least."""
 
     def __call__(
-        self, eps_fn: EpsFn, u: Num[Array, "..."], key: PRNGKeyArray | None = None, path: bool = False
+        self,
+        eps_fn: EpsFn,
+        u: Num[Array, "..."],
+        key: PRNGKeyArray | None = None,
+        path: bool = False,
+        callback: Callback | None = None,
     ) -> Solution:
         """Carry one state to the end of the grid: see `sample` for the arguments and what is refused.
 
@@ -51,7 +58,7 @@ class AbstractSolver(eqx.Module):
         if not jnp.issubdtype(u.dtype, jnp.floating):
             raise ValueError(f"u has dtype {u.dtype}; a state is of floating-point numbers")
         single = u.astype(jnp.float32) if u.dtype.itemsize < 4 else u
-        solution = self.solve(eps_fn, single, key, path)
+        solution = self.solve(eps_fn, single, key, path, callback)
         return solution._replace(state=solution.state.astype(u.dtype))
 
 
@@ -126,9 +133,10 @@ class TableSolver(AbstractSolver):
         return TableSolver(sde, rows, data_rows, table.start)
 
     @property
-    def nfe(self) -> int:
+    def nfe(self) -> Any:
         """Network calls, that of `last` included."""
-        return len(self._either.time)
+        made = self._either.made
+        return len(self._either.time) if made is None else made.sum()
 
     @property
     def _either(self) -> Calls:
@@ -143,7 +151,9 @@ class TableSolver(AbstractSolver):
         noise = (self._either.noisy, *(() if self.start is None else self.start[1:]))
         return any(namespace(x) is jnp or bool(np.any(x)) for x in noise)
 
-    def solve(self, eps_fn: EpsFn, u: Array, key: PRNGKeyArray | None, path: bool) -> Solution:
+    def solve(
+        self, eps_fn: EpsFn, u: Array, key: PRNGKeyArray | None, path: bool, callback: Callback | None
+    ) -> Solution:
         rows = self.rows
         if self.data_rows is not None and isinstance(eps_fn, DataModel) and eps_fn.sde == self.sde:
             rows = self.data_rows
@@ -158,8 +168,18 @@ class TableSolver(AbstractSolver):
         if self.start is not None:
             psi, noise = self.start
             u = product(psi, u) + product(noise, jax.random.normal(first, u.shape, u.dtype))
-        state, way = run(rows if path else dataclasses.replace(rows, other=None), eps_fn, u, rest)
+        state, way = run(rows, eps_fn, u, rest, path, callback)
         return Solution(state, self.nfe, way)
+
+
+def sharing(solver: AbstractSolver) -> AbstractSolver:
+    """The solver with its calls as the first of 64, 128, 256, …: those of other budgets then share its compiled program.
+
+    The calls that are not made cost next to nothing; there is no path of them.
+    """
+    laid_out = lambda node: isinstance(node, Calls)
+    room = lambda count: 64 * 2 ** max(0, math.ceil(math.log2(count / 64)))
+    return jax.tree.map(lambda x: among(x, room(len(x.time))) if laid_out(x) else x, solver, is_leaf=laid_out)
 
 
 def count_calls(sampler: AbstractSampler, steps: int, last: Last = "none") -> int:
@@ -181,7 +201,9 @@ def sample(
     ts: Any,
     key: PRNGKeyArray | None = None,
     last: Last = "none",
-) -> Float[Array, "..."]:
+    callback: Callback | None = None,
+    return_path: bool = False,
+) -> Any:
     """Carry one state `u` `(*dims, k, C)` at `ts[0]` to `ts[-1]`, or to 0 with a `last` call.
 
     `sampler`: a `GDDIM` or another of this package, or your own.
@@ -195,12 +217,15 @@ def sample(
     `key`: draws the noise of λ > 0.
     `last`: one more network call from `ts[-1]` to 0, "euler" (a step of the reverse SDE without noise) or "data" (the data
     foreseen); "none" makes none.
+    `callback`: called in the compiled loop after each step as `callback(u, data, t)`, with the new state, the data `(*dims, C)`
+    that the step foresaw, in the basis of the process, and the time; the state that it returns goes on in its place.
+    `return_path`: return also the `Path`: times, states, ε and data foreseen of every network call.
 
-    Returns one state, of the shape and precision of `u`. Runs under `jit`, `vmap` and `shard_map`; coefficients are
-    computed on the host and are arguments of the compiled loop, which is one program for every sampler of this package on
-    grids that make the same number of calls, of ε or of the data. An Equinox module as `eps_fn` (`EpsModel`, `Denoiser`,
-    your own) or one function compiles once, whatever arrays the module holds; a fresh lambda at each call compiles anew,
-    and it and the arrays that it closes over are kept alive.
+    Returns one state, of the shape and precision of `u`, or it and the path. Runs under `jit`, `vmap` and `shard_map`;
+    coefficients are computed on the host and are arguments of the compiled loop, which is one program for every sampler of
+    this package on grids that make the same number of calls, of ε or of the data. An Equinox module as `eps_fn` (`EpsModel`,
+    `Denoiser`, your own) or one function compiles once, whatever arrays the module holds; a fresh lambda at each call, as
+    `eps_fn` or `callback`, compiles anew, and it and the arrays that it closes over are kept alive.
 
     Raises `ValueError` for a state or an ε of a wrong shape, a state of integers, a grid that does not decrease within
     [0, horizon], a missing key, a `last` call after a grid that ends at 0, and a grid that starts where nothing is left of
@@ -214,4 +239,5 @@ def sample(
     >>> bool(jnp.allclose(sde.project(one_step), x0, atol=1e-4))
     True
     """
-    return sampler.solver(sde, check_grid(sde, ts, data=True), last)(eps_fn, u, key).state
+    solution = sampler.solver(sde, check_grid(sde, ts, data=True), last)(eps_fn, u, key, return_path, callback)
+    return (solution.state, solution.path) if return_path else solution.state

@@ -1,0 +1,214 @@
+"""Guidance and inverse problems: functions from denoisers to a denoiser, for every process and every sampler.
+
+A denoiser is called as `denoise(y, sigma, cond=None)` for one example and says `E[x₀ | x₀ + σn = y, cond]`, `(*dims, C)`: that
+of a trained model is `model.denoiser`. What guides it is one again, which `gddim.through(sde, denoise)` samples, or `guided`
+puts in the place of the model's own:
+
+>>> model = gddim.Denoiser(gddim.CLD(), lambda x, level, cond=None, *, key=None: cond["label"] + 0 * x, data_std=0.5)
+>>> eps_fn = guided(model, lambda denoise: ClassifierFree(denoise, scale=2.0), {"label": jnp.array(3)})
+>>> eps_fn.denoise(jnp.ones((8, 8, 2, 3)), 0.5).shape
+(8, 8, 3)
+
+A class is an integer, and −1 none of them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import ArrayLike, Float, PyTree
+
+from gddim.denoiser import Through
+from gddim.sde.base import AbstractLinearSDE
+from gddim.sde.linalg import Array
+
+EVERYWHERE = (0.0, np.inf)
+
+
+def guided(model: Any, change: Callable[[Any], Any], cond: PyTree = None) -> Through:
+    """A model with its denoiser changed, as the `eps_fn(u, t)` of its process, under the condition `cond`."""
+    return Through(model.sde, eqx.Partial(change(model.denoiser), cond=cond))
+
+
+class ClassifierFree(eqx.Module):
+    """Classifier-free guidance, `D(y; ∅) + scale · (D(y; c) − D(y; ∅))` (arXiv 2207.12598; its w is scale − 1).
+
+    `denoise`: a denoiser that was trained with and without its condition.
+    `scale`: 1 is the conditional denoiser bit for bit, 0 the unconditional one, more than 1 sharpens. Both take one
+    batched call of the network, scale 1 half of it.
+    `interval`: the σ in which it acts, `low < σ ≤ high`, outside is the conditional denoiser in half a call (arXiv
+    2404.07724). Where noise has a spectrum σ is that of the lowest frequency.
+    `cond`, when called, is a tree of integers, of which −1 stands for none.
+    """
+
+    denoise: Callable[..., Array]
+    scale: float = eqx.field(static=True, converter=float)
+    interval: tuple[float, float] = eqx.field(default=EVERYWHERE, static=True)
+
+    def __call__(
+        self, y: Float[Array, "*dims C"], sigma: ArrayLike, cond: PyTree = None, **kwargs: Any
+    ) -> Float[Array, "*dims C"]:
+        if cond is None:
+            raise ValueError("cond is None: classifier-free guidance needs the condition that it guides to")
+
+        def both() -> tuple[Array, Array]:
+            pair = jax.tree.map(lambda c: jnp.stack([c, jnp.full_like(c, -1)]), cond)
+            found = jax.vmap(lambda c: self.denoise(y, sigma, c, **kwargs))(pair)
+            return found[0], found[1]
+
+        alone = lambda: self.denoise(y, sigma, cond, **kwargs)
+        return _extrapolated(alone, both, self.scale, self.interval, sigma)
+
+
+class Autoguidance(eqx.Module):
+    """Guidance by a worse model of the same data, `D_worse + scale · (D − D_worse)` (arXiv 2406.02507).
+
+    `denoise`: the denoiser.
+    `worse`: one of fewer steps, another average or fewer parameters.
+    `scale`: 1 is `denoise` bit for bit.
+    `interval`: the σ in which it acts, as in `ClassifierFree`.
+    """
+
+    denoise: Callable[..., Array]
+    worse: Callable[..., Array]
+    scale: float = eqx.field(static=True, converter=float)
+    interval: tuple[float, float] = eqx.field(default=EVERYWHERE, static=True)
+
+    def __call__(
+        self, y: Float[Array, "*dims C"], sigma: ArrayLike, cond: PyTree = None, **kwargs: Any
+    ) -> Float[Array, "*dims C"]:
+        alone = lambda: self.denoise(y, sigma, cond, **kwargs)
+        both = lambda: (alone(), self.worse(y, sigma, cond, **kwargs))
+        return _extrapolated(alone, both, self.scale, self.interval, sigma)
+
+
+def _extrapolated(
+    alone: Callable[[], Array],
+    both: Callable[[], tuple[Array, Array]],
+    scale: float,
+    interval: tuple[float, float],
+    sigma: ArrayLike,
+) -> Array:
+    if scale == 1:
+        return alone()
+
+    def apart() -> Array:
+        better, worse = both()
+        return worse + scale * (better - worse)
+
+    if interval == EVERYWHERE:
+        return apart()
+    lowest = jnp.ravel(jnp.asarray(sigma))[0]
+    return jax.lax.cond((interval[0] < lowest) & (lowest <= interval[1]), apart, alone)
+
+
+class Classifier(eqx.Module):
+    """Classifier guidance, `D + scale · Σ ∇_y log p(c | y)`, `Σ = σ²` the covariance of the noise (arXiv 2105.05233).
+
+    `denoise`: the denoiser.
+    `log_likelihood`: called as `log_likelihood(y, sigma, cond)`, a differentiable number: of a classifier that has seen noise.
+    `scale`: 0 is `denoise` bit for bit.
+    `basis`: the process, where its noise has a spectrum.
+    """
+
+    denoise: Callable[..., Array]
+    log_likelihood: Callable[..., Array]
+    scale: float = eqx.field(default=1.0, static=True, converter=float)
+    basis: AbstractLinearSDE | None = None
+
+    def __call__(
+        self, y: Float[Array, "*dims C"], sigma: ArrayLike, cond: PyTree = None, **kwargs: Any
+    ) -> Float[Array, "*dims C"]:
+        found = self.denoise(y, sigma, cond, **kwargs)
+        if self.scale == 0:
+            return found
+        slope = jax.grad(lambda y: self.log_likelihood(y, sigma, cond))(y)
+        return found + self.scale * noise_covariance(slope, sigma, self.basis)
+
+
+class Measured(eqx.Module):
+    """The denoiser of data of which a linear measurement `b = A x₀ + noise_std · n` is known.
+
+    With D and its Jacobian J at y, the covariance Σ of the noise of y, and C that of x₀ given y,
+
+        D + Σ Jᵀ Aᵀ z,   (A C Aᵀ + noise_std²) z = b − A D,
+
+    solved by conjugate gradients. `by` says C:
+
+        "moments": Σ Jᵀ, which is C exactly (MMPS, arXiv 2405.13712): so is the whole for Gaussian data. Each iteration
+            takes a vector-Jacobian product of the network, about twice a call.
+        "pseudoinverse": `σ²s²/(σ² + s²)`, that of data N(0, s²) (ΠGDM, Song et al., ICLR 2023): one such product in all.
+        "replacement": C and Σ Jᵀ are 1: what was measured takes the place of what D says of it. No product, and biased: what
+            was not measured does not hear of what was until the next call.
+
+    `denoise`: the denoiser.
+    `operator`: A, a linear function of data `(*dims, C)` in pixels to an array of any shape.
+    `measurement`: b.
+    `noise_std`: the standard deviation of its noise; 0 where it is exact.
+    `data_std`: s, of the pseudoinverse.
+    `iterations`: of conjugate gradients, at most.
+    `basis`: the process, where its noise has a spectrum.
+
+    Raises `ValueError`, when it is first called, for an operator that is not linear and a measurement of another shape.
+    """
+
+    denoise: Callable[..., Array]
+    operator: Callable[[Array], Array]
+    measurement: Array
+    noise_std: float = eqx.field(default=0.0, static=True, converter=float)
+    by: str = eqx.field(default="moments", static=True)
+    data_std: float = eqx.field(default=0.5, static=True, converter=float)
+    iterations: int = eqx.field(default=10, static=True)
+    basis: AbstractLinearSDE | None = None
+
+    def __check_init__(self) -> None:
+        if self.by not in ("moments", "pseudoinverse", "replacement"):
+            raise ValueError(f"by={self.by!r} must be 'moments', 'pseudoinverse' or 'replacement'")
+
+    def __call__(
+        self, y: Float[Array, "*dims C"], sigma: ArrayLike, cond: PyTree = None, **kwargs: Any
+    ) -> Float[Array, "*dims C"]:
+        check_linear(self.operator, y.shape, jnp.shape(self.measurement))
+        transposed = jax.linear_transpose(self.operator, jax.ShapeDtypeStruct(y.shape, y.dtype))
+        back = lambda z: transposed(z)[0]
+        found, pull = jax.vjp(lambda y: self.denoise(y, sigma, cond, **kwargs), y)
+        moved = lambda v: noise_covariance(pull(v)[0], sigma, self.basis)
+        match self.by:
+            case "moments":
+                covariance = moved
+            case "pseudoinverse":
+                covariance = lambda v: noise_covariance(v, _within(jnp.asarray(sigma), self.data_std), self.basis)
+            case _:
+                covariance = moved = lambda v: v
+        seen = lambda z: self.operator(covariance(back(z))) + self.noise_std**2 * z
+        gap = jnp.asarray(self.measurement, y.dtype) - self.operator(found)
+        z, _ = jax.scipy.sparse.linalg.cg(seen, gap, maxiter=self.iterations)
+        return found + moved(back(z))
+
+
+def _within(sigma: Array, std: float) -> Array:
+    return sigma * std / jnp.sqrt(sigma**2 + std**2)
+
+
+def noise_covariance(v: Array, sigma: ArrayLike, basis: AbstractLinearSDE | None) -> Array:
+    """`Σ v` in pixels, Σ the covariance of noise of standard deviation `sigma`: perhaps a spectrum in a process's basis."""
+    square = jnp.asarray(sigma, v.dtype) ** 2
+    if square.ndim == 0:
+        return square * v
+    if basis is None:
+        raise ValueError(f"sigma has shape {square.shape}: give the process in whose basis that is, as basis=")
+    return basis.to_pixels(square[..., None] * basis.from_pixels(v))
+
+
+def check_linear(operator: Callable[[Array], Array], shape: tuple[int, ...], measured: tuple[int, ...]) -> None:
+    """Raise `ValueError` unless `operator` is linear on random arrays of this shape, and gives arrays as measured."""
+    with jax.ensure_compile_time_eval():
+        x, z = jax.random.normal(jax.random.key(0), (2, *shape))
+        whole, parts = operator(x + 2 * z), operator(x) + 2 * operator(z)
+        if whole.shape != measured:
+            raise ValueError(f"measurement has shape {measured}, and the operator gives {whole.shape} of data {shape}")
+        if not jnp.allclose(whole, parts, rtol=1e-3, atol=1e-3 * float(jnp.abs(parts).max())):
+            raise ValueError("operator is not linear: on random data A(x + 2z) differs from A(x) + 2A(z)")
