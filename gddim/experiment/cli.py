@@ -81,6 +81,8 @@ class Command:
     """Keep compiled programs in the workdir, where the same command on the same kind of machine finds them."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the configuration and what it needs, and do nothing."""
+    kept: tyro.conf.Suppress[tuple[str, ...]] = ()
+    """Settings that are the run's, and not what the experiment's file says."""
 
     def __post_init__(self):
         require(self.peak_flops is None or self.peak_flops > 0, f"peak_flops must be > 0, not {self.peak_flops}")
@@ -129,9 +131,7 @@ def parse(experiment: Experiment, argv: Sequence[str]) -> Command:
         return command
     theirs = as_trained(experiment, found[1])
     lines = differences(describe(experiment), describe(theirs), {"train", "data", "net", "sde", "model"})
-    if names := [line.split(":")[0].strip() for line in lines]:
-        tell(f"as the run has it, not the experiment's file: {', '.join(names)}")
-    return _parse(theirs, argv)
+    return dataclasses.replace(_parse(theirs, argv), kept=tuple(line.split(":")[0].strip() for line in lines))
 
 
 def _nowhere(command: Command) -> bool:
@@ -229,6 +229,8 @@ def execute(command: Command) -> None:
         if command.keep_compiled:
             jax.config.update("jax_compilation_cache_dir", os.fspath(workdir / "compiled"))
             compilation_cache.reset_cache()  # it may have looked already, and found that it had no folder
+        if command.kept:
+            tell(f"as the run has it, not the experiment's file: {', '.join(command.kept)}")
         if shipped:
             tell(f"--workdir {workdir} holds no checkpoint: {experiment.weights} is used")
         if source is not None:
