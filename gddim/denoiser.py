@@ -23,16 +23,18 @@ class Through(eqx.Module):
     """A denoiser of white noise, `D(y; σ) = E[x₀ | x₀ + σn = y]`, as the `eps_fn(u, t)` of a process: see `through`."""
 
     sde: AbstractLinearSDE
-    denoiser: Denoise
+    denoiser: Callable[..., Any]
 
-    def __call__(self, u: Float[Array, "*dims k C"], t: ScalarLike) -> Float[Array, "*dims k C"]:
-        return implied_eps(self.sde, u, t, self.denoise(u, t))
+    def __call__(
+        self, u: Float[Array, "*dims k C"], t: ScalarLike, *cond: Any, **key: Any
+    ) -> Float[Array, "*dims k C"]:
+        return implied_eps(self.sde, u, t, self.denoise(u, t, *cond, **key))
 
-    def denoise(self, u: Float[Array, "*dims k C"], t: ScalarLike) -> Float[Array, "*dims C"]:
-        """`E[x₀ | u_t = u]`, in the basis of the process."""
+    def denoise(self, u: Float[Array, "*dims k C"], t: ScalarLike, *cond: Any, **key: Any) -> Float[Array, "*dims C"]:
+        """`E[x₀ | u_t = u]`, in the basis of the process; what is given beside goes to the denoiser."""
         self.sde.check_state(u)
         y, sigma = statistic(self.sde, u, t)
-        data = jnp.asarray(self.denoiser(self.sde.to_pixels(y), sigma))
+        data = jnp.asarray(self.denoiser(self.sde.to_pixels(y), sigma, *cond, **key))
         if data.shape != y.shape:
             raise ValueError(f"the denoiser returned shape {data.shape} for y of shape {y.shape}; the two must agree")
         return self.sde.from_pixels(data.astype(u.dtype))

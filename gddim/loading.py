@@ -48,7 +48,7 @@ class Loaded(eqx.Module):
     @property
     def denoiser(self) -> Callable[..., Float[Array, "*dims C"]]:
         """`denoiser(y, sigma, cond=None)`: `E[x₀ | x₀ + σn = y]` in pixels, as `gddim.through` takes it. A network that
-        predicts the ε of a process has none."""
+        predicts the ε of several fields has none."""
         return self.model.denoiser
 
     def __call__(self, u: Float[Array, "*dims k C"], t: ScalarLike, cond: PyTree = None) -> Float[Array, "*dims k C"]:

@@ -1,6 +1,7 @@
 """A network seen through a process: what samplers call as `eps_fn(u, t)`, and what it is trained on."""
 
 import dataclasses
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, Float, PRNGKeyArray, PyTree, Scalar, ScalarLike
 
-from gddim.denoiser import implied_eps, reduction, statistic
+from gddim.denoiser import as_denoiser, implied_eps, reduction, statistic, through
 from gddim.errors import UserError
 from gddim.sde.base import AbstractLinearSDE, positions
 from gddim.sde.linalg import Array, inverse, product, transpose
@@ -41,11 +42,13 @@ class EpsModel(eqx.Module):
     sde: AbstractLinearSDE
     """The process, of k fields."""
     net: Net
-    """Takes and returns the fields in pixels, flattened to `k·C` channels, field by field, at the level `time_scale · t`."""
+    """Takes and returns the fields in pixels, flattened to `k·C` channels, field by field, at a level that t makes."""
     mixed_score: bool = eqx.field(default=False, static=True)
     """Add `R⁻¹(0, v)` to the network's output, so that it learns the score's difference to that of the velocity."""
     time_scale: float = eqx.field(default=999.0, static=True)
-    """The noise level that the network is told is this times t."""
+    """The noise level that the network is told is this times t,"""
+    offset: float = eqx.field(default=0.0, static=True)
+    """plus this: −1 for a network that was told discrete times counted from 0."""
 
     def __call__(
         self, u: Float[Array, "*dims k C"], t: ScalarLike, cond: PyTree = None, *, key: PRNGKeyArray | None = None
@@ -53,13 +56,29 @@ class EpsModel(eqx.Module):
         self.sde.check_state(u)
         pixels = self.sde.to_pixels(u)
         fields = pixels.reshape(*u.shape[:-2], -1)
-        out = _shaped(self.net(fields, self.time_scale * t, cond, key=key), fields.shape)
+        out = _shaped(self.net(fields, self.time_scale * t + self.offset, cond, key=key), fields.shape)
         eps = self.sde.from_pixels(out.astype(u.dtype).reshape(u.shape))
         if self.mixed_score:
             coupled = jnp.arange(self.sde.k).reshape((1,) * (u.ndim - 2) + (-1, 1)) > 0
             rest = jnp.where(coupled, u, 0)
             eps = eps + product(inverse(self.sde.noise_factor(t)), rest)
         return eps
+
+    def denoiser(
+        self, y: Float[Array, "*dims C"], sigma: ScalarLike, cond: PyTree = None, *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "*dims C"]:
+        """`D(y; σ) = E[x₀ | x₀ + σn = y]`, in pixels and without a process: see `gddim.as_denoiser`.
+
+        `y`: noised data `(*dims, C)`.
+        `sigma`: the standard deviation of the noise, a number.
+        `cond`, `key`: as in a call.
+
+        Raises `ValueError` where the process has more than one field, or coefficients by frequency.
+        """
+
+        scale, offset = self.time_scale, self.offset
+        net = partial(self.net, cond=cond, key=key)
+        return as_denoiser(net, self.sde, "eps", lambda t: scale * t + offset)(y, sigma)
 
     def loss(
         self,
@@ -78,6 +97,74 @@ class EpsModel(eqx.Module):
         """
         u = self.sde.perturb(self.sde.lift(x0), t, eps)
         return jnp.mean((eps - self(u, t, cond, key=key)) ** 2)
+
+
+class VelocityModel(eqx.Module):
+    """The network is ε of the velocity alone, in L coordinates: CLD-SGM (Dockhorn et al. 2022, arXiv 2112.07068).
+
+    Of the score it publishes `s_v = −ε_v/L_vv`, which with u determines the data, `[Σ⁻¹(u − ψD)]_v = −s_v`, so that
+
+        D(u, t) = ([L⁻¹u]_v − ε_v)/[L⁻¹ψ]_v,   ε = R⁻¹(u − ψD),   ε_v = F_θ(u, t) + mixed L_vv/Σ_vv v.
+
+    It sees both fields, and so belongs to its process. Called as an `EpsModel`.
+
+    Raises `ValueError` for a process of other than two fields or with coefficients by frequency.
+    """
+
+    sde: AbstractLinearSDE
+    """The process, of position and velocity."""
+    net: Net
+    """Takes the fields, flattened to 2C channels, field by field, at the level `time_scale · t`; returns C channels."""
+    mixed_score: bool = eqx.field(default=False, static=True)
+    """Add the ε of a velocity that is noise alone to the network's output."""
+    time_scale: float = eqx.field(default=1.0, static=True)
+    """The noise level that the network is told is this times t."""
+
+    def __check_init__(self) -> None:
+        if self.sde.k != 2 or positions(self.sde):
+            raise ValueError(f"VelocityModel: {type(self.sde).__name__} is no process of position and velocity")
+
+    def __call__(
+        self, u: Float[Array, "*dims 2 C"], t: ScalarLike, cond: PyTree = None, *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "*dims 2 C"]:
+        return implied_eps(self.sde, u, t, self.denoise(u, t, cond, key=key))
+
+    def denoise(
+        self, u: Float[Array, "*dims 2 C"], t: ScalarLike, cond: PyTree = None, *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "*dims C"]:
+        """`E[x₀ | u_t = u]` `(*dims, C)`. Arguments as in a call."""
+        L = jnp.asarray(self.sde.cholesky_factor(t), u.dtype)
+        psi = jnp.asarray(self.sde.transition(t, 0.0), u.dtype)[..., 0]
+        slope = L[1, 0] / L[0, 0]
+        position, velocity = u[..., 0, :], u[..., 1, :]
+        rest = velocity - slope * position - L[1, 1] * self.velocity_eps(u, t, cond, key=key)
+        return rest / (psi[1] - slope * psi[0])
+
+    def velocity_eps(
+        self, u: Float[Array, "*dims 2 C"], t: ScalarLike, cond: PyTree = None, *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "*dims C"]:
+        """`ε_v` `(*dims, C)`; the score of the velocity is `−ε_v/L_vv`. Arguments as in a call."""
+        self.sde.check_state(u)
+        out = self.net(u.reshape(*u.shape[:-2], -1), self.time_scale * t, cond, key=key)
+        eps = _shaped(out, (*u.shape[:-2], u.shape[-1])).astype(u.dtype)
+        if self.mixed_score:
+            L = jnp.asarray(self.sde.cholesky_factor(t), u.dtype)
+            eps = eps + L[1, 1] / (L[1, 0] ** 2 + L[1, 1] ** 2) * u[..., 1, :]
+        return eps
+
+    def loss(
+        self,
+        x0: Float[Array, "*dims C"],
+        t: ScalarLike,
+        eps: Float[Array, "*dims 2 C"],
+        cond: PyTree = None,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> Scalar:
+        """Mean of `([L⁻¹R ε]_v − ε_v)²` for one example: hybrid score matching. Arguments as in `EpsModel.loss`."""
+        u = self.sde.perturb(self.sde.lift(x0), t, eps)
+        whitened = product(inverse(self.sde.cholesky_factor(t)), product(self.sde.noise_factor(t), eps))
+        return jnp.mean((whitened[..., 1, :] - self.velocity_eps(u, t, cond, key=key)) ** 2)
 
 
 def _shaped(out: Array, shape: tuple[int, ...]) -> Array:
@@ -235,14 +322,14 @@ def _scaled(c: Array, x: Array) -> Array:
 
 
 def seen_through(model: Any, sde: AbstractLinearSDE) -> Any:
-    """The same network through another process, exactly, where it is a denoiser of white noise.
+    """The same network through another process, exactly, where it is a denoiser of white noise, as an ε of one field is too.
 
-    Raises `UserError` for one that predicts ε, and where the coefficients of either process differ by frequency.
+    Raises `UserError` for one of several fields, and where the coefficients of either process differ by frequency.
     """
     if sde == model.sde:
         return model
     own, other = type(model.sde).__name__, type(sde).__name__
-    if not isinstance(model, Denoiser):
+    if not isinstance(model, Denoiser) and (not isinstance(model, EpsModel) or model.sde.k > 1):
         raise UserError(
             f"the network predicts the ε of {own}, and {other} has another; one that predicts data serves both"
         )
@@ -251,4 +338,4 @@ def seen_through(model: Any, sde: AbstractLinearSDE) -> Any:
             raise UserError(
                 f"{name} has a spectrum of noise, and its network belongs to it: it cannot go from {own} to {other}"
             )
-    return dataclasses.replace(model, sde=sde)
+    return dataclasses.replace(model, sde=sde) if isinstance(model, Denoiser) else through(sde, model.denoiser)

@@ -13,3 +13,5 @@ MAY_CHANGE = {WHEN: "at any time"}
 """It changes neither the gradient of a step nor what came before: a run may go on with another one."""
 MAY_CHANGE_AFTER = {WHEN: "after training"}
 """It shapes no parameter once they are trained: a run may be sampled and measured with another one."""
+LATER = {"later": True}
+"""It came after there were runs: at its default it is not told of a run, so that those that lack it are the same."""

@@ -14,7 +14,7 @@ PACKAGE = [path for path in TREES if path.is_relative_to(ROOT / "gddim")]
 
 # What each part of gddim imports of the other parts, from the ground up; all may import `errors`.
 IMPORTS = {
-    **{ground: set() for ground in ("averages", "errors", "logs", "parallel", "sde", "settings", "storage")},
+    **{ground: set() for ground in ("averages", "errors", "logs", "parallel", "pickles", "sde", "settings", "storage")},
     "checksums": {"parallel"},
     "checkpoint": {"parallel", "storage", "checksums"},
     "data": {"parallel", "settings", "storage"},
@@ -24,12 +24,13 @@ IMPORTS = {
     "guidance": {"sde", "denoiser"},
     "nn": {"settings"},
     "samplers": {"sde"},
+    "torch_reader": {"pickles"},
     "train": {"averages", "logs"},
     "compact": {"storage"},
     "weights": {"compact", "storage"},
     "laws": {"sde"},
     "check": {"sde", "samplers", "laws", "parallel"},
-    "evaluation": {"sde", "samplers", "model", "data", "parallel", "storage", "logs"},
+    "evaluation": {"sde", "samplers", "model", "data", "parallel", "storage", "logs", "torch_reader"},
     "experiment": {
         *(
             "sde",
@@ -49,7 +50,9 @@ IMPORTS = {
     "loading": {"sde", "samplers", "model", "parallel", "experiment"},
     "export": {"checkpoint", "compact", "parallel", "storage", "weights", "evaluation", "experiment", "loading"},
     "generate": {"data", "evaluation", "experiment", "loading", "parallel", "samplers", "sde", "storage"},
-    "convert": {"nn", "parallel", "train", "experiment"},  # it writes a run
+    "convert": {  # it writes a run
+        *("nn", "sde", "samplers", "parallel", "storage", "train", "pickles", "torch_reader", "experiment")
+    },
 }
 READ_THE_COMMAND_LINE = {"experiment", "check", "convert", "export", "generate", "__main__"}
 PICKLES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}

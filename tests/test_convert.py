@@ -1,6 +1,7 @@
 """Published checkpoints: what is read is what was saved, the networks say what the published ones said."""
 
 import dataclasses
+import struct
 from pathlib import Path
 
 import chex
@@ -173,6 +174,9 @@ def test_every_parameter_that_does_not_match_is_named(tmp_path):
             "no flax msgpack file",
         ),
         (msgpack.packb({"a": msgpack.ExtType(9, b"")}), "extension type 9"),
+        (msgpack.packb({1: 2}), "holds no params_ema, where ema weights are; it has 1"),
+        (msgpack.packb([[{}] * 50_000] * 20), "more entries than"),
+        (b"\x81\xa1a\xdd" + struct.pack(">I", 10**6) + bytes(10**6), "exceeds max_array_len"),
     ],
 )
 def test_what_is_no_training_state_is_refused(tmp_path, content, says):

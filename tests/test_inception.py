@@ -1,9 +1,7 @@
-"""The feature network against the published implementation, and the reader of its weight file against hostile files."""
+"""The feature network against the published implementation."""
 
 import dataclasses
 import hashlib
-import struct
-import zipfile
 from pathlib import Path
 
 import equinox as eqx
@@ -18,7 +16,6 @@ from gddim.errors import UserError
 from gddim.evaluation import inception
 from gddim.evaluation.inception import InceptionFeatures
 from gddim.evaluation.metrics import Moments, frechet_distance
-from gddim.evaluation.torch_reader import read_torch
 
 apply = eqx.filter_jit(lambda space, images: space(images))
 
@@ -130,139 +127,3 @@ def test_unknown_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(UserError, match=f"put https.*6726825d.pth into {tmp_path}"):
         InceptionFeatures.load()
-
-
-@dataclasses.dataclass(frozen=True)
-class Name:
-    """Pickles as a reference to a global of this name."""
-
-    name: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """Pickles as a call of a global."""
-
-    name: str
-    arguments: tuple
-
-
-@dataclasses.dataclass(frozen=True)
-class Persistent:
-    """Pickles as a reference to something outside of the pickle."""
-
-    key: tuple
-
-
-def encode(value: object) -> bytes:
-    """The opcodes of protocol 2 that put a value on the stack, as PyTorch writes them."""
-    match value:
-        case None:
-            return b"N"
-        case bool():
-            return b"\x88" if value else b"\x89"
-        case int():
-            return b"\x8a" + bytes([10]) + value.to_bytes(10, "little", signed=True)
-        case str():
-            return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
-        case tuple():
-            return b"(" + b"".join(map(encode, value)) + b"t"
-        case list():
-            return b"](" + b"".join(map(encode, value)) + b"e"
-        case dict():
-            return b"}(" + b"".join(encode(k) + encode(v) for k, v in value.items()) + b"u"
-        case Name(name):
-            return b"c" + name.replace(" ", "\n").encode() + b"\n"
-        case Call(name, arguments):
-            return encode(Name(name)) + encode(arguments) + b"R"
-        case Persistent(key):
-            return encode(key) + b"Q"
-    raise TypeError(value)
-
-
-def pickled(value: object) -> bytes:
-    return b"\x80\x02" + encode(value) + b"."
-
-
-def tensor(key: str, shape: tuple, strides: tuple, count: int, offset: int = 0, kind: str = "FloatStorage") -> Call:
-    storage = Persistent(("storage", Name(f"torch {kind}"), key, "cpu", count))
-    hooks = Call("collections OrderedDict", ())
-    return Call("torch._utils _rebuild_tensor_v2", (storage, offset, shape, strides, False, hooks))
-
-
-def write_zip(path: Path, tree: object, storages: dict[str, bytes]) -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("model/data.pkl", pickled(tree))
-        for key, raw in storages.items():
-            archive.writestr(f"model/data/{key}", raw)
-    return path
-
-
-def write_stream(path: Path, tree: object, storages: dict[str, bytes]) -> Path:
-    head = [0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True}, tree, list(storages)]
-    body = [struct.pack("<q", len(raw) // 4) + raw for raw in storages.values()]
-    path.write_bytes(b"".join([*map(pickled, head), *body]))
-    return path
-
-
-@pytest.mark.parametrize("write", [write_zip, write_stream])
-def test_reader_gives_named_tensors_of_both_file_forms(tmp_path: Path, write):
-    values = np.arange(24, dtype="<f4")
-    tree = {
-        "plain": tensor("0", (2, 3), (3, 1), 24),
-        "transposed": tensor("0", (3, 2), (1, 3), 24, 6),
-        "scalar": tensor("0", (), (), 24, 5),
-        "parameter": Call("torch._utils _rebuild_parameter", (tensor("1", (4,), (1,), 4), True, {})),
-    }
-    found = read_torch(write(tmp_path / "x.pth", tree, {"0": values.tobytes(), "1": values[:4].tobytes()}))
-    np.testing.assert_array_equal(found["plain"], values[:6].reshape(2, 3))
-    np.testing.assert_array_equal(found["transposed"], values[6:12].reshape(2, 3).T)
-    np.testing.assert_array_equal(found["parameter"], values[:4])
-    assert found["scalar"].shape == ()
-    assert found["scalar"] == 5
-
-
-@pytest.mark.parametrize(
-    ("tree", "why"),
-    [
-        ({"x": Call("os system", ("echo broken into",))}, "calls os system"),
-        ({"x": Call("builtins eval", ("1",))}, "calls builtins eval"),
-        ([1, 2], "other than named tensors"),
-        ({"x": 3}, "other than named tensors"),
-        ({"x": tensor("0", (25,), (1,), 24)}, "reaches outside"),
-        ({"x": tensor("0", (2,), (1,), 24, -1)}, "reaches outside"),
-        ({"x": tensor("0", (2,), (-1,), 24)}, "reaches outside"),
-        ({"x": tensor("0", (1,), (1,), 24, 24)}, "reaches outside"),
-        ({"x": tensor("0", (10**12,), (0,), 24)}, "reaches outside"),
-        ({"x": tensor("0", (30,), (1,), 30)}, "has 96 bytes, not 120"),
-        ({"x": tensor("9", (3,), (1,), 24)}, "data/9"),
-        ({"x": tensor("0", (3,), (1,), 24, kind="ComplexFloatStorage")}, "known are FloatStorage"),
-        ({"x": Call("torch load", ())}, "calls torch load"),
-    ],
-)
-def test_reader_refuses_what_is_not_a_plain_tensor(tmp_path: Path, tree: object, why: str):
-    path = write_zip(tmp_path / "x.pth", tree, {"0": np.arange(24, dtype="<f4").tobytes()})
-    with pytest.raises(UserError, match=why):
-        read_torch(path)
-
-
-def test_reader_knows_no_opcode_that_tensors_do_not_need(tmp_path: Path):
-    path = tmp_path / "x.pth"
-    for code in (b"\x80\x02ios\nsystem\n.", b"\x80\x02(S'ls'\nios\nsystem\n.", b"\x80\x02cos\nsystem\n)\x81."):
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("model/data.pkl", code)
-        with pytest.raises(UserError, match=r"opcode (INST|STRING|NEWOBJ)"):
-            read_torch(path)
-
-
-def test_reader_refuses_foreign_and_cut_files(tmp_path: Path):
-    path = tmp_path / "x.pth"
-    unmarked, unfit = b"\x80\x02t.", b"\x80\x02}X\x01\x00\x00\x00aK\x01K\x02s."
-    for content in (b"", b"not a checkpoint", unmarked, unfit, pickled([1]), pickled(0x1950A86A20F9469CFC6C)):
-        path.write_bytes(content)
-        with pytest.raises(UserError, match="no PyTorch checkpoint"):
-            read_torch(path)
-    write_zip(path, {"x": tensor("0", (2,), (1,), 2)}, {"0": bytes(8)})
-    path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(UserError, match="no PyTorch checkpoint"):
-        read_torch(path)

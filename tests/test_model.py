@@ -13,9 +13,9 @@ from test_through import POINTS, PROCESSES
 import gddim
 from experiments.processes import blurred_langevin
 from gddim.check import mixture_eps
-from gddim.denoiser import reduction
+from gddim.denoiser import implied_eps, reduction, statistic
 from gddim.loss import LogNormalNoise, ScoreMatching
-from gddim.model import seen_through
+from gddim.model import VelocityModel, seen_through
 from gddim.nn import NCSNppConfig
 from gddim.sde import AbstractLinearSDE
 from gddim.sde.base import positions
@@ -91,13 +91,26 @@ def third_order():
     return lambda t: 3 * F, lambda t: np.diag([0.0, 0.0, 6.0]), np.diag([1e-3, 0.1, 0.1])
 
 
+def test_an_epsilon_of_one_field_is_seen_through_every_process_with_its_class():
+    of_class = lambda x, level, cond=None, *, key=None: jnp.tanh(x + cond["label"]) * level / 999
+    model, cond, t = gddim.EpsModel(gddim.VP(), of_class), {"label": 0.5}, jnp.asarray(0.4)
+    for sde in (gddim.VE(), gddim.CLD()):
+        seen, u = seen_through(model, sde), jax.random.normal(jax.random.key(0), (4, 4, sde.k, 3))
+        y, sigma = statistic(sde, u, t)
+        data = model.denoiser(y, sigma, cond)
+        np.testing.assert_allclose(seen.denoise(u, t, cond), data, atol=1e-5)
+        np.testing.assert_allclose(seen(u, t, cond, key=jax.random.key(1)), implied_eps(sde, u, t, data), atol=1e-3)
+
+
 def test_a_network_that_belongs_to_its_process_stays_with_it():
     white, blurring = gddim.Denoiser(gddim.CLD(), net), gddim.Denoiser(gddim.Blurring(4), net)
-    published = gddim.EpsModel(gddim.CLD(), net)
-    for model in (white, blurring, published):
+    published, velocity = gddim.EpsModel(gddim.CLD(), net), VelocityModel(gddim.CLD(), net)
+    for model in (white, blurring, published, velocity):
         assert seen_through(model, dataclasses.replace(model.sde)) is model
     for model, sde, why in (
         (published, gddim.VP(), "predicts the ε of CLD"),
+        (velocity, gddim.VP(), "predicts the ε of CLD"),
+        (gddim.EpsModel(gddim.Blurring(4), net), gddim.VP(), "Blurring has a spectrum of noise"),
         (blurring, gddim.VP(), "Blurring has a spectrum of noise"),
         (white, gddim.Blurring(4), "Blurring has a spectrum of noise"),
     ):
@@ -187,3 +200,51 @@ def test_epsilon_and_loss_are_finite_and_float32_everywhere(name):
                 for found in both(jnp.float32(t)):
                     assert found.dtype == jnp.float32
                     assert jnp.isfinite(found).all()
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("sde", [gddim.CLD(), gddim.PSLD(), gddim.CLD(m_inv=2.0, beta0=3.0, epsilon=1e-5)], ids=repr)
+def test_a_velocitys_epsilon_determines_the_data(sde, mixed):
+    """CLD-SGM's: of the exact score of the velocity alone come the data and the ε of both fields."""
+    exact_eps, t = mixture_eps(sde, POINTS, std=0.0), 0.4
+    u = np.asarray(jax.random.normal(jax.random.key(0), (2, 2, 2, 3)), np.float64)
+    with jax.enable_x64(True):
+        R, L = sde.noise_factor(t), sde.cholesky_factor(t)
+        eps = np.asarray(exact_eps(jnp.asarray(u), t))
+        published = np.linalg.solve(L, R @ eps)[..., 1, :] - mixed * L[1, 1] / sde.covariance(t)[1, 1] * u[..., 1, :]
+        said = []
+
+        def net(x: Any, level: Any, cond: Any = None, *, key: Any = None) -> Any:
+            said.append(level)
+            return jnp.asarray(published)
+
+        model = gddim.model.VelocityModel(sde, net, mixed_score=mixed)
+        np.testing.assert_allclose(model(jnp.asarray(u), t), eps, rtol=1e-6, atol=1e-7)
+        data = np.linalg.solve(sde.transition(t, 0.0), u - R @ eps)[..., 0, :]
+        np.testing.assert_allclose(model.denoise(jnp.asarray(u), t), data, rtol=1e-6, atol=1e-7)
+    assert set(said) == {t}
+
+
+def test_only_a_process_of_position_and_velocity_has_a_velocity():
+    for sde in (gddim.VP(), blurred_langevin(2)):
+        with pytest.raises(ValueError, match="no process of position and velocity"):
+            gddim.model.VelocityModel(sde, lambda x, level, cond=None, *, key=None: x)
+
+
+def test_an_epsilon_of_one_field_is_a_denoiser_told_times_as_it_was():
+    """Discrete times counted from 0, a condition, and the data that ε implies."""
+    sde, said = gddim.VP.from_betas(np.linspace(1e-4, 0.02, 1000)), []
+
+    def net(x: Any, level: Any, cond: Any = None, *, key: Any = None) -> Any:
+        said.append(float(level))
+        return 0.3 * x + cond
+
+    model = gddim.EpsModel(sde, net, time_scale=1.0, offset=-1.0)
+    t, y = 400.0, jnp.asarray(POINTS[0], jnp.float32)
+    alpha, sigma = sde.transition(t, 0.0)[0, 0], sde.noise_factor(t)[0, 0]
+    found = model.denoiser(y, sigma / alpha, jnp.float32(0.5))
+    np.testing.assert_allclose(said, [399.0], rtol=1e-4)
+    eps = model(alpha * y[..., None, :], t, jnp.float32(0.5))[..., 0, :]
+    np.testing.assert_allclose(found, y - sigma / alpha * eps, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="must have one field"):
+        gddim.EpsModel(gddim.CLD(), net).denoiser(y, 1.0)

@@ -231,7 +231,7 @@ def test_group_norm_is_its_formula(channels):
 
 def test_attention_is_its_formula():
     x = normal(0, 3, 4, 8)
-    layer = Attention(8, draw=Draw(jax.random.key(1)))
+    layer = Attention(GroupNorm(8), 1, math.sqrt(0.5), draw=Draw(jax.random.key(1)))
     layer = eqx.tree_at(lambda a: a.out.weight, layer, normal(2, 8, 8))
     layer = jax.tree.map(lambda leaf: leaf + 0.3 * normal(3, *leaf.shape), layer)
     h = np.asarray(layer.norm(x), np.float64).reshape(12, 8)

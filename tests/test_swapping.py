@@ -13,11 +13,11 @@ from etils import epath
 from test_verbs import POINTS, do
 
 import gddim
-from experiments import cld_digits, points
+from experiments import cld_digits, points, points_vp
 from gddim.errors import UserError
 from gddim.evaluation.report import chart, groups
 from gddim.evaluation.sweep import read_rows
-from gddim.experiment import Evaluation, Training
+from gddim.experiment import Evaluation, Model, Training
 from gddim.experiment.checkpoints import restore_ema
 from gddim.experiment.cli import parse
 from gddim.experiment.drawing import follow
@@ -158,6 +158,13 @@ def test_a_network_of_frequencies_is_drawn_through_its_own_process_alone():
     assert own.through(None) == own.through(gddim.Blurring(8)) == own.sde
     with pytest.raises(UserError, match=r"process vp: Blurring.* has coefficients by position or frequency"):
         own.through(gddim.VP())
+
+
+def test_an_epsilon_of_one_field_is_drawn_through_every_process():
+    own = dataclasses.replace(points_vp.EXPERIMENT, model=Model("eps"))
+    assert own.through(gddim.CLD()) == gddim.CLD()
+    with pytest.raises(UserError, match="of all its fields, which no other process has"):
+        dataclasses.replace(RUN, model=Model("velocity")).through(gddim.VP())
 
 
 @pytest.mark.parametrize("words", [["--model.predicts", "eps"], ["--model.predicts=eps"]], ids=" ".join)

@@ -90,3 +90,13 @@ def test_a_denoiser_of_an_earlier_release_is_refused_by_its_name(tmp_path, capsy
     assert "gddim 0.1.0 reads" in said
     assert "\n" not in said
     assert not (tmp_path / "NEW").exists()
+
+
+def test_a_field_that_came_later_is_told_where_it_is_not_what_all_had():
+    """So that a run from before it is the same run."""
+    plain = describe(RUN)
+    assert not {"style", "classes", "groups"} & set(plain["net"])
+    assert not {"time_scale", "time_offset"} & set(plain["model"])
+    labelled = describe(dataclasses.replace(RUN, net=dataclasses.replace(cld_cifar10.NET, classes=10)))
+    assert labelled["net"]["classes"] == 10
+    assert differences(plain, labelled) == ["  net.classes: the run has none, this command 10"]

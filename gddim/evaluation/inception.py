@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Shaped, UInt8
 from gddim.data.images import to_uint8
 from gddim.data.sources import data_folder
 from gddim.errors import UserError
-from gddim.evaluation.torch_reader import read_torch
+from gddim.torch_reader import read_torch
 
 CONVENTIONS = ("pytorch-fid", "tf1")
 PRECISIONS = ("float32", "bfloat16")

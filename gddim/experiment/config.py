@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import tyro
 from jaxtyping import Float, PRNGKeyArray
 
 from gddim.averages import LONGEST
-from gddim.errors import UserError
+from gddim.experiment.network import Model, NetConfig, require
 from gddim.experiment.options import SPELLED, UNGROUPED
-from gddim.experiment.spectrum import DataStd, Spectrum
 from gddim.experiment.words import Process, Sampler, spell_process
 from gddim.loss import AbstractObjective, LogNormalNoise, ScoreMatching
-from gddim.model import Denoiser, EpsModel
+from gddim.model import Denoiser, EpsModel, VelocityModel
 from gddim.parallel import MeshConfig, Rule, default_rule
 from gddim.samplers import GDDIM, CholeskyMultistep, EulerMaruyama, Method, power_grid
 from gddim.sde import AbstractLinearSDE
 from gddim.sde.base import last_time, positions
 from gddim.sde.words import process_name
-from gddim.settings import MAY_CHANGE, MAY_CHANGE_AFTER
+from gddim.settings import LATER, MAY_CHANGE, MAY_CHANGE_AFTER
 
 if TYPE_CHECKING:
     from gddim.data import Dataset
@@ -30,37 +29,6 @@ else:
     Dataset = Any  # tyro narrows a field to the type of its default, but not from a protocol with attributes
 
 OURS = GDDIM(3, interpolate="data")
-
-
-@runtime_checkable
-class NetConfig(Protocol):
-    """A network yet to be built, as `NCSNppConfig` and `MLPConfig` are."""
-
-    def build(self, in_shape: Any, out_channels: int, key: PRNGKeyArray) -> Any: ...
-
-
-def require(good: bool, message: str) -> None:
-    """Raise `UserError` with a message that says what was given and what is accepted."""
-    if not good:
-        raise UserError(message)
-
-
-@dataclass(frozen=True)
-class Model:
-    """What the network predicts."""
-
-    predicts: Literal["data", "eps"] = "data"
-    """The data, preconditioned, by one network for every process; or the noise ε in R coordinates, as published."""
-    data_std: DataStd = 0.5
-    """Root mean square of the data, which preconditions the prediction of data: a number, or, for a process with
-    coefficients by frequency, the file that python -m gddim.data std --spectrum wrote."""
-    mixed_score: bool = False
-    """Add that of the velocity, R⁻¹(0, v), to a predicted ε."""
-
-    def __post_init__(self):
-        if not isinstance(self.data_std, Spectrum):
-            require(0 < self.data_std < math.inf, f"data_std must be > 0, not {self.data_std}")
-        require(not self.mixed_score or self.predicts == "eps", "mixed_score is added to ε: it needs predicts eps")
 
 
 @dataclass(frozen=True)
@@ -164,8 +132,8 @@ class Sampling:
     process: Annotated[Process, tyro.conf.arg(name="process", prefix_name=False)] = field(
         default=None, metadata={UNGROUPED: True, SPELLED: spell_process}
     )
-    """What they are drawn through: own, or, by a network that predicts the data, vp, cosine, subvp, ve, flow, cld, psld,
-    langevin or module:object, each with its parameters (cld:gamma=0.1, langevin:order=4)."""
+    """What they are drawn through: own, or, by a network that predicts the data, or the ε of one field, vp, cosine, subvp, ve,
+    flow, cld, psld, langevin or module:object, each with its parameters (cld:gamma=0.1, langevin:order=4)."""
     nfe: int = 50
     """Network calls a sample, the last step's included."""
     samples: int = 64
@@ -262,7 +230,7 @@ class Experiment:
     sde: AbstractLinearSDE
     net: NetConfig
     data: Dataset
-    model: Model = Model()
+    model: Model = field(default=Model())
     train: Training = field(default=Training(), metadata=MAY_CHANGE_AFTER)
     sampling: Sampling = field(default=Sampling(), metadata=MAY_CHANGE)
     eval: Evaluation = field(default=Evaluation(), metadata=MAY_CHANGE)
@@ -271,7 +239,7 @@ class Experiment:
     """Where each array of the state lives on the mesh, by its path: a function, to be given in the experiment's file."""
     seed: int = field(default=0, metadata=MAY_CHANGE_AFTER)
     """Seed of the parameters, the order of the data and the noise of training."""
-    weights: tyro.conf.Suppress[str | None] = field(default=None, metadata=MAY_CHANGE)
+    weights: tyro.conf.Suppress[str | None] = field(default=None, metadata=MAY_CHANGE | LATER)
     """A file of python -m gddim.export, with which what follows training goes on where the run has no checkpoint."""
 
     def __post_init__(self):
@@ -301,9 +269,10 @@ class Experiment:
             return self.sde
         own, other = process_name(self.sde), process_name(sde)
         require(
-            self.model.predicts == "data",
-            f"process {other}: this network predicts the ε of {own} in its R coordinates (model.predicts eps, as "
-            "published), which no other process has: only own is drawn here, and all by a run with --model.predicts data",
+            self.model.predicts == "data" or (self.model.predicts == "eps" and self.sde.k == 1),
+            f"process {other}: this network predicts the ε of {own} in its {'R' if self.model.predicts == 'eps' else 'L'} "
+            f"coordinates (model.predicts {self.model.predicts}, as published), of all its fields, which no other process has: "
+            "only own is drawn here, and all by a run with --model.predicts data",
         )
         for name, process in ((own, self.sde), (other, sde)):
             require(
@@ -331,18 +300,6 @@ class Experiment:
             return LogNormalNoise(**self.train.log_normal)
         return ScoreMatching(self.sde, power or 1.0)
 
-    def build(self, key: PRNGKeyArray) -> Denoiser | EpsModel:
+    def build(self, key: PRNGKeyArray) -> Denoiser | EpsModel | VelocityModel:
         """The model with fresh parameters. Raises `UserError` for a spectrum of other data."""
-        *dims, channels = self.data.shape
-        std = self.model.data_std
-        fits = not isinstance(std, Spectrum) or std.shape == tuple(dims)
-        require(fits, f"model.data_std is a {std}, and the data are {tuple(dims)}")
-        eps = self.model.predicts == "eps"
-        width = self.sde.k * channels if eps else channels
-        try:
-            net = self.net.build((*dims, width), width, key)
-        except UserError as error:
-            raise UserError(f"records {tuple(self.data.shape)}: {error}") from error
-        if eps:
-            return EpsModel(self.sde, net, mixed_score=self.model.mixed_score)
-        return Denoiser(self.sde, net, data_std=std.rms if isinstance(std, Spectrum) else std)
+        return self.model.build(self.sde, self.net, tuple(self.data.shape), key)

@@ -43,7 +43,8 @@ def describe(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         described: dict[str, Any] = {"type": type(value).__name__}
         for field in dataclasses.fields(value):
-            if field.init:
+            later = field.metadata.get("later") and getattr(value, field.name) == field.default
+            if field.init and not later:
                 inner = getattr(value, field.name)
                 described[field.name] = part = field.metadata.get(SPELLED, describe)(inner)
                 parts = dataclasses.fields(inner) if isinstance(part, dict) else ()

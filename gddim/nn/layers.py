@@ -5,6 +5,7 @@ one batched NHWC/HWIO convolution, which is the layout that every XLA backend ru
 """
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -85,7 +86,7 @@ class Conv(eqx.Module):
 
 
 class GroupNorm(eqx.Module):
-    """Group normalisation, min(C/4, 32) groups, ε = 1e-6, statistics in float32; then swish if asked.
+    """Group normalisation, statistics in float32; then swish if asked.
 
     The sums are taken per channel, then per group: XLA reduces the image once, without a 5-D reshape of it. For the
     backward pass only the input, in its own type, and the statistics are kept: the rest, twice as wide in bfloat16, is
@@ -95,13 +96,15 @@ class GroupNorm(eqx.Module):
     scale: Float[Array, " c"]
     bias: Float[Array, " c"]
     groups: int = eqx.field(static=True)
+    eps: float = eqx.field(static=True)
 
-    def __init__(self, channels: int):
-        self.groups = min(channels // 4, 32)
+    def __init__(self, channels: int, groups: int = 32, least: int = 4, eps: float = 1e-6):
+        """As many equal groups of `channels` as `groups`, or fewer so that each has `least`."""
+        self.groups, self.eps = min(channels // least, groups), eps
         if self.groups == 0 or channels % self.groups:
             raise UserError(
-                f"width: a layer of {channels} channels cannot be normalised in min(channels // 4, 32) equal groups; "
-                "choose a width that is a multiple of 4 up to 128, a multiple of 32 beyond"
+                f"width: a layer of {channels} channels cannot be normalised in min(channels // {least}, {groups}) equal "
+                f"groups; choose a width that is a multiple of {least} up to {least * groups}, a multiple of {groups} beyond"
             )
         self.scale = constant(1.0, channels)
         self.bias = constant(0.0, channels)
@@ -116,7 +119,7 @@ class GroupNorm(eqx.Module):
         moments = jnp.stack([jnp.mean(wide, axis=(0, 1)), jnp.mean(wide * wide, axis=(0, 1))])
         moments = jnp.mean(moments.reshape(2, self.groups, -1), axis=2, keepdims=True)
         mean, square = checkpoint_name(moments, "moments")
-        inverse = jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0.0) + 1e-6)
+        inverse = jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0.0) + self.eps)
         gain = scale.reshape(self.groups, -1) * inverse
         shift = bias.reshape(self.groups, -1) - mean * gain
         y = wide * gain.reshape(1, 1, -1) + shift.reshape(1, 1, -1)
@@ -124,24 +127,30 @@ class GroupNorm(eqx.Module):
 
 
 class Attention(eqx.Module):
-    """Self-attention with one head over all pixels, `(x + out(attend(norm(x)))) / √2`; softmax in float32."""
+    """Self-attention over all pixels, `(x + out(attend(norm(x)))) scale`, in equal heads; softmax in float32."""
 
     norm: GroupNorm
     query: Dense
     key: Dense
     value: Dense
     out: Dense
+    heads: int = eqx.field(static=True)
+    scale: float = eqx.field(static=True)
 
-    def __init__(self, channels: int, *, draw: Draw):
-        self.norm = GroupNorm(channels)
+    def __init__(self, norm: GroupNorm, heads: int, scale: float, *, draw: Draw):
+        channels = norm.bias.size
+        if channels % heads:
+            raise UserError(f"head: {channels} channels cannot be cut into {heads} equal heads")
+        self.norm, self.heads, self.scale = norm, heads, scale
         self.query, self.key, self.value = (Dense(channels, channels, scale=0.1, draw=draw) for _ in range(3))
         self.out = Dense(channels, channels, scale=0.0, draw=draw)
 
     def __call__(self, x: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
-        h = self.norm(x).reshape(1, -1, 1, x.shape[-1])  # (batch, pixels, heads, channels)
+        h = self.norm(x).reshape(-1, x.shape[-1])
+        parts = (dense(h).reshape(1, h.shape[0], self.heads, -1) for dense in (self.query, self.key, self.value))
         with jax.numpy_dtype_promotion("standard"):  # it mixes bfloat16 and float32 inside
-            h = jax.nn.dot_product_attention(self.query(h), self.key(h), self.value(h))
-        return (x + self.out(h.reshape(x.shape))) * math.sqrt(0.5)
+            h = jax.nn.dot_product_attention(*parts)  # of (batch, pixels, heads, channels)
+        return (x + self.out(h.reshape(x.shape))) * self.scale
 
 
 def refuse_cond(net: eqx.Module, cond: Any) -> None:
@@ -150,17 +159,30 @@ def refuse_cond(net: eqx.Module, cond: Any) -> None:
         raise ValueError(f"cond: given {jax.tree.structure(cond)}; this {type(net).__name__} takes None")
 
 
-def fourier_embedding(t: Float[Array, ""], frequencies: Float[Array, " n"]) -> Float[Array, " 2*n"]:
-    """`[sin, cos](2π log(t) frequencies)`, the frequencies fixed."""
+def one_hot_label(net: eqx.Module, cond: Any, classes: int) -> Float[Array, " {classes}"]:
+    """Of `cond["label"]`, the number of a class; zeros, no class, where `cond` is None. Raises `ValueError` for others."""
+    if not classes:
+        refuse_cond(net, cond)
+    if cond is None:
+        return jnp.zeros(classes, jnp.float32)
+    if not isinstance(cond, Mapping) or set(cond) != {"label"} or jnp.ndim(cond["label"]):
+        given = jax.tree.structure(cond)
+        raise ValueError(f'cond: given {given}; this {type(net).__name__} takes None or {{"label": class}}')
+    return jax.nn.one_hot(cond["label"], classes, dtype=jnp.float32)
+
+
+def fourier_embedding(t: Float[Array, ""], frequencies: Float[Array, " n"], log: bool = True) -> Float[Array, " 2*n"]:
+    """`[sin, cos](2π log(t) frequencies)`, or of t itself, the frequencies fixed."""
     # Angles reach thousands of radians, so the order of the float32 products is that of the published networks.
-    angles = jnp.log(t) * jax.lax.stop_gradient(frequencies) * 2 * jnp.pi
+    frequencies = jax.lax.stop_gradient(frequencies)
+    angles = jnp.log(t) * frequencies * 2 * jnp.pi if log else t * (2 * jnp.pi * frequencies)
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)])
 
 
-def sinusoidal_embedding(t: Float[Array, ""], features: int) -> Float[Array, " {features}"]:
-    """`[sin, cos](t 10000^(-i/(n-1)))`, n = features // 2 as in DDPM; an odd last feature is 0."""
+def sinusoidal_embedding(t: Float[Array, ""], features: int, last: int = 1) -> Float[Array, " {features}"]:
+    """`[sin, cos](t 10000^(-i/(n-last)))`, n = features // 2: last 1 as in DDPM, 0 as in ADM; an odd last feature is 0."""
     half = features // 2
-    angles = t * jnp.exp(-math.log(10000) / (half - 1) * jnp.arange(half, dtype=jnp.float32))
+    angles = t * jnp.exp(-math.log(10000) / (half - last) * jnp.arange(half, dtype=jnp.float32))
     return jnp.pad(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)]), (0, features % 2))
 
 

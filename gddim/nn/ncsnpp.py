@@ -4,18 +4,16 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Bool, Float, Key, PyTree
 
 from gddim.errors import UserError
+from gddim.nn.blocks import STYLES, Block, Level, apply_block, stack_runs, unstack
 from gddim.nn.layers import (
-    Attention,
     Conv,
     Dense,
     Draw,
@@ -23,18 +21,16 @@ from gddim.nn.layers import (
     downsample,
     downsample_conv,
     fourier_embedding,
-    refuse_cond,
+    one_hot_label,
     sinusoidal_embedding,
     upsample,
 )
-from gddim.settings import MAY_CHANGE, MAY_CHANGE_AFTER
-
-T = TypeVar("T")
+from gddim.settings import LATER, MAY_CHANGE, MAY_CHANGE_AFTER
 
 
 @dataclass(frozen=True)
 class NCSNppConfig:
-    """An NCSN++ network; the defaults are the one of gDDIM's best CIFAR-10 result."""
+    """An NCSN++ network, or one of its kin; the defaults are the one of gDDIM's best CIFAR-10 result."""
 
     width: int = 128
     """Channels of the finest level; a multiple of 4 up to 128, of 32 beyond."""
@@ -46,12 +42,28 @@ class NCSNppConfig:
     """Image heights at which the levels attend; the coarsest middle block always does."""
     dropout: float = field(default=0.1, metadata=MAY_CHANGE_AFTER)
     """Share of activations dropped in each residual block while training."""
-    embedding: Literal["fourier", "positional"] = "fourier"
-    """Of the noise level: random Fourier features of its logarithm, which is for times alone, or sinusoids."""
+    embedding: Literal["fourier", "fourier_linear", "positional", "positional_open"] = "fourier"
+    """Of the noise level: random Fourier features of its logarithm, which is for times alone, or of itself; sinusoids
+    as in DDPM, or as in ADM, whose slowest does not quite reach a period of 2π 10⁴."""
     fir: bool = True
     """Resample with the filter (1, 3, 3, 1) instead of nearest neighbour and mean."""
-    progressive_input: Literal["residual", "none"] = "residual"
-    """Whether a downsampled copy of the input enters every level."""
+    progressive_input: Literal["residual", "averaged", "none"] = "residual"
+    """Whether a downsampled copy of the input enters every level; averaged: by a mean after its convolution, not a stride."""
+    style: Literal["ncsnpp", "ddpm", "adm"] = field(default="ncsnpp", metadata=LATER)
+    """Of the blocks: NCSN++'s; DDPM's, which resamples by convolutions between them; ADM's, which the noise level scales and
+    shifts. The latter two also attend after every block of an attending level on the way up, and divide no sums by √2."""
+    classes: int = field(default=0, metadata=LATER)
+    """Classes of the data, of which the network is told one as `cond["label"]`; 0: none."""
+    features: int = field(default=0, metadata=LATER)
+    """Features of the noise level; 0: `width`, or twice as many for Fourier features."""
+    hidden: int = field(default=0, metadata=LATER)
+    """Those made of them, which the blocks see; 0: four times `width`."""
+    groups: int = field(default=32, metadata=LATER)
+    """Groups of a normalisation, of 4 channels at least but in style ddpm."""
+    eps: float = field(default=1e-6, metadata=LATER)
+    """Added to a variance that it divides by."""
+    head: int = field(default=0, metadata=LATER)
+    """Channels of a head of attention, at least; 0: all, in one."""
     dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata=MAY_CHANGE_AFTER)
     """Type of the computation; parameters, statistics, softmax and output stay float32."""
     remat: bool = field(default=False, metadata=MAY_CHANGE)
@@ -68,87 +80,46 @@ class NCSNppConfig:
             raise UserError(f"blocks: got {self.blocks}, needs at least 1 a level")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout: got {self.dropout}, needs 0 <= dropout < 1")
+        for name, least in {"classes": 0, "features": 0, "hidden": 0, "groups": 1, "head": 0}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{name}: got {getattr(self, name)}, needs at least {least}")
+        if not 0 < self.eps < 1:
+            raise UserError(f"eps: got {self.eps}, needs 0 < eps < 1")
         for name, accepted in {
-            "embedding": ("fourier", "positional"),
-            "progressive_input": ("residual", "none"),
+            "embedding": ("fourier", "fourier_linear", "positional", "positional_open"),
+            "progressive_input": ("residual", "averaged", "none"),
+            "style": tuple(STYLES),
             "dtype": ("float32", "bfloat16"),
         }.items():
             if getattr(self, name) not in accepted:
                 raise UserError(f"{name}: got {getattr(self, name)!r}, accepted are {', '.join(accepted)}")
 
+    @property
+    def fourier(self) -> bool:
+        """Whether the noise level enters through random Fourier features."""
+        return self.embedding.startswith("fourier")
+
+    @property
+    def level_features(self) -> int:
+        """Of the noise level, as they enter the first layer."""
+        return self.features or self.width * (1 + self.fourier)
+
+    @property
+    def hidden_features(self) -> int:
+        """Of the noise level, as the blocks see them."""
+        return self.hidden or 4 * self.width
+
+    def norm(self, channels: int) -> GroupNorm:
+        """A normalisation of so many channels."""
+        return GroupNorm(channels, self.groups, 1 if self.style == "ddpm" else 4, self.eps)
+
+    def heads(self, channels: int) -> int:
+        """Those of an attention over so many channels."""
+        return max(channels // (self.head or channels), 1)
+
     def build(self, in_shape: tuple[int, ...], out_channels: int, key: Key[Array, ""]) -> "NCSNpp":
         """An `NCSNpp` with fresh parameters, from images `in_shape` = `(H, W, C_in)` to `(H, W, out_channels)`."""
         return NCSNpp(self, in_shape, out_channels, key=key)
-
-
-class Block(eqx.Module):
-    """BigGAN's residual block, which resamples inside, and attention after it where asked.
-
-    `h = conv(dropout(swish(norm(conv(resample(swish(norm(x)))) + dense(time)))))`, then
-    `(shortcut(resample(x)) + h) / √2`.
-    """
-
-    norm_in: GroupNorm
-    conv_in: Conv
-    time: Dense
-    norm_out: GroupNorm
-    conv_out: Conv
-    shortcut: Conv | None
-    attention: Attention | None
-    resample: Literal["none", "down", "up"] = eqx.field(static=True)
-    fir: bool = eqx.field(static=True)
-    dropout: float = eqx.field(static=True)
-
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        config: NCSNppConfig,
-        *,
-        draw: Draw,
-        attend: bool = False,
-        resample: Literal["none", "down", "up"] = "none",
-    ):
-        self.norm_in = GroupNorm(inputs)
-        self.conv_in = Conv(inputs, outputs, draw=draw)
-        self.time = Dense(4 * config.width, outputs, draw=draw)
-        self.norm_out = GroupNorm(outputs)
-        self.conv_out = Conv(outputs, outputs, scale=0.0, draw=draw)
-        self.shortcut = Conv(inputs, outputs, 1, draw=draw) if inputs != outputs or resample != "none" else None
-        self.attention = Attention(outputs, draw=draw) if attend else None
-        self.resample, self.fir, self.dropout = resample, config.fir, config.dropout
-
-    @property
-    def count(self) -> int:
-        """The number of blocks that are stacked in a run."""
-        return self.conv_out.bias.shape[0]
-
-    def __call__(
-        self, x: Float[Array, "h w i"], time: Float[Array, " t"], keep: Bool[Array, "a b o"] | None = None
-    ) -> Float[Array, "a b o"]:
-        h = self.norm_in(x, swish=True)
-        if self.resample != "none":
-            resample = downsample if self.resample == "down" else upsample
-            h, x = resample(h, self.fir), resample(x, self.fir)
-        h = self.conv_in(h) + self.time(time)[None, None]
-        h = self.norm_out(h, swish=True)
-        if keep is not None:
-            h = jnp.where(keep, h / (1 - self.dropout), 0)
-        h = self.conv_out(h)
-        x = (h + (x if self.shortcut is None else self.shortcut(x))) * math.sqrt(0.5)
-        return x if self.attention is None else self.attention(x)
-
-
-class Level(eqx.Module):
-    """The blocks of one resolution, then what leads to the next: a resampling block, downwards also the input.
-
-    Consecutive blocks of equal shapes are one `Block` with their parameters stacked, `(n, …)`: a third of the arrays for
-    the compiler, the optimizer and the collectives.
-    """
-
-    runs: list[Block]
-    resample: Block | None
-    progressive: Conv | None
 
 
 class NCSNpp(eqx.Module):
@@ -166,8 +137,9 @@ class NCSNpp(eqx.Module):
     (16, 16, 3)
     """
 
-    frequencies: Float[Array, " width"] | None
+    frequencies: Float[Array, " f"] | None
     time: tuple[Dense, Dense]
+    label: Dense | None
     conv_in: Conv
     down: list[Level]
     middle: list[Block]
@@ -194,19 +166,19 @@ class NCSNpp(eqx.Module):
         def block(inputs: int, outputs: int, **kwargs: Any) -> Block:
             return Block(inputs, outputs, config, draw=draw, **kwargs)
 
-        fourier = config.embedding == "fourier"
-        features = config.width * (2 if fourier else 1)
-        self.frequencies = 16 * math.sqrt(2) * jax.lax.erf_inv(draw.uniform((config.width,))) if fourier else None
-        self.time = (
-            Dense(features, 4 * config.width, draw=draw),
-            Dense(4 * config.width, 4 * config.width, draw=draw),
-        )
-        self.conv_in = Conv(channels, config.width, draw=draw)
+        features, hidden, adm = config.level_features, config.hidden_features, config.style == "adm"
+        self.frequencies = None
+        if config.fourier:
+            self.frequencies = 16 * math.sqrt(2) * jax.lax.erf_inv(draw.uniform((features // 2,)))
+        self.time = (Dense(features, hidden, draw=draw), Dense(hidden, hidden, draw=draw))
+        self.label = Dense(config.classes, hidden if adm else features, draw=draw) if config.classes else None
+        first = config.width * (config.multipliers[0] if adm else 1)
+        self.conv_in = Conv(channels, first, draw=draw)
 
         sizes = [height // 2**level for level in range(len(config.multipliers))]
         levels = list(enumerate(zip(sizes, (config.width * m for m in config.multipliers), strict=True)))
-        last = len(levels) - 1
-        skips, pyramid, now = [config.width], channels, config.width
+        last, by_conv, always = len(levels) - 1, STYLES[config.style].by_conv, STYLES[config.style].attend_always
+        skips, pyramid, now = [first], channels, first
         self.down = []
         for level, (size, outputs) in levels:
             blocks = []
@@ -215,24 +187,27 @@ class NCSNpp(eqx.Module):
                 skips.append(now := outputs)
             resample = progressive = None
             if level != last:
-                resample = block(now, now, resample="down")
+                resample = Conv(now, now, draw=draw) if by_conv else block(now, now, resample="down")
                 skips.append(now)
-                if config.progressive_input == "residual":
+                if config.progressive_input != "none":
                     progressive = Conv(pyramid, now, draw=draw)
                     pyramid = now
             self.down.append(Level(stack_runs(blocks), resample, progressive))
         self.middle = [block(now, now, attend=True), block(now, now)]
         self.up = []
         for level, (size, outputs) in reversed(levels):
-            blocks = []
-            for i in range(config.blocks + 1):
-                attend = i == config.blocks and size in config.attention
-                blocks.append(block(now + skips.pop(), outputs, attend=attend))
+            blocks, joined = [], [skips.pop() for _ in range(config.blocks + 1)]
+            for i, skip in enumerate(joined):
+                attend = (always or i == config.blocks) and size in config.attention
+                blocks.append(block(now + skip, outputs, attend=attend))
                 now = outputs
-            self.up.append(Level(stack_runs(blocks), block(now, now, resample="up") if level else None, None))
-        self.norm_out = GroupNorm(now)
+            resample = None
+            if level:
+                resample = Conv(now, now, draw=draw) if by_conv else block(now, now, resample="up")
+            self.up.append(Level(stack_runs(blocks, joined), resample, None))
+        self.norm_out = config.norm(now)
         self.conv_out = Conv(now, out_channels, scale=0.0, draw=draw)
-        self.config, self.in_shape, self.logarithmic = config, in_shape, fourier
+        self.config, self.in_shape, self.logarithmic = config, in_shape, config.embedding == "fourier"
 
     def __call__(
         self,
@@ -243,12 +218,15 @@ class NCSNpp(eqx.Module):
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "h w o"]:
         """`x` `(H, W, C_in)` at a level to float32 `(H, W, C_out)`; dropout acts if a key is given."""
-        refuse_cond(self, cond)
-        if x.shape != self.in_shape:
-            raise ValueError(f"x: got shape {x.shape}, the network was built for {self.in_shape}")
-        time = self._embed(level)
-        masks = iter(self._masks(key) if key is not None and self.config.dropout else ())
-        apply = jax.checkpoint(_apply) if self.config.remat else _apply
+        factor = 2 ** (len(self.down) - 1)
+        if x.shape[-1] != self.in_shape[-1] or any(side % factor or not side for side in x.shape[:2]):
+            raise ValueError(
+                f"x: got shape {x.shape}, the network was built for {self.in_shape}, and takes sides that are multiples "
+                f"of {factor}"
+            )
+        time = self._embed(level, cond)
+        masks = iter(self._masks(key, *x.shape[:2]) if key is not None and self.config.dropout else ())
+        apply = jax.checkpoint(apply_block) if self.config.remat else apply_block
 
         def single(block: Block, h: Array) -> Array:
             return apply(h, time, block, None, next(masks, None))
@@ -275,43 +253,57 @@ class NCSNpp(eqx.Module):
                 h, outputs = through(run, h)
                 skips += outputs
             if stage.resample is not None:
-                h = single(stage.resample, h)
+                if isinstance(stage.resample, Conv):
+                    h = downsample_conv(h, stage.resample, fir=False)
+                else:
+                    h = single(stage.resample, h)
                 if stage.progressive is not None:
-                    h = pyramid = (downsample_conv(pyramid, stage.progressive, self.config.fir) + h) * math.sqrt(0.5)
+                    h = pyramid = (self._progress(pyramid, stage.progressive) + h) * math.sqrt(0.5)
                 skips.append(h)
         for block in self.middle:
             h = single(block, h)
         for stage in self.up:
             for run in stage.runs:
                 h, _ = through(run, h, [skips.pop() for _ in range(run.count)])
-            if stage.resample is not None:
+            if isinstance(stage.resample, Conv):
+                h = stage.resample(upsample(h, fir=False))
+            elif stage.resample is not None:
                 h = single(stage.resample, h)
         return self.conv_out(self.norm_out(h.astype(jnp.float32), swish=True))
 
-    def _embed(self, level: Float[ArrayLike, ""]) -> Float[Array, " features"]:
-        """The level's features as every block takes them, swish included."""
-        level = jnp.asarray(level, jnp.float32)
-        if self.frequencies is None:
-            features = sinusoidal_embedding(level, self.config.width)
-        else:
-            features = fourier_embedding(level, self.frequencies)
-        for dense in self.time:
-            features = jax.nn.swish(dense(features))
-        return features.astype(self.config.dtype)
+    def _progress(self, pyramid: Float[Array, "h w i"], conv: Conv) -> Float[Array, "h//2 w//2 o"]:
+        """The input of one level, at half the size."""
+        if self.config.progressive_input == "averaged" and not self.config.fir:
+            return downsample(conv(pyramid), fir=False)
+        return downsample_conv(pyramid, conv, self.config.fir)
 
-    def _masks(self, key: Key[Array, ""]) -> list[Bool[Array, "*n a b o"]]:
+    def _embed(self, level: Float[ArrayLike, ""], cond: PyTree) -> Float[Array, " hidden"]:
+        """The features of level and class as every block takes them, swish included."""
+        level, config = jnp.asarray(level, jnp.float32), self.config
+        label = one_hot_label(self, cond, config.classes)
+        if self.frequencies is None:
+            features = sinusoidal_embedding(level, config.level_features, last=config.embedding == "positional")
+        else:
+            features = fourier_embedding(level, self.frequencies, log=config.embedding == "fourier")
+        if self.label is not None and config.style != "adm":
+            features = features + self.label(label * math.sqrt(config.classes))  # of variance 1, as the features
+        features = self.time[1](jax.nn.swish(self.time[0](features)))
+        if self.label is not None and config.style == "adm":
+            features = features + self.label(label)
+        return jax.nn.swish(features).astype(config.dtype)
+
+    def _masks(self, key: Key[Array, ""], height: int, width: int) -> list[Bool[Array, "*n a b o"]]:
         """What dropout keeps in each run or block, in the order of their calls: 16 random bits a value, all in one draw.
 
         A draw for each block would take most of the time of compiling a training step.
         """
-        height, width, _ = self.in_shape
-        calls: list[tuple[int, Block | None]] = []  # each run or block with the level of its output
+        calls: list[tuple[int, Block | Conv | None]] = []  # each run or block with the level of its output
         for i, level in enumerate(self.down):
             calls += [*((i, run) for run in level.runs), (i + 1, level.resample)]
         calls += [(len(self.down) - 1, block) for block in self.middle]
         for i, level in zip(reversed(range(len(self.up))), self.up, strict=True):
             calls += [*((i, run) for run in level.runs), (i - 1, level.resample)]
-        biases = [(i, block.conv_out.bias.shape) for i, block in calls if block is not None]
+        biases = [(i, block.conv_out.bias.shape) for i, block in calls if isinstance(block, Block)]
         shapes = [(*shape[:-1], height >> i, width >> i, shape[-1]) for i, shape in biases]
         ends = list(itertools.accumulate(math.prod(shape) // self.config.width for shape in shapes))
         # Rows as wide as the finest level, lower halves before upper ones: a TPU pads a last axis of 2 to 128.
@@ -321,28 +313,3 @@ class NCSNpp(eqx.Module):
         keep = jax.lax.optimization_barrier(keep)
         starts = [0, *ends[:-1]]
         return [keep[a:b].reshape(shape) for shape, a, b in zip(shapes, starts, ends, strict=True)]
-
-
-@jax.jit  # traced once for all blocks of equal shapes
-def _apply(h: Array, time: Array, block: Block, skip: Array | None, keep: Array | None) -> Array:
-    return block(h if skip is None else jnp.concatenate([h, skip], axis=-1), time, keep)
-
-
-def stack_runs(blocks: Sequence[Block]) -> list[Block]:
-    """Consecutive blocks of equal shapes as one, their parameters stacked."""
-
-    def shapes(block: Block) -> tuple[Any, list[tuple[int, ...]]]:
-        leaves, structure = jax.tree.flatten(block)
-        return structure, [leaf.shape for leaf in leaves]
-
-    def stack(*leaves: Array) -> Array:  # NumPy compiles nothing
-        return jnp.stack(leaves) if any(isinstance(leaf, Tracer) for leaf in leaves) else jnp.asarray(np.stack(leaves))
-
-    return [jax.tree.map(stack, *run) for _, run in itertools.groupby(blocks, shapes)]
-
-
-def unstack(tree: T, count: int) -> list[T]:
-    """The `count` trees whose arrays are stacked in one."""
-    leaves, structure = jax.tree.flatten(tree)
-    columns = [jnp.unstack(leaf) for leaf in leaves]
-    return [jax.tree.unflatten(structure, [column[i] for column in columns]) for i in range(count)]

@@ -1,0 +1,168 @@
+"""Folders of diffusers' `UNet2DModel`, of the architecture of DDPM on CIFAR-10 (Ho et al. 2020, arXiv 2006.11239)."""
+
+import json
+import math
+import mmap
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from gddim.convert.networks import Names, Part, names_of, ours
+from gddim.convert.published import Elsewhere, Published
+from gddim.errors import UserError
+from gddim.experiment import Experiment, Model
+from gddim.nn import NCSNpp, NCSNppConfig
+from gddim.sde import VP
+
+LAYERS = {"norm_in": "norm1", "conv_in": "conv1", "time": "time_emb_proj", "norm_out": "norm2", "conv_out": "conv2",
+          "shortcut": "conv_shortcut"}  # fmt: skip
+ATTENTION = {"norm": "group_norm", "query": "to_q", "key": "to_k", "value": "to_v", "out": "to_out.0"}
+OLDER = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+TOPS = {"time.0": "time_embedding.linear_1", "time.1": "time_embedding.linear_2", "conv_in": "conv_in",
+        "norm_out": "conv_norm_out", "conv_out": "conv_out"}  # fmt: skip
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+# Options of a UNet2DModel with the only values that are read here, the first of which is diffusers' default.
+FIXED = {"act_fn": ("silu",), "mid_block_scale_factor": (1,), "time_embedding_type": ("positional",),
+         "downsample_type": ("conv",), "upsample_type": ("conv",), "center_input_sample": (False,),
+         "class_embed_type": (None,), "num_class_embeds": (None,), "add_attention": (True,),
+         "resnet_time_scale_shift": ("default",), "downsample_padding": (1, 0), "attn_norm_num_groups": (None,)}  # fmt: skip
+DTYPES = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+JSON_LIMIT = 2**21  # bytes, which Python makes thirty times as many of
+
+
+def read_diffusers(folder: Path, source: Any) -> Published:
+    """A U-Net's folder, or that of a pipeline with `unet/` and `scheduler/`. Raises `UserError` for another architecture."""
+    unet = folder / "unet" if (folder / "unet").is_dir() else folder
+    given = _json(unet / "config.json")
+    config, channels, side = _config(given)
+    weights = next((unet / name for name in WEIGHTS if (unet / name).is_file()), None)
+    if weights is None:
+        raise UserError(f"it has no {' or '.join(WEIGHTS)}: pickled weights of diffusers are not read")
+    found = {}
+    for name, value in read_safetensors(weights).items():
+        for older, newer in OLDER.items():
+            name = name.replace(older, newer) if ".attentions." in name else name
+        found[name] = ours(value)
+    if given.get("flip_sin_to_cos", True) and (kernel := found.get("time_embedding.linear_1.weight")) is not None:
+        found["time_embedding.linear_1.weight"] = np.roll(kernel, len(kernel) // 2, axis=0)  # cosines first
+    sde = VP.from_betas(_betas(folder))
+    model = Model("eps", time_scale=1.0, time_offset=-1.0)  # diffusers counts from 0 what is 1 here
+    experiment = Experiment("diffusers", sde, config, Elsewhere((side, side, channels)), model)
+    return Published(source, experiment, found, names, 0, "diffusers' UNet2DModel")
+
+
+def _config(given: dict[str, Any]) -> tuple[NCSNppConfig, int, int]:
+    if given.get("_class_name") != "UNet2DModel":
+        raise UserError(f"its config.json is of a {given.get('_class_name')!s:.40}; read is UNet2DModel")
+    for name, accepted in FIXED.items():
+        if (value := given.get(name, accepted[0])) not in accepted[-1:]:
+            raise UserError(f"its {name} is {value!s:.40}; read is {accepted[-1]}")
+    outputs, side, channels = given["block_out_channels"], given["sample_size"], given["in_channels"]
+    down, up = given["down_block_types"], given["up_block_types"]
+    known = ("DownBlock2D", "AttnDownBlock2D")
+    attend = [kind == "AttnDownBlock2D" for kind in down]
+    mirrored = [kind == "AttnUpBlock2D" for kind in reversed(up)]
+    if not set(down) <= set(known) or not set(up) <= {"UpBlock2D", "AttnUpBlock2D"} or attend != mirrored:
+        raise UserError(
+            f"its blocks are {', '.join(map(str, [*down, *up])):.200}; read are {', '.join(known)}, mirrored"
+        )
+    if channels != given["out_channels"] or any(n % outputs[0] for n in outputs) or type(side) is not int:
+        raise UserError("its channels are not multiples of the first level's, as many out as in, at one sample_size")
+    if given.get("freq_shift", 0) not in (0, 1):
+        raise UserError(f"its freq_shift is {given['freq_shift']!s:.40}; read are 0 and 1")
+    config = NCSNppConfig(
+        width=outputs[0],
+        multipliers=tuple(n // outputs[0] for n in outputs),
+        blocks=given.get("layers_per_block", 2),
+        attention=tuple(side >> level for level, does in enumerate(attend) if does),
+        dropout=float(given.get("dropout", 0.0)),
+        embedding="positional" if given.get("freq_shift", 0) == 1 else "positional_open",
+        fir=False,
+        progressive_input="none",
+        style="ddpm",
+        groups=given.get("norm_num_groups", 32),
+        eps=float(given.get("norm_eps", 1e-5)),
+        head=given.get("attention_head_dim", 8) or 0,
+    )
+    return config, channels, side
+
+
+def _betas(folder: Path) -> np.ndarray:
+    """The schedule's, β₁ … β_N; DDPM's own where the folder has none."""
+    places = (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json")
+    found = next((_json(place) for place in places if place.is_file()), {})
+    if (predicts := found.get("prediction_type", "epsilon")) != "epsilon":
+        raise UserError(f"its prediction_type is {predicts!s:.40}; read is epsilon")
+    if (betas := found.get("trained_betas")) is not None:
+        return np.asarray(betas, np.float64)
+    first, last = float(found.get("beta_start", 1e-4)), float(found.get("beta_end", 0.02))
+    steps, kind = found.get("num_train_timesteps", 1000), found.get("beta_schedule", "linear")
+    if type(steps) is not int or not 1 <= steps <= 100_000:
+        raise UserError(f"its num_train_timesteps is {steps!s:.40}")
+    match kind:
+        case "linear":
+            return np.linspace(first, last, steps)
+        case "scaled_linear":
+            return np.linspace(math.sqrt(first), math.sqrt(last), steps) ** 2
+        case "squaredcos_cap_v2":
+            t = np.arange(steps + 1) / steps
+            alphas = np.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+            return np.minimum(1 - alphas[1:] / alphas[:-1], 0.999)
+        case _:
+            raise UserError(f"its beta_schedule is {kind!s:.40}; read are linear, scaled_linear and squaredcos_cap_v2")
+
+
+def names(net: NCSNpp) -> Names:
+    """The parameters as diffusers names them."""
+    last = len(net.down) - 1
+
+    def name(part: Part, layer: str) -> str:
+        *words, leaf = layer.split(".")
+        leaf = "weight" if leaf == "scale" else leaf
+        if part.role == "layer":
+            return f"{TOPS[part.place]}.{leaf}"
+        level = last - part.level if part.side == "up" else part.level
+        where = "mid_block" if part.side == "middle" else f"{part.side}_blocks.{level}"
+        if part.role == "resample":
+            return f"{where}.{part.side}samplers.0.conv.{leaf}"
+        if words[0] == "attention":
+            return f"{where}.attentions.{part.number}.{ATTENTION[words[1]]}.{leaf}"
+        return f"{where}.resnets.{part.number}.{LAYERS[words[0]]}.{leaf}"
+
+    return names_of(net, name)
+
+
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors file: eight bytes with the length of a JSON header, the header, then the numbers."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        length, total = int.from_bytes(mapped[:8], "little"), len(mapped)
+        if not 2 <= length <= min(total - 8, JSON_LIMIT):
+            raise UserError(f"{path.name} has a header of {length} bytes, and {total} in all")
+        header, found, taken = json.loads(mapped[8 : 8 + length]), {}, 0
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            if dtype not in DTYPES or any(type(n) is not int or not 0 <= n < 2**40 for n in (begin, end, *shape)):
+                raise UserError(f"{path.name}: {name:.60} is no array of {', '.join(DTYPES)}")
+            count = math.prod(shape)
+            if (
+                end - begin != count * DTYPES[dtype].itemsize
+                or 8 + length + end > total
+                or (taken := taken + end - begin) > total
+            ):
+                raise UserError(f"{path.name}: {name:.60} is not where it says that it is")
+            values = np.frombuffer(mapped[8 + length + begin : 8 + length + end], DTYPES[dtype])
+            found[name] = values.reshape(shape)
+    return found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file() or path.stat().st_size > JSON_LIMIT:
+        raise UserError(f"it has no {path.name}, or a very large one")
+    found = json.loads(path.read_text())
+    if not isinstance(found, dict):
+        raise UserError(f"its {path.name} is not an object")
+    return found

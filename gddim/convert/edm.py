@@ -1,0 +1,227 @@
+"""EDM's pickles (Karras et al. 2022, arXiv 2206.00364): persistent classes, of which only names and states are read.
+
+`ema` is a preconditioned U-Net: `EDMPrecond` a denoiser of every process, `VPPrecond` and `VEPrecond` ε of theirs. SongUNet is
+DDPM++ or NCSN++, DhariwalUNet ADM.
+"""
+
+import dataclasses
+import io
+import mmap
+import os
+import reprlib
+from typing import Any
+
+import numpy as np
+
+from gddim.convert.networks import Names, Part, names_of, ours
+from gddim.convert.published import Elsewhere, Published
+from gddim.errors import UserError
+from gddim.experiment import Experiment, Model, Sampling
+from gddim.nn import NCSNpp, NCSNppConfig
+from gddim.pickles import Calls, Thing, unpickle
+from gddim.samplers import Heun
+from gddim.sde import VE, VP
+from gddim.torch_reader import CALLS, Tensor, arrays, empty
+
+LAYERS = {"norm_in": "norm0", "conv_in": "conv0", "time": "affine", "norm_out": "norm1", "conv_out": "conv1",
+          "shortcut": "skip", "attention.norm": "norm2", "attention.query": "qkv.0", "attention.key": "qkv.1",
+          "attention.value": "qkv.2", "attention.out": "proj"}  # fmt: skip
+NETS = {"SongUNet": "ncsnpp", "DhariwalUNet": "adm"}
+EMBEDDINGS = {"fourier": "fourier_linear", "positional": "positional"}
+
+
+def _persistent(meta: Any) -> Thing:
+    if not isinstance(meta, dict) or not isinstance(meta.get("class_name"), str):
+        raise UserError("it holds an object that EDM's persistence does not write")
+    return Thing(meta["class_name"], meta.get("state"))
+
+
+PICKLED: Calls = {
+    **CALLS,
+    "torch_utils.persistence _reconstruct_persistent_obj": _persistent,
+    "torch.nn.modules.container ModuleDict": lambda: Thing("ModuleDict"),
+    "torch.nn.modules.container ModuleList": lambda: Thing("ModuleList"),
+    "dnnlib.util EasyDict": empty,
+}
+
+
+def read_edm(file: io.BufferedReader, source: Any) -> Published:
+    """The averaged network of a snapshot. Raises `UserError` for another kind of network, and whatever bytes lead to."""
+    size = os.fstat(file.fileno()).st_size
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        tree = unpickle(mapped, PICKLED, size)
+    outer = tree.get("ema") if isinstance(tree, dict) else None
+    model = _part(outer, "_modules").get("model")
+    options = _part(model, "_init_kwargs")
+    if outer is None or model is None or model.name not in NETS:
+        raise UserError(f"its ema is not a network of {' or '.join(NETS)} in a preconditioner")
+    config = _song(options) if model.name == "SongUNet" else _dhariwal(options)
+    found = _adapted(arrays(dict(_tensors(model)), size), config)
+    channels, side = _whole(options, "in_channels"), _whole(options, "img_resolution")
+    if channels != (returned := _whole(options, "out_channels")):
+        raise UserError(f"its network takes {channels} channels and returns {returned}")
+    data = Elsewhere((side, side, channels), config.classes)
+    process = _process(outer, found, config)
+    told = f"EDM's {outer.name} of a {model.name}"
+    return Published(source, Experiment("edm", net=process.pop("net"), data=data, **process), found, names, 0, told)
+
+
+def _process(outer: Thing, found: dict[str, np.ndarray], config: NCSNppConfig) -> dict[str, Any]:
+    """What the preconditioner makes of the network. A network that says −ε gets its last layer negated."""
+    state = outer.state
+    match outer.name:
+        case "EDMPrecond":
+            return {
+                "sde": VE(80.0), "net": config, "model": Model("data", data_std=float(state["sigma_data"])),
+                "sampling": Sampling(Heun(), nfe=35, power=7.0, t_min=0.002, last="data"),
+            }  # fmt: skip
+        case "VPPrecond":
+            sde = VP(float(state["beta_min"]), float(state["beta_min"] + state["beta_d"]))
+            return {"sde": sde, "net": config, "model": Model("eps", time_scale=float(state["M"] - 1))}
+        case "VEPrecond":
+            if not config.fourier:
+                raise UserError("its VEPrecond tells a positional network the logarithm of σ, which none of ours takes")
+            for name in [name for name in found if name.endswith(("_aux_conv.weight", "_aux_conv.bias"))]:
+                found[name] = -found[name]
+            net = dataclasses.replace(config, embedding="fourier")
+            return {"sde": VE(float(state["sigma_max"])), "net": net, "model": Model("eps", time_scale=0.5)}
+        case _:
+            raise UserError(f"its ema is a {outer.name:.40}; read are EDMPrecond, VPPrecond and VEPrecond")
+
+
+def _song(given: dict[str, Any]) -> NCSNppConfig:
+    width, filters = _whole(given, "model_channels"), given.get("resample_filter", [1, 1])
+    if filters not in ([1, 1], [1, 3, 3, 1]):
+        raise UserError(f"resample_filter: {_shown(filters)}; known are [1, 1] and [1, 3, 3, 1]")
+    encoder, decoder = given.get("encoder_type", "standard"), given.get("decoder_type", "standard")
+    if encoder not in ("standard", "residual") or decoder != "standard":
+        said = f"encoder_type {_shown(encoder)}, decoder_type {_shown(decoder)}"
+        raise UserError(f"{said}: known are standard or residual, and standard")
+    embedding = given.get("embedding_type", "positional")
+    if embedding not in list(EMBEDDINGS):
+        raise UserError(f"embedding_type: {_shown(embedding)}; known are {', '.join(EMBEDDINGS)}")
+    return NCSNppConfig(
+        width=width,
+        multipliers=_wholes(given, "channel_mult", (1, 2, 2, 2)),
+        blocks=_whole(given, "num_blocks", 4),
+        attention=_wholes(given, "attn_resolutions", (16,)),
+        dropout=given.get("dropout", 0.1),
+        embedding=EMBEDDINGS[embedding],  # pyright: ignore[reportArgumentType]
+        fir=len(filters) == 4,
+        progressive_input="averaged" if encoder == "residual" and len(filters) == 2 else
+        ("residual" if encoder == "residual" else "none"),
+        classes=_whole(given, "label_dim", 0),
+        features=width * _whole(given, "channel_mult_noise", 1),
+        hidden=width * _whole(given, "channel_mult_emb", 4),
+    )  # fmt: skip
+
+
+def _dhariwal(given: dict[str, Any]) -> NCSNppConfig:
+    width = _whole(given, "model_channels")
+    return NCSNppConfig(
+        width=width,
+        multipliers=_wholes(given, "channel_mult", (1, 2, 3, 4)),
+        blocks=_whole(given, "num_blocks", 3),
+        attention=_wholes(given, "attn_resolutions", (32, 16, 8)),
+        dropout=given.get("dropout", 0.1),
+        embedding="positional_open",
+        fir=False,
+        progressive_input="none",
+        style="adm",
+        classes=_whole(given, "label_dim", 0),
+        hidden=width * _whole(given, "channel_mult_emb", 4),
+        eps=1e-5,
+        head=64,
+    )
+
+
+def _whole(given: dict[str, Any], name: str, default: int | None = None) -> int:
+    value = given.get(name, default)
+    if type(value) is not int or not 0 <= value < 2**20:
+        raise UserError(f"its {name} is {_shown(value)}, where a number of these must be")
+    return value
+
+
+def _wholes(given: dict[str, Any], name: str, default: tuple[int, ...]) -> tuple[int, ...]:
+    values = given.get(name, default)
+    if not isinstance(values, list | tuple) or len(values) > 32:
+        raise UserError(f"its {name} is {_shown(values)}, where numbers must be")
+    return tuple(_whole({name: value}, name) for value in values)
+
+
+def _shown(value: Any) -> str:
+    """In a few words: what is listed within a list again and again would be a text without an end."""
+    return f"{reprlib.repr(value):.60}"
+
+
+def _part(thing: Any, name: str) -> dict[str, Any]:
+    """An attribute of a module that is a dictionary; empty where there is none."""
+    state = thing.state if isinstance(thing, Thing) else None
+    value = state.get(name) if isinstance(state, dict) else None
+    return value if isinstance(value, dict) else {}
+
+
+def _tensors(module: Thing) -> list[tuple[str, Tensor]]:
+    """The parameters and buffers of a module and of all within, by their paths; each module is met once."""
+    found, left, met = [], [("", module)], set()
+    while left:
+        prefix, thing = left.pop()
+        if id(thing) in met:
+            raise UserError("its modules are not a tree")
+        met.add(id(thing))
+        for kind in ("_parameters", "_buffers"):
+            found += [(f"{prefix}{name}", x) for name, x in _part(thing, kind).items() if isinstance(x, Tensor)]
+        left += [(f"{prefix}{name}.", x) for name, x in _part(thing, "_modules").items() if isinstance(x, Thing)]
+    return found
+
+
+def _adapted(found: dict[str, np.ndarray], config: NCSNppConfig) -> dict[str, np.ndarray]:
+    """In our layout: queries, keys and values apart; without the filters and what augmentation alone needs."""
+    made: dict[str, np.ndarray] = {}
+    for name, value in found.items():
+        *_, module, leaf = f".{name}".split(".")
+        if leaf == "resample_filter" or module == "map_augment":
+            continue
+        if module == "qkv" and value.shape[0] % (3 * (heads := config.heads(max(value.shape[0] // 3, 1)))) == 0:
+            split = value.reshape(heads, -1, 3, *value.shape[1:2])  # of a kernel (3C, C, 1, 1), or a bias (3C,)
+            for i in range(3):
+                part = split[:, :, i].reshape(-1, *value.shape[1:2])
+                made[f"{name.removesuffix(leaf)}{i}.{leaf}"] = ours(part)
+        elif name == "map_layer0.weight" and config.style == "adm":  # cosines first
+            made[name] = np.roll(ours(value), len(value.T) // 2, axis=0)
+        else:
+            made[name] = ours(value[..., 0, 0] if module == "proj" and value.ndim == 4 else value)
+    if config.style == "adm" and config.classes:
+        made["map_label.bias"] = np.zeros(config.hidden_features, np.float32)
+    return made
+
+
+def names(net: NCSNpp) -> Names:
+    """The parameters as EDM names them, queries, keys and values as if they were apart."""
+    side, song = net.in_shape[0], net.config.style == "ncsnpp"
+    tops = {"frequencies": "map_noise.freqs", "time.0": "map_layer0", "time.1": "map_layer1", "label": "map_label",
+            "conv_in": f"enc.{side}x{side}_conv", "norm_out": f"dec.{side}x{side}_aux_norm" if song else "out_norm",
+            "conv_out": f"dec.{side}x{side}_aux_conv" if song else "out_conv"}  # fmt: skip
+
+    def module(part: Part) -> str:
+        if part.role == "layer":
+            return tops[part.place]
+        size = side >> part.level
+        match part.side, part.role:
+            case "middle", _:
+                return f"dec.{size}x{size}_in{part.number}"
+            case "down", "block":
+                return f"enc.{size}x{size}_block{part.number}"
+            case "up", "block":
+                return f"dec.{size}x{size}_block{part.number}"
+            case "down", role:
+                return f"enc.{size // 2}x{size // 2}_{'down' if role == 'resample' else 'aux_residual'}"
+            case _:
+                return f"dec.{2 * size}x{2 * size}_up"
+
+    def name(part: Part, layer: str) -> str:
+        place, _, leaf = layer.rpartition(".")
+        words = [module(part), LAYERS.get(place, place), "weight" if leaf == "scale" else leaf]
+        return ".".join(filter(None, words))
+
+    return names_of(net, name)

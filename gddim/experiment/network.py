@@ -1,0 +1,78 @@
+"""What an experiment says of its network: its architecture, and what it predicts."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from jaxtyping import PRNGKeyArray
+
+from gddim.errors import UserError
+from gddim.experiment.spectrum import DataStd, Spectrum
+from gddim.model import Denoiser, EpsModel, VelocityModel
+from gddim.sde import AbstractLinearSDE
+from gddim.settings import LATER
+
+
+@runtime_checkable
+class NetConfig(Protocol):
+    """A network yet to be built, as `NCSNppConfig` and `MLPConfig` are."""
+
+    def build(self, in_shape: Any, out_channels: int, key: PRNGKeyArray) -> Any: ...
+
+
+def require(good: bool, message: str) -> None:
+    """Raise `UserError` with a message that says what was given and what is accepted."""
+    if not good:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the network predicts."""
+
+    predicts: Literal["data", "eps", "velocity"] = "data"
+    """The data, preconditioned, by one network for every process; the noise ε in R coordinates, as published; or the ε of the
+    velocity alone in L coordinates, as CLD-SGM publishes it."""
+    data_std: DataStd = 0.5
+    """Root mean square of the data, which preconditions the prediction of data: a number, or, for a process with
+    coefficients by frequency, the file that python -m gddim.data std --spectrum wrote."""
+    mixed_score: bool = False
+    """Add that of the velocity, R⁻¹(0, v), to a predicted ε."""
+    time_scale: float | None = field(default=None, metadata=LATER)
+    """A network that predicts ε is told this times t as its noise level. None: 999, as published, or 1 of the velocity's."""
+    time_offset: float = field(default=0.0, metadata=LATER)
+    """Plus this."""
+
+    def __post_init__(self):
+        if not isinstance(self.data_std, Spectrum):
+            require(0 < self.data_std < math.inf, f"data_std must be > 0, not {self.data_std}")
+        eps = self.predicts != "data"
+        require(not self.mixed_score or eps, "mixed_score is added to ε: it needs predicts eps or velocity")
+        scale = self.time_scale
+        require(scale is None or (eps and 0 < scale < math.inf), "time_scale is > 0, of a network that predicts ε")
+        require(
+            not self.time_offset or (self.predicts == "eps" and math.isfinite(self.time_offset)),
+            "time_offset is a number, of a network that predicts eps",
+        )
+
+    def build(
+        self, sde: AbstractLinearSDE, net: NetConfig, shape: tuple[int, ...], key: PRNGKeyArray
+    ) -> Denoiser | EpsModel | VelocityModel:
+        """The network of records `shape`, fresh, seen through a process. Raises `UserError` for a spectrum of other data."""
+        *dims, channels = shape
+        std, fields = self.data_std, sde.k * channels
+        fits = not isinstance(std, Spectrum) or std.shape == tuple(dims)
+        require(fits, f"model.data_std is a {std}, and the data are {tuple(dims)}")
+        inputs = channels if self.predicts == "data" else fields
+        try:
+            built = net.build((*dims, inputs), fields if self.predicts == "eps" else channels, key)
+        except UserError as error:
+            raise UserError(f"records {shape}: {error}") from error
+        match self.predicts:
+            case "data":
+                return Denoiser(sde, built, data_std=std.rms if isinstance(std, Spectrum) else std)
+            case "eps":
+                scale, offset = self.time_scale or 999.0, self.time_offset
+                return EpsModel(sde, built, mixed_score=self.mixed_score, time_scale=scale, offset=offset)
+            case _:
+                return VelocityModel(sde, built, mixed_score=self.mixed_score, time_scale=self.time_scale or 1.0)
