@@ -4,6 +4,7 @@ from gddim import guidance as guidance
 from gddim.denoiser import as_denoiser as as_denoiser
 from gddim.denoiser import through as through
 from gddim.errors import UserError as UserError
+from gddim.loading import load as load
 from gddim.loss import denoising_loss as denoising_loss
 from gddim.model import Denoiser as Denoiser
 from gddim.model import EpsModel as EpsModel

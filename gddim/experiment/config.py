@@ -22,7 +22,7 @@ from gddim.samplers.words import BEST, laid_out
 from gddim.sde import AbstractLinearSDE
 from gddim.sde.base import last_time, positions
 from gddim.sde.words import process_name
-from gddim.settings import MAY_CHANGE, MAY_CHANGE_AFTER
+from gddim.settings import LATER, MAY_CHANGE, MAY_CHANGE_AFTER
 
 if TYPE_CHECKING:
     from gddim.data import Dataset
@@ -243,6 +243,8 @@ class Experiment:
     """Where each array of the state lives on the mesh, by its path: a function, to be given in the experiment's file."""
     seed: int = field(default=0, metadata=MAY_CHANGE_AFTER)
     """Seed of the parameters, the order of the data and the noise of training."""
+    weights: tyro.conf.Suppress[str | None] = field(default=None, metadata=MAY_CHANGE | LATER)
+    """A file of python -m gddim.export, with which what follows training goes on where the run has no checkpoint."""
 
     def __post_init__(self):
         for sde in (self.sampling.process or self.sde, *(each or self.sde for each in self.eval.processes)):
