@@ -203,10 +203,10 @@ class OnGrid(AbstractSampler):
 
 
 BEST = OnGrid(GDDIM(3, corrector="free", interpolate="data"), Grid("band"))
-"""What an experiment samples with unless it is told: of all at 5 to 20 calls the nearest to the flow of mixtures, through VP
-and through CLD, and on the digits, at 3 to 10 calls, of no worse a Fréchet distance than `gddim:3:data` on power 2 but at 3
-calls through VP: CLD 2.14 1.56 1.42 1.33 1.07 .94 (9.32 2.16 1.56 1.30 1.08 1.02) at 3 4 5 6 8 10 calls, VP 1.67 1.05 .97 .93
-.88 .87 (1.47 1.07 .95 .92 .89 .88). See experiments/results/solvers.md."""
+"""What an experiment samples with unless it is told: of order 3 the nearest to the flow of mixtures at 5 to 20 calls, through
+VP and through CLD. On the digits, at 3 4 5 6 8 10 calls, its Fréchet distance is CLD 2.14 1.56 1.42 1.33 1.07 .94 (that of
+`gddim:3:data` on power 2: 9.32 2.16 1.56 1.30 1.08 1.02) and VP 1.67 1.05 .97 .93 .88 .87 (1.47 1.07 .95 .92 .89 .88): behind
+by up to .03 at 5 and 6 calls, and more at 3 through VP alone. See experiments/results/solvers.md."""
 
 
 def laid_out(sampler: AbstractSampler, grid: Grid | None, power: float | None) -> AbstractSampler:
