@@ -4,6 +4,7 @@ from gddim import guidance as guidance
 from gddim.denoiser import as_denoiser as as_denoiser
 from gddim.denoiser import through as through
 from gddim.errors import UserError as UserError
+from gddim.loading import load as load
 from gddim.loss import denoising_loss as denoising_loss
 from gddim.model import Denoiser as Denoiser
 from gddim.model import EpsModel as EpsModel
@@ -17,6 +18,7 @@ from gddim.samplers import GDDIM as GDDIM
 from gddim.samplers import IPNDM as IPNDM
 from gddim.samplers import RK45 as RK45
 from gddim.samplers import SSCS as SSCS
+from gddim.samplers import AnalyticStart as AnalyticStart
 from gddim.samplers import CholeskyMultistep as CholeskyMultistep
 from gddim.samplers import DPMSolver as DPMSolver
 from gddim.samplers import EulerMaruyama as EulerMaruyama

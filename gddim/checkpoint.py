@@ -9,22 +9,20 @@ one that was interrupted counts as damaged).
 """
 
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
 import logging
-import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array, PyTree, Shaped, UInt32
+from jaxtyping import PyTree
 
+from gddim.checksums import checksums
 from gddim.errors import UserError, harmless
 from gddim.parallel import agree
 from gddim.storage import free_bytes, is_local
@@ -103,8 +101,8 @@ class Checkpointer:
     def restore(self, items: dict[str, PyTree], step: int | None = None) -> tuple[dict[str, PyTree], int]:
         """The named items of the newest whole step, each array with the sharding that its leaf asks for, and that step.
 
-        Leaves are arrays or `ShapeDtypeStruct`s with shardings, on any mesh and any number of processes;
-        `restore({"ema": …})` reads the EMA alone. A damaged step is reported and passed over, on every process alike.
+        Leaves are arrays or `ShapeDtypeStruct`s with shardings, on any mesh and any number of processes; `{"ema": …}` reads
+        the EMA alone, `{"train.model": …}` a part. A damaged step is reported and passed over, on every process alike.
         Raises `UserError` when there is no whole step, when the explicit `step` is not one, or when its arrays are
         those of another model.
         """
@@ -209,10 +207,14 @@ class Checkpointer:
         """The arrays of a step, or why it is damaged."""
         restored, sums, problem = {}, {}, None
         try:
-            sums = self._manifest(step)["items"]
+            items = self._manifest(step)["items"]
             for name, arrays in wanted.items():
-                _compare(f"{self.directory / str(step)}: {name}", sums.get(name, {}), arrays)
-                restored[name] = _load(self.directory / str(step) / name, arrays)
+                item, _, part = name.partition(".")
+                prefix = f"{part}." if part else ""
+                told = items.get(item, {}).items()
+                sums[name] = {path.removeprefix(prefix): each for path, each in told if path.startswith(prefix)}
+                _compare(f"{self.directory / str(step)}: {name}", sums[name], arrays)
+                restored[name] = _load(self.directory / str(step) / item, arrays, prefix)
         except UserError:
             raise
         except Exception as error:  # whatever tensorstore, zstd or JSON make of damaged bytes
@@ -270,8 +272,8 @@ def _compare(where: str, saved: dict[str, list], wanted: dict[str, Any]) -> None
             )
 
 
-def _load(folder: epath.Path, wanted: dict[str, Any]) -> dict[str, jax.Array]:
-    """The arrays of one item; each process reads what its devices hold.
+def _load(folder: epath.Path, wanted: dict[str, Any], prefix: str = "") -> dict[str, jax.Array]:
+    """The arrays of one item, or of the part whose names have a prefix there; each process reads what its devices hold.
 
     Orbax's own restore would cast and crop without a word, wait for processes that failed, and leave the reads that
     were under way after the first error to print theirs. It writes zarr arrays in an OCDBT store.
@@ -282,7 +284,7 @@ def _load(folder: epath.Path, wanted: dict[str, Any]) -> dict[str, jax.Array]:
     context = ts.Context({"cache_pool": {"total_bytes_limit": 10**8}})  # the store's index, else read for every array
     stores = {
         path: ts.open(
-            {"driver": "auto", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{path}/"}},
+            {"driver": "auto", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{prefix}{path}/"}},
             read=True,
             context=context,
         )
@@ -307,39 +309,3 @@ def _summary(arrays: dict[str, jax.Array]) -> dict[str, list]:
     """Shape, type and checksum of each array."""
     totals = checksums(list(arrays.values()))
     return {path: [list(x.shape), str(x.dtype), total] for (path, x), total in zip(arrays.items(), totals, strict=True)}
-
-
-def checksums(arrays: list[jax.Array]) -> list[int]:
-    """`Σ_i h(bits_i, i) mod 2³²` of each array, i the index in the whole array; the same however it is split.
-
-    Each device sums what it holds; only the sums travel. `h(·, i)` is one-to-one, so that a change in one element
-    always shows, and any other with probability 1 − 2⁻³².
-    """
-    shares, owners = [], []
-    for number, array in enumerate(arrays):
-        strides = [math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim)]
-        for shard in array.addressable_shards:
-            if shard.replica_id == 0:
-                offset = sum((index.start or 0) * stride for index, stride in zip(shard.index, strides, strict=True))
-                shares.append(_share(shard.data, np.uint32(offset % 2**32), tuple(strides)))
-                owners.append(number)
-    totals = np.zeros(len(arrays), np.uint32)
-    np.add.at(totals, owners, np.array(jax.device_get(shares), np.uint32))
-    return [int(total) for total in agree(totals, lambda parts: parts.sum(0, dtype=np.uint32))]
-
-
-@functools.partial(jax.jit, static_argnames="strides")
-def _share(x: Shaped[Array, "..."], offset: UInt32[Array, ""], strides: tuple[int, ...]) -> UInt32[Array, ""]:
-    """The part of a checksum that one shard holds, its first element at index `offset` of the whole array."""
-    word = f"uint{8 * min(x.dtype.itemsize, 4)}"
-    bits = x.astype(word) if x.dtype == bool else jax.lax.bitcast_convert_type(x, word)
-    index = offset
-    for axis, stride in enumerate(strides):
-        index = index + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
-    if bits.ndim > x.ndim:  # 64-bit elements are two words
-        index = 2 * index[..., None] + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, x.ndim)
-    # The finaliser of MurmurHash3: every step can be undone, so different bits at one index never collide.
-    h = bits.astype(jnp.uint32) ^ (index * jnp.uint32(0x9E3779B1))
-    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
-    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
-    return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)

@@ -159,7 +159,8 @@ def _slice(name: str, low: int, high: int) -> slice:
     return slice(low, high) if ":" in name else slice(low * BLOCK, high * BLOCK)
 
 
-def _digest(arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> str:
+def digest_of(arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> str:
+    """SHA-256 of arrays with their names, types and shapes."""
     found = hashlib.sha256()
     for name in sorted(arrays):
         found.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
@@ -171,7 +172,7 @@ def _file(arrays: dict[str, np.ndarray], about: dict[str, Any]) -> bytes:
     from safetensors.numpy import save
 
     kept = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
-    return save(kept, metadata={"gddim": json.dumps(about), "sha256": _digest(kept)})
+    return save(kept, metadata={"gddim": json.dumps(about), "sha256": digest_of(kept)})
 
 
 def _metadata(file: Any) -> dict[str, str]:
@@ -189,6 +190,6 @@ def _load(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         about, digest = json.loads(head["gddim"]), head["sha256"]
     except Exception as error:  # whatever safetensors, JSON and the disk make of bytes that are not theirs
         raise UserError(f"{path} is no part of a state: {error!r:.200}") from error
-    if about["format"] != FORMAT or digest != _digest(arrays):
+    if about["format"] != FORMAT or digest != digest_of(arrays):
         raise UserError(f"{path} is damaged: its bytes are not those that were written")
     return arrays, about

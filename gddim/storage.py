@@ -10,6 +10,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from gddim.errors import UserError, harmless
+
 if TYPE_CHECKING:
     from etils import epath
 
@@ -33,6 +35,12 @@ def check_writable(path: epath.Path) -> None:
     new = _beside(path)
     new.write_bytes(b"")
     new.unlink()
+
+
+def check_empty(folder: epath.Path) -> None:
+    """Raise `UserError` for a folder that holds something."""
+    if folder.exists() and (not folder.is_dir() or any(not harmless(path.name) for path in folder.iterdir())):
+        raise UserError(f"{folder} is there already, and is not overwritten: give a new or an empty folder")
 
 
 def _beside(path: epath.Path) -> epath.Path:

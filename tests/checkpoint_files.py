@@ -186,7 +186,8 @@ def edm_tree(net, kind: str, options: dict, outer: str = "EDMPrecond", **state) 
 
 
 def score_sde_state(net, sigmas=None) -> tuple[dict, dict[str, bytes]]:
-    """A training state of a network of ours as score_sde writes it, and its storages; raw weights are the averages plus 1."""
+    """A training state of a network of ours as score_sde writes it, and its storages; raw weights are averages plus 1,
+    biases plus 2."""
     found = parameters_of(net, score_sde.names(net))
     storages: dict[str, bytes] = {}
 
@@ -200,7 +201,8 @@ def score_sde_state(net, sigmas=None) -> tuple[dict, dict[str, bytes]]:
     found = {name: found[name] if name.endswith(".W") else theirs(found[name]) for name in order}
     model = {} if sigmas is None else {"module.sigmas": kept(np.asarray(sigmas, np.float64), "DoubleStorage")}
     fixed = "all_modules.0.W"
-    model |= {f"module.{name}": kept(value + (name != fixed)) for name, value in found.items()}
+    apart = {name: 1 + name.endswith("bias") if name != fixed else 0 for name in found}
+    model |= {f"module.{name}": kept(value + np.float32(apart[name])) for name, value in found.items()}
     averaged = [kept(value) for name, value in found.items() if name != fixed]
     ema = {"decay": None, "num_updates": 3, "shadow_params": averaged}
     return {"optimizer": {"state": {}, "param_groups": []}, "model": model, "ema": ema, "step": 12}, storages

@@ -15,7 +15,8 @@ PACKAGE = [path for path in TREES if path.is_relative_to(ROOT / "gddim")]
 # What each part of gddim imports of the other parts, from the ground up; all may import `errors`.
 IMPORTS = {
     **{ground: set() for ground in ("averages", "errors", "logs", "parallel", "pickles", "sde", "settings", "storage")},
-    "checkpoint": {"parallel", "storage"},
+    "checksums": {"parallel"},
+    "checkpoint": {"parallel", "storage", "checksums"},
     "data": {"parallel", "settings", "storage"},
     "denoiser": {"sde"},
     "loss": {"sde"},
@@ -26,6 +27,7 @@ IMPORTS = {
     "torch_reader": {"pickles"},
     "train": {"averages", "logs"},
     "compact": {"storage"},
+    "weights": {"compact", "storage"},
     "laws": {"sde"},
     "check": {"sde", "samplers", "laws", "parallel"},
     "evaluation": {"sde", "samplers", "model", "data", "parallel", "storage", "logs", "torch_reader"},
@@ -43,14 +45,16 @@ IMPORTS = {
             "settings",
             "logs",
         ),
-        *("evaluation", "averages", "compact"),
+        *("evaluation", "averages", "compact", "checksums", "nn", "weights"),
     },
-    "export": {"checkpoint", "compact", "parallel"},
+    "loading": {"sde", "samplers", "model", "parallel", "experiment"},
+    "export": {"checkpoint", "compact", "parallel", "storage", "weights", "evaluation", "experiment", "loading"},
+    "generate": {"data", "evaluation", "experiment", "loading", "parallel", "samplers", "sde", "storage"},
     "convert": {  # it writes a run
         *("nn", "sde", "samplers", "parallel", "storage", "train", "pickles", "torch_reader", "experiment")
     },
 }
-READ_THE_COMMAND_LINE = {"experiment", "check", "convert", "export", "__main__"}
+READ_THE_COMMAND_LINE = {"experiment", "check", "convert", "export", "generate", "__main__"}
 PICKLES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 
 

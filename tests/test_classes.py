@@ -208,19 +208,26 @@ def test_a_run_with_labels_from_training_to_its_table(tmp_path, capsys):
     assert do("train", *labels) == 0, capsys.readouterr().err
     config = json.loads((workdir / "config.json").read_text())
     assert (config["data"]["labels"], config["train"]["label_dropout"], config["records"]["classes"]) == (True, 0.1, 5)
-    assert do("sample", "--data.labels", "--sampling.classes", "3", "-1", "--sampling.per-class=4") == 0
+    assert do("sample", "--sampling.classes", "3", "-1", "--sampling.per-class=4") == 0
     with np.load(workdir / "samples.npz", allow_pickle=False) as file:
         assert file["labels"].tolist() == [3] * 4 + [-1] * 4
-        assert file["samples"].shape == (8, 2)
-    assert do("evaluate", "--data.labels") == 0
+        drawn = file["samples"]
+    assert do("evaluate") == 0
+    model = gddim.load(workdir)
+    three = model.sample(4, classes=[3, 3, 3, 3])
+    np.testing.assert_allclose(three, drawn[:4], atol=1e-5)
+    assert np.abs(model.sample(4, classes=[1, 1, 1, 1]) - three).max() > 1e-6
+    np.testing.assert_allclose(model.sample(4), model.sample(4, classes=[0, 1, 2, 3]), atol=1e-5)
+    with pytest.raises(UserError, match="this run knows none"):
+        dataclasses.replace(model, classes=0).sample(4, classes=[0, 0, 0, 0])
     table = (workdir / "results.md").read_text()
     assert f"only 50 samples, by class at NFE 3 | {' | '.join(f'class {k}' for k in range(5))} |" in table
     (row,) = (row for row in read_rows(workdir / "results.jsonl") if row["cell"]["sampler"] != FLOOR)
     assert row["provenance"]["classes"] == "i mod 5"
     capsys.readouterr()
     for words, says in (
-        (["sample"], "data.labels: the run has true, this command none"),
-        (["sample", "--data.labels", "--sampling.classes", "7"], "sampling.classes 7: accepted are 0 to 4, and -1"),
+        (["sample", "--data.no-labels"], "data.labels: the run has true, this command none"),
+        (["sample", "--sampling.classes", "7"], "sampling.classes 7: accepted are 0 to 4, and -1"),
         (["train", "--data.labels"], "train.label_dropout: the run has 0.1, this command none"),
     ):
         assert do(*words) == 2

@@ -12,16 +12,20 @@ from pathlib import Path
 import equinox as eqx
 import jax
 import pytest
+from etils import epath
 
 from experiments import cld_digits
+from gddim.experiment.checkpoints import trained
 from gddim.experiment.plan import Plan
-from gddim.experiment.workdir import describe
+from gddim.experiment.workdir import check_same, describe, may_change
 from gddim.nn import NCSNppConfig
 from gddim.parallel import MeshConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(path for path in (ROOT / "experiments").glob("*.py") if "EXPERIMENT = " in path.read_text())
 PUBLISHED = {
+    "cifar10": 15_780_931,
+    "cifar10_tiny": 1_260_547,
     "cld_cifar10": 107_597_446,
     "cld_cifar10_mixed": 107_597_446,
     "cld_cifar10_small": 61_811_334,
@@ -52,6 +56,19 @@ def parameters(name: str) -> int:
     width = fields if experiment.model.predicts == "eps" else channels
     net = eqx.filter_eval_shape(experiment.net.build, (*dims, width), width, jax.random.key(0))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(net))
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar10_tiny"])
+def test_the_weights_of_an_experiment_are_its_own(name):
+    experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
+    file = Path(experiment.weights)
+    assert file == ROOT / "experiments" / "weights" / f"{name}.safetensors"
+    assert parameters(name) == PUBLISHED[name]
+    if file.exists():
+        found = trained(experiment, epath.Path("nowhere"))
+        assert found
+        check_same(*found, describe(experiment), may_change(experiment, after=True))
+        assert file.stat().st_size < 40e6
 
 
 def test_operations_are_counted_however_blocks_are_compiled():
@@ -89,11 +106,12 @@ def test_a_dry_run_tells_the_cost(name, tmp_path):
     assert count == parameters(name)
     assert count == (PUBLISHED.get(name) or count)
     forward, step = (int(told[key].replace(",", "")) for key in ("FLOPs per image, forward", "FLOPs per training step"))
-    batch = importlib.import_module(f"experiments.{name}").EXPERIMENT.train.batch
+    train = importlib.import_module(f"experiments.{name}").EXPERIMENT.train
     assert forward >= 2 * count * 0.9
-    assert 2.5 < step / (batch * forward) < 4
+    assert 2.5 < step / (train.batch * forward) < 4
     size = int(told["state"].split(" bytes")[0].replace(",", ""))
-    assert size == 4 * (4 * count + 2)  # parameters, average, two moments, and two counts of steps
+    averages = max(1, len(train.ema_profiles))
+    assert size == 4 * ((3 + averages) * count + 2)  # parameters, averages, two moments, and two counts of steps
     assert not (tmp_path / "w").exists()
     seconds = after.children_user + after.children_system - before.children_user - before.children_system
     assert seconds < 40  # 20 where nothing else runs

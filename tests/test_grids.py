@@ -1,12 +1,21 @@
 """Laws of the grids: each is uniform in what it says, ends exactly where it was asked to, and has a word."""
 
+import dataclasses
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import gddim
+from experiments import cld_digits
+from gddim import GDDIM, AnalyticStart
 from gddim.errors import UserError
+from gddim.experiment import Sampling
+from gddim.experiment.cli import parse
+from gddim.experiment.measure import cells
+from gddim.experiment.workdir import describe
 from gddim.samplers.grids import noise_level
-from gddim.samplers.words import parse_grid
+from gddim.samplers.words import Grid, OnGrid, parse_grid, parse_sampler, sampler_name
 
 PROCESSES = [
     gddim.VP(), gddim.CLD(), gddim.VE(), gddim.FlowMatching(), gddim.PSLD(), gddim.CriticallyDamped(3), gddim.Blurring(4),
@@ -94,3 +103,44 @@ def test_a_word_that_is_no_grid_is_refused_in_one_line(word, says):
 def test_a_band_that_is_none_is_refused(wrong):
     with pytest.raises(ValueError, match="a band needs"):
         gddim.band_grid(gddim.VP(), 1.0, 1e-3, 5, **wrong)
+
+
+def test_a_sampler_may_bring_its_grid():
+    sde, ts = gddim.CLD(), gddim.power_grid(1.0, 1e-3, 4)
+    on = parse_sampler("afs:gddim:2:residual:data_std=0.25@band:0.1:4")
+    assert on == OnGrid(AnalyticStart(GDDIM(2, interpolate="residual", data_std=0.25)), Grid("band", (0.1, 4.0)))
+    assert on == parse_sampler(sampler_name(on))
+    on, eps_fn, u = (
+        parse_sampler("gddim:2:residual:data_std=0.25@band:0.1:4"),
+        lambda u, t: jnp.tanh(u),
+        jnp.ones((2, 3)),
+    )
+    band = gddim.band_grid(sde, 1.0, 1e-3, 4, data_std=0.25, lo=0.1, hi=4.0)
+    expected = gddim.sample(on.sampler, sde, eps_fn, u, band)
+    np.testing.assert_array_equal(gddim.sample(on, sde, eps_fn, u, ts), expected)
+    assert gddim.Method(on, 4, t_min=1e-3).solver(sde).nfe == 4
+    with pytest.raises(UserError, match="unknown grid"):
+        parse_sampler("gddim:3@cosine")
+
+
+def test_an_experiment_lays_out_times_by_a_word_which_those_samplers_that_bring_a_grid_keep():
+    argv = ["--sampling.grid", "band:0.1", "--sampler", "gddim:2:data"]
+    sampling = parse(cld_digits.EXPERIMENT, argv).experiment.sampling
+    assert describe(sampling)["grid"] == "band:0.1"
+    assert sampler_name(sampling.method(gddim.CLD()).sampler) == "gddim:2:data@band:0.1"
+    for word in ("gddim:2@power:3", "rk45"):
+        kept = dataclasses.replace(sampling, sampler=parse_sampler(word))
+        assert sampler_name(kept.method(gddim.CLD()).sampler) == word
+    np.testing.assert_array_equal(sampling.flow_grid(gddim.VP(), 6), gddim.band_grid(gddim.VP(), 1.0, 1e-3, 6, lo=0.1))
+    experiment = dataclasses.replace(cld_digits.EXPERIMENT, sampling=sampling)
+    assert {cell.describe()["sampler"].partition("@")[2] for cell in cells(experiment)} == {"band:0.1"}
+    assert {cell.describe()["power"] for cell in cells(experiment)} == {None}
+    with pytest.raises(UserError, match="not both"):
+        dataclasses.replace(sampling, power=3.0)
+
+
+def test_the_grid_of_the_default_gives_way_to_one_that_is_told():
+    named = lambda **told: sampler_name(Sampling(**told).method(gddim.CLD()).sampler)
+    assert named() == "gddim:3:free:data@band"
+    assert named(grid=Grid("power", (7.0,))) == "gddim:3:free:data@power:7"
+    assert named(power=3.0) == "gddim:3:free:data"

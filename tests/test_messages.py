@@ -21,6 +21,7 @@ import gddim.convert
 import gddim.data.__main__
 import gddim.evaluation.__main__
 import gddim.export
+import gddim.generate
 from experiments import blurred_cld_cifar10, cld_cifar10, cld_digits, points
 from experiments.benchmark import __main__ as benchmark
 from gddim.data import CelebA, Digits, Shards, prepare
@@ -125,7 +126,7 @@ def test_the_options_read_off_the_types_are_those_that_the_help_tells(module, ca
 def test_a_configuration_names_what_the_command_line_takes(module, capsys):
     known = dict(options(Command("run", "w", module.EXPERIMENT)))
     given = {name for name, _ in flatten(describe(module.EXPERIMENT)) if not name.endswith("type")}
-    functions = {"name", "rule", *(name for name in given if name.startswith("sde."))}
+    functions = {"name", "rule", "weights", *(name for name in given if name.startswith("sde."))}
     assert {f"--{name}".replace("_", "-") for name in given - functions} <= set(known)
 
 
@@ -186,6 +187,7 @@ ENTRIES = {
     "convert": gddim.convert.main,
     "check": gddim.check.main,
     "export": gddim.export.main,
+    "generate": gddim.generate.main,
     "benchmark": benchmark.main,
 }
 
@@ -215,7 +217,7 @@ def test_a_terminal_without_the_letters_sees_a_dry_run_and_a_run(tmp_path):
         assert status_of(points.EXPERIMENT, f"--workdir={tmp_path / 'w'}", *SMALL, "--dry-run") == 0
         assert status_of(points.EXPERIMENT, f"--workdir={tmp_path / 'w'}", *SMALL) == 0
     assert b"devices: 8 ? cpu" in said.getvalue()
-    assert b"samples of step 4 by gddim:3:data: NFE 3" in said.getvalue()
+    assert b"samples of step 4 by gddim:3:free:data@band: NFE 3" in said.getvalue()
 
 
 def test_every_command_line_prints_on_any_terminal_and_every_file_names_its_encoding():

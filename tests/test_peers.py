@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 import gddim
-from gddim import IPNDM, DPMSolver, UniPC
+from gddim import GDDIM, IPNDM, AnalyticStart, DPMSolver, Method, UniPC
 from gddim.check import slope
 from gddim.errors import UserError
+from gddim.samplers.method import check_methods
 from gddim.samplers.words import parse_sampler, sampler_name
+from gddim.sde.linalg import product
 
 VP = gddim.VP()
 GRIDS = [gddim.power_grid(1.0, 1e-3, 9, 3.0), gddim.band_grid(VP, 1.0, 1e-3, 7)]
@@ -158,12 +160,29 @@ def test_all_share_the_compiled_loop_of_gddim():
     assert len(traces) == 1
 
 
+@pytest.mark.parametrize("sde", [VP, gddim.CLD(), gddim.Blurring(4)], ids=lambda sde: type(sde).__name__)
+def test_an_analytic_start_is_the_step_of_gaussian_data_and_then_the_sampler(sde):
+    eps_fn, ts = lambda u, t: jnp.tanh(u), gddim.power_grid(0.98, 1e-3, 5)
+    with jax.enable_x64(True):
+        u = jax.random.normal(jax.random.key(0), (4, 4, sde.k, 3), float)
+        moved = product(GDDIM(1, interpolate="residual", data_std=0.3).coefficients(sde, ts[:2]).psi[0], u)
+        for sampler in (GDDIM(3, interpolate="data"), IPNDM(2)):
+            expected = gddim.sample(sampler, sde, eps_fn, moved, ts[1:])
+            np.testing.assert_allclose(
+                gddim.sample(AnalyticStart(sampler, 0.3), sde, eps_fn, u, ts), expected, atol=1e-10
+            )
+    method = Method(AnalyticStart(IPNDM()), nfe=5)
+    assert len(method.grid(VP)) == 7
+    check_methods([method], VP)
+    assert method.solver(VP)(eps_fn, jnp.ones((1, 2))).calls == 5
+
+
 def test_words():
-    for sampler in SAMPLERS:
+    for sampler in (*SAMPLERS, AnalyticStart(UniPC(3)), AnalyticStart(GDDIM(2, 0.5, interpolate="data"))):
         assert parse_sampler(sampler_name(sampler)) == sampler
     assert sampler_name(UniPC(3, "bh1")) == "unipc:3:bh1"
     assert sampler_name(DPMSolver()) == "dpm:2"
-    for word in ("ipndm:5", "unipc:data", "dpm:2:bh1"):
+    for word in ("ipndm:5", "unipc:data", "dpm:2:bh1", "afs", "afs:rk45", "afs:x"):
         with pytest.raises(UserError, match=r"accepted|must be"):
             parse_sampler(word)
 
@@ -173,6 +192,8 @@ def test_words():
     [
         (lambda: IPNDM(5), "order=5"),
         (lambda: DPMSolver(0), "order=0"),
+        (lambda: AnalyticStart(IPNDM()).coefficients(VP, [1.0, 0.5]), "one step"),
+        (lambda: AnalyticStart(gddim.SSCS()).coefficients(gddim.CLD(), [1.0, 0.5, 0.2]), "SSCS"),
         (lambda: UniPC().coefficients(gddim.Blurring(4), [0.9, 0.5]), "Blurring has a noise level per frequency"),
         (lambda: DPMSolver().coefficients(VP, [1.0, 0.0]), "noise level"),
         (lambda: DPMSolver().coefficients(gddim.FlowMatching(), [1.0, 0.5]), "nothing is left of the data"),

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from runs import make_run
 
 from gddim.data import CIFAR10
 from gddim.experiment.cli import main, parse
@@ -22,7 +23,10 @@ COMMANDS = {command for line in LINES for command in re.findall(r"python -m (?:e
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_code_of_the_readme(block):
+def test_code_of_the_readme(block, tmp_path, monkeypatch):
+    if "runs/cld" in block:
+        make_run(tmp_path / "runs" / "cld")
+        monkeypatch.chdir(tmp_path)
     names = {"__name__": "readme"}
     exec(compile(block, "README.md", "exec"), names)
     if "images" in names:

@@ -27,7 +27,7 @@ from gddim.samplers.base import ProcessModel
 from gddim.samplers.method import Method, check_methods
 from gddim.samplers.numbered import sample_numbered
 from gddim.samplers.solver import AbstractSolver, sharing
-from gddim.samplers.words import sampler_name
+from gddim.samplers.words import OnGrid, sampler_name
 from gddim.sde import AbstractLinearSDE
 from gddim.sde.words import process_name
 
@@ -49,9 +49,10 @@ class Cell:
     def describe(self) -> Row:
         """As JSON, but for the process; a sampler that chooses its own steps has one cell, whatever its budget."""
         method, sampler = self.method, self.method.sampler
+        power = None if isinstance(sampler, OnGrid) else method.power
         return {
             "sampler": sampler_name(sampler), "nfe": method.budget, "samples": self.samples, "seed": self.seed,
-            "power": method.power, "t_min": method.t_min, "last": method.last, "parameters": stable_repr(sampler),
+            "power": power, "t_min": method.t_min, "last": method.last, "parameters": stable_repr(sampler),
         }  # fmt: skip
 
 
@@ -86,10 +87,10 @@ class Evaluator:
     space: FeatureSpace
     reference: Statistics
     provenance: Row
-    classes: int = 0
-    """Of a model that is told them: sample i is of class i mod classes, as many of each."""
     batch: int = 128
     sharding: jax.sharding.Sharding | None = None
+    classes: int = 0
+    """Of a model that is told them: sample i is of class i mod classes, as many of each."""
 
     def __post_init__(self) -> None:
         self.reference.check_space(self.space.name, self.shape)

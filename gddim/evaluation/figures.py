@@ -76,7 +76,10 @@ def _local(process: str) -> str:
 def label_in_words(label: str) -> str:
     """A row's label, `gddim:3:data` or `gddim:3:data, last=euler; VP`, as "gDDIM, order 3, data" and so on."""
     sampler, _, process = label.partition("; ")
-    name, *options = re.split(":|, ", sampler)
+    sampler, *rest = sampler.split(", ")
+    sampler, _, grid = sampler.partition("@")
+    name, *options = sampler.split(":")
+    options += [*([f"{grid} grid"] if grid else []), *rest]
     spelled = (f"order {o}" if o.isdecimal() else o.replace("lam=", "λ=").replace("=", " = ") for o in options)
     return ", ".join([_SAMPLERS.get(name, name), *spelled, *([_local(process)] if process else [])])
 
@@ -114,7 +117,7 @@ def _family(label: str) -> tuple[str, str, str]:
     """
     sampler, _, process = label.partition("; ")
     name, *options = re.split(":|, ", sampler)
-    kinds = [option for option in options if option.isalpha() and option != "corrector"]
+    kinds = [option for option in options if option.isalpha() and option not in ("corrector", "free")]
     return ":".join([name, *kinds]), ":".join(option for option in options if option not in kinds), process
 
 

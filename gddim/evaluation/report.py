@@ -136,7 +136,8 @@ class Group(NamedTuple):
         """The sampler, with what else differs between the rows of its process, that after a semicolon if there are others."""
         words, spelled = [row["cell"]["sampler"]], _process(row)
         for name in ("last", "power", "t_min"):
-            if len({other["cell"].get(name) for other in self.rows if _process(other) == spelled}) > 1:
+            told = {other["cell"].get(name) for other in self.rows if _process(other) == spelled} - {None}
+            if len(told) > 1 and row["cell"].get(name) is not None:
                 words.append(f"{name}={row['cell'].get(name)}")
         short = [process.split("(")[0] for process in self.processes]
         process = spelled.split("(")[0] if len(set(short)) == len(short) else spelled

@@ -12,13 +12,14 @@ import jax
 from etils import epath
 from jaxtyping import PyTree
 
-from gddim import compact
-from gddim.checkpoint import Checkpointer, checksums
+from gddim import compact, weights
+from gddim.checkpoint import Checkpointer
+from gddim.checksums import checksums
 from gddim.errors import UserError
 from gddim.experiment.config import Experiment
 from gddim.experiment.plan import Plan
-from gddim.experiment.snapshots import rebuild, state_of
-from gddim.experiment.workdir import CONFIG, check_release, describe, differences, may_change, read_config
+from gddim.experiment.snapshots import placed, rebuild, state_of
+from gddim.experiment.workdir import CONFIG, check_release, describe, differences, may_change, read_config, saves
 from gddim.train import TrainState
 
 
@@ -50,13 +51,32 @@ def checkpoint_digest(params: PyTree) -> str:
 def restore_ema(plan: Plan, workdir: epath.Path, step: int | None = None) -> tuple[PyTree, int]:
     """The averaged parameters of a checkpoint, the newest whole one if no step is given, and its step.
 
-    With `sampling.ema` those of that length, rebuilt.
+    With `sampling.ema` those of that length, rebuilt. Those of `weights` where the run has no checkpoint.
     """
+    if shipped := _shipped(plan.experiment, workdir):
+        return placed(plan.shapes.ema, shipped.arrays, str(plan.experiment.weights)), shipped.about["step"]
     if plan.experiment.sampling.ema:
-        return rebuild(plan, workdir, step)
+        return rebuild(plan.shapes.ema, workdir, plan.experiment.sampling.ema, step)
     with contextlib.closing(checkpoints(plan.experiment, workdir)) as saved:
         items, step = saved.restore({"ema": plan.shapes.ema}, step)
     return items["ema"], step
+
+
+def trained(experiment: Experiment, workdir: epath.Path) -> tuple[str, dict] | None:
+    """What holds the trained network, as errors call it, and its configuration: the run in a workdir, or the experiment's
+    `weights` where that has no checkpoint. None where neither is. Raises `UserError` for a folder or file of something else.
+    """
+    config = read_config(workdir)
+    if config is not None and saves(workdir):
+        return f"--workdir {workdir}", config
+    shipped = _shipped(experiment, workdir)
+    return shipped and (str(experiment.weights), shipped.config)
+
+
+def _shipped(experiment: Experiment, workdir: epath.Path) -> weights.Weights | None:
+    if experiment.weights is None or saves(workdir) or not epath.Path(experiment.weights).exists():
+        return None
+    return weights.read(epath.Path(experiment.weights))
 
 
 def start(plan: Plan, saved: Checkpointer, borrowed: Start | None = None) -> Start:

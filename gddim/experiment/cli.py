@@ -20,12 +20,13 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from gddim.data import check_labels, classes_of
 from gddim.errors import UserError, place, printable
-from gddim.experiment.checkpoints import borrow
+from gddim.experiment.checkpoints import borrow, trained
 from gddim.experiment.config import Experiment, require
 from gddim.experiment.measure import cells, check_measurable
 from gddim.experiment.options import REGISTRY, UNGROUPED, explain, options
 from gddim.experiment.outputs import check_names
 from gddim.experiment.plan import Plan
+from gddim.experiment.revival import as_trained, objects
 from gddim.experiment.snapshots import check_rebuildable
 from gddim.experiment.verbs.dry_run import dry_run
 from gddim.experiment.verbs.encode import encode
@@ -34,18 +35,22 @@ from gddim.experiment.verbs.likelihood import likelihood
 from gddim.experiment.verbs.sample import SAMPLES, sample
 from gddim.experiment.verbs.train import Preempted, run_training
 from gddim.experiment.workdir import (
+    OBJECTS,
     RECORDS,
     check_config,
     check_records,
+    check_same,
     check_shared,
     check_space,
     describe,
+    differences,
     may_change,
+    read_config,
     remembering,
     reserved,
     write_config,
 )
-from gddim.parallel import EXIT_PREEMPTED, await_verdict, ending_on_sigterm, initialize, leave, on_main
+from gddim.parallel import EXIT_PREEMPTED, await_verdict, ending_on_sigterm, initialize, leave, on_main, tell
 from gddim.samplers.method import check_methods
 from gddim.train import Diverged
 
@@ -77,6 +82,8 @@ class Command:
     """Keep compiled programs in the workdir, where the same command on the same kind of machine finds them."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the configuration and what it needs, and do nothing."""
+    kept: tyro.conf.Suppress[tuple[str, ...]] = ()
+    """Settings that are the run's, and not what the experiment's file says."""
 
     def __post_init__(self):
         require(self.peak_flops is None or self.peak_flops > 0, f"peak_flops must be > 0, not {self.peak_flops}")
@@ -113,7 +120,27 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def parse(experiment: Experiment, argv: Sequence[str]) -> Command:
-    """The command that the arguments ask for. Raises `UserError`, in one line, for a wrong name or value."""
+    """The command that the arguments ask for. Raises `UserError`, in one line, for a wrong name or value.
+
+    What follows training takes all that the arguments do not say from the run, not from the experiment's file.
+    """
+    command = _parse(experiment, argv)
+    if command.verb not in AFTERWARDS or _nowhere(command):
+        return command
+    found = trained(experiment, place(command.workdir))
+    if found is None or found[1].get("name") != experiment.name:
+        return command
+    theirs = as_trained(experiment, found[1])
+    lines = differences(describe(experiment), describe(theirs), {"train", "data", "net", "sde", "model"})
+    return dataclasses.replace(_parse(theirs, argv), kept=tuple(line.split(":")[0].strip() for line in lines))
+
+
+def _nowhere(command: Command) -> bool:
+    """Whether a dry run was told of no run."""
+    return command.dry_run and command.workdir == default_workdir(command.experiment)
+
+
+def _parse(experiment: Experiment, argv: Sequence[str]) -> Command:
     if "--model.predicts eps" in " ".join(argv).replace("=", " "):
         experiment = experiment.predicting_eps() if experiment.model.predicts != "eps" else experiment
     default = Command("run", default_workdir(experiment), experiment)
@@ -145,10 +172,16 @@ def execute(command: Command) -> None:
     with contextlib.ExitStack() as stack:
         if not jax.distributed.is_initialized():  # JAX has its own handler, which training relies on
             stack.enter_context(ending_on_sigterm())
-        nowhere = command.dry_run and command.workdir == default_workdir(experiment)
-        known = not nowhere and on_main(lambda: check_config(workdir, config, free))
+        found = None if training or _nowhere(command) else trained(experiment, workdir)
+
+        def check() -> bool:
+            if found:
+                check_same(*found, config, free)
+            return bool(found) or (training and not _nowhere(command) and check_config(workdir, config, free))
+
+        known = on_main(check)
         if known:
-            experiment = remembering(experiment, workdir)
+            experiment = remembering(experiment, *(found or (f"--workdir {workdir}", read_config(workdir))))
         shown = training and experiment.train.show_every > 0
         measured = "evaluate" in verbs or (training and experiment.eval.every > 0)
         drawn = experiment.through(experiment.sampling.process) if shown or set(verbs) & AFTERWARDS.keys() else None
@@ -162,6 +195,9 @@ def execute(command: Command) -> None:
         # What could fail later is looked at now.
         if not training and not known:
             raise UserError(f"--workdir {workdir} holds no run: train it first")
+        shipped = found if found and found[0] == experiment.weights else None
+        if shipped and command.step is not None:
+            raise UserError(f"--step {command.step}: {experiment.weights} holds one set of parameters")
         if drawn is not None and ("sample" in verbs or shown):
             check_methods([experiment.sampling.method(drawn)], drawn)
             experiment.drawn_classes(experiment.sampling)
@@ -178,10 +214,13 @@ def execute(command: Command) -> None:
         if "sample" in verbs:
             check_names(workdir, *SAMPLES)
         if source is not None:
-            config[RECORDS] = check_records(workdir, config, source, classes_of(experiment.data))
+            records = check_records(workdir, config, source, classes_of(experiment.data))
+            config |= {RECORDS: records, OBJECTS: objects(experiment)}
         borrowed = borrow(plan) if training and experiment.train.init and not known else None
 
         def reserve() -> None:
+            if shipped and read_config(workdir) is None:
+                write_config(workdir, shipped[1])  # so that the folder is that of a run, which may still be trained
             stack.enter_context(reserved(workdir, training))
             check_config(workdir, config, free)
             if training:
@@ -195,6 +234,10 @@ def execute(command: Command) -> None:
         if command.keep_compiled:
             jax.config.update("jax_compilation_cache_dir", os.fspath(workdir / "compiled"))
             compilation_cache.reset_cache()  # it may have looked already, and found that it had no folder
+        if command.kept:
+            tell(f"as the run has it, not the experiment's file: {', '.join(command.kept)}")
+        if shipped:
+            tell(f"--workdir {workdir} holds no checkpoint: {experiment.weights} is used")
         if source is not None:
             run_training(plan, source, workdir, command.peak_flops, borrowed)
         if command.verb == "run":

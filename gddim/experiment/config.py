@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from jaxtyping import Float, Int32, PRNGKeyArray
@@ -14,11 +15,12 @@ from gddim.averages import LONGEST
 from gddim.data import LABEL, classes_of, cond_of
 from gddim.experiment.network import Model, NetConfig, require, told_classes
 from gddim.experiment.options import SPELLED, UNGROUPED
-from gddim.experiment.words import Process, Sampler, spell_process
+from gddim.experiment.words import Process, Sampler, TimeGrid, spell_process
 from gddim.loss import AbstractObjective, LogNormalNoise, ScoreMatching
 from gddim.model import Denoiser, EpsModel, VelocityModel
 from gddim.parallel import MeshConfig, Rule, default_rule
-from gddim.samplers import GDDIM, CholeskyMultistep, EulerMaruyama, Method, power_grid
+from gddim.samplers import GDDIM, CholeskyMultistep, EulerMaruyama, Grid, Method
+from gddim.samplers.words import BEST, laid_out
 from gddim.sde import AbstractLinearSDE
 from gddim.sde.base import last_time, positions
 from gddim.sde.words import process_name
@@ -28,8 +30,6 @@ if TYPE_CHECKING:
     from gddim.data import Dataset
 else:
     Dataset = Any  # tyro narrows a field to the type of its default, but not from a protocol with attributes
-
-OURS = GDDIM(3, interpolate="data")
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,11 @@ class Sampling:
     """How samples are drawn: by `sample`, for the grids while training, and where an evaluation does not say."""
 
     sampler: Annotated[Sampler, tyro.conf.arg(name="sampler", prefix_name=False)] = field(
-        default=OURS, metadata={UNGROUPED: True}
+        default=BEST, metadata={UNGROUPED: True}
     )
-    """gddim[:ORDER][:data][:corrector][:lam=λ], cholesky[:ORDER], em[:lam=λ], heun, sscs, rk45[:rtol=…][:atol=…],
-    ipndm[:ORDER], dpm[:ORDER] or unipc[:ORDER][:bh1]."""
+    """gddim[:ORDER][:data|:residual][:free|:corrector][:lam=λ][:data_std=…], cholesky[:ORDER], em[:lam=λ], heun, sscs,
+    rk45[:rtol=…][:atol=…], ipndm[:ORDER], dpm[:ORDER], unipc[:ORDER][:bh1], or afs:SAMPLER, its first step analytic;
+    any of them on a grid of its own, as gddim:3:data:free@band."""
     process: Annotated[Process, tyro.conf.arg(name="process", prefix_name=False)] = field(
         default=None, metadata={UNGROUPED: True, SPELLED: spell_process}
     )
@@ -146,7 +147,10 @@ class Sampling:
     """How many at a time, over all devices. Another number is another program of XLA's, and changes samples by rounding:
     up to 0.3 % of 8-bit pixels were seen to differ, by one level."""
     power: float | None = None
-    """Times are uniform in t^(1/power), those of the process; without it 2, for ve 7."""
+    """Times are uniform in t^(1/power), those of the process, for samplers that bring no grid; without it 2, for ve 7."""
+    grid: TimeGrid = field(default=None, metadata={SPELLED: lambda grid: grid and str(grid)})
+    """Another layout of the times, of every sampler that brings none: power[:POWER], band[:LO:HI] (in standard deviations
+    of the data), karras[:RHO], log-snr, two-phase[:SHARE:FRACTION:POWER] or uniform."""
     t_min: float | None = None
     """Time of the process at which the sampler stops; without it 0.001 of the horizon, for ve 0.002 of its 80."""
     last: Literal["none", "euler", "data"] = "none"
@@ -166,12 +170,17 @@ class Sampling:
         """How, whichever and however many samples of a process."""
         power = sde.grid_power if self.power is None else self.power
         t_min = sde.grid_end * sde.horizon if self.t_min is None else self.t_min
-        return Method(self.sampler, self.nfe, power, t_min, self.last)
+        return Method(laid_out(self.sampler, self.grid, self.power), self.nfe, power, t_min, self.last)
+
+    def class_of(self, numbers: Any, classes: int) -> Any:
+        """The class of each sample, by their numbers, int32, of a run with so many classes."""
+        each = jnp.asarray(self.classes or range(classes), jnp.int32)
+        return each[numbers // max(self.per_class, 1) % len(each)]
 
     def flow_grid(self, sde: AbstractLinearSDE, steps: int) -> Float[np.ndarray, " n"]:
         """Times between which the probability flow goes both ways: they begin where something is left of the data."""
         method = self.method(sde)
-        return power_grid(last_time(sde), method.t_min, steps, method.power)
+        return (self.grid or Grid("power", (method.power,)))(sde, last_time(sde), method.t_min, steps)
 
     def __post_init__(self):
         for name in ("nfe", "samples", "batch"):
@@ -180,6 +189,7 @@ class Sampling:
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} must be > 0, not {value}")
         require(self.per_class >= 0, f"per_class must be at least 0, not {self.per_class}")
+        require(self.power is None or self.grid is None, "give grid or power, not both")
         require(0 <= self.seed < 2**31, f"seed must be in [0, 2³¹), not {self.seed}")
         require(0 <= self.ema <= LONGEST, f"ema must lie in [0, {LONGEST:.3f}], not {self.ema}")
 
@@ -249,6 +259,8 @@ class Experiment:
     """Where each array of the state lives on the mesh, by its path: a function, to be given in the experiment's file."""
     seed: int = field(default=0, metadata=MAY_CHANGE_AFTER)
     """Seed of the parameters, the order of the data and the noise of training."""
+    weights: tyro.conf.Suppress[str | None] = field(default=None, metadata=MAY_CHANGE | LATER)
+    """A file of python -m gddim.export, with which what follows training goes on where the run has no checkpoint."""
 
     def __post_init__(self):
         for sde in (self.sampling.process or self.sde, *(each or self.sde for each in self.eval.processes)):
@@ -311,8 +323,8 @@ class Experiment:
             return None
         wrong = " ".join(str(each) for each in given if not -1 <= each < classes)
         require(not wrong, f"sampling.classes {wrong}: accepted are 0 to {classes - 1}, and -1 for no class")
-        each = np.array(given or range(classes), np.int32)
-        return np.repeat(each, sampling.per_class) if sampling.per_class else np.resize(each, sampling.samples)
+        n = sampling.per_class * len(given or range(classes)) or sampling.samples
+        return np.asarray(sampling.class_of(np.arange(n), classes))
 
     @property
     def state_shape(self) -> tuple[int, ...]:

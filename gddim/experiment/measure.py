@@ -38,7 +38,7 @@ def cells(experiment: Experiment) -> list[Cell]:
     """Those of the table, each with its seeds. Raises `UserError` for one that cannot be."""
     settings, sampling = experiment.eval, experiment.sampling
     found = [
-        Cell(replace(sampling.method(sde), sampler=sampler, nfe=nfe), settings.samples, seed, sde)
+        Cell(replace(sampling, sampler=sampler, nfe=nfe).method(sde), settings.samples, seed, sde)
         for sde in experiment.evaluated()
         for nfe in settings.nfe
         for sampler in settings.samplers

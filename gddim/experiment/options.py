@@ -61,7 +61,7 @@ def options(value: Any, group: str = "") -> Iterator[tuple[str, Any]]:
         if not field.init or any(mark in (tyro.conf.Suppress, tyro.conf.Positional) for mark in marks):
             continue
         name = field.name.replace("_", "-")
-        if dataclasses.is_dataclass(default) and _spec(kind) is None:
+        if dataclasses.is_dataclass(default) and find_spec(kind) is None:
             if not _made_of_functions(default):
                 yield from options(default, group if field.metadata.get(UNGROUPED) else f"{group}{name}.")
             continue
@@ -137,7 +137,7 @@ def _refuse(name: str, known: list[str]) -> NoReturn:
 
 def _fault(kind: Any, word: str) -> str | None:
     """What is wrong with a word for a value of this type, or for one of several; None where nothing is."""
-    if spec := _spec(kind):
+    if spec := find_spec(kind):
         try:
             spec.instance_from_str([word])
         except (ValueError, TypeError) as error:
@@ -162,7 +162,7 @@ def _fault(kind: Any, word: str) -> str | None:
 
 def _accepted(kind: Any) -> str:
     """In words, the values of a type; nothing for any text."""
-    if spec := _spec(kind):
+    if spec := find_spec(kind):
         return spec.metavar
     inner = [each for each in get_args(kind) if each is not Ellipsis]
     if get_origin(kind) in (Union, UnionType):
@@ -191,6 +191,7 @@ def _is_flag(kind: Any) -> bool:
     return kind is bool or (get_origin(kind) is Annotated and get_args(kind)[0] is bool)
 
 
-def _spec(kind: Any) -> tyro.constructors.PrimitiveConstructorSpec | None:
+def find_spec(kind: Any) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """How a value of this type is one word, where it is."""
     marks = getattr(kind, "__metadata__", ())
     return next((mark for mark in marks if isinstance(mark, tyro.constructors.PrimitiveConstructorSpec)), None)

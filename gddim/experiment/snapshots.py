@@ -54,9 +54,8 @@ def check_rebuildable(experiment: Experiment, workdir: epath.Path, training: boo
         _snapshots(workdir)
 
 
-def rebuild(plan: Plan, workdir: epath.Path, step: int | None) -> tuple[PyTree, int]:
-    """The average of length `sampling.ema` at the newest snapshot up to `step`, and the step of that."""
-    sigma_rel = plan.experiment.sampling.ema
+def rebuild(shapes: PyTree, workdir: epath.Path, sigma_rel: float, step: int | None) -> tuple[PyTree, int]:
+    """The average of length `sigma_rel` at the newest snapshot up to `step`, and the step of that."""
     told = [each for each in _snapshots(workdir) if step is None or each[0] <= step]
     if not told:
         raise UserError(f"--sampling.ema {sigma_rel}: {workdir / SNAPSHOTS} has no snapshot up to step {step}")
@@ -70,7 +69,7 @@ def rebuild(plan: Plan, workdir: epath.Path, step: int | None) -> tuple[PyTree, 
                 for path, leaf in packed.tree(name).items():
                     total[path] = total.get(path, 0) + weight * leaf.astype(np.float64)
     tell(f"average of σ_rel {sigma_rel:g} at step {end}: of {len(told)} snapshots, its profile missed by {left:.2g}")
-    return _placed(plan.shapes.ema, total, str(workdir / SNAPSHOTS)), end
+    return placed(shapes, total, str(workdir / SNAPSHOTS)), end
 
 
 def _snapshots(workdir: epath.Path) -> list[tuple[int, float, epath.Path, str]]:
@@ -102,22 +101,22 @@ def state_of(plan: Plan, folder: epath.Path) -> tuple[TrainState, dict[str, Any]
     if widths != wanted:
         raise UserError(f"{folder} holds averages of σ_rel {[*widths]}, train.ema_profiles are {[*wanted]}")
     names = average_names(1 + len(shapes.averages))
-    ema, *others = (_placed(shapes.ema, packed.tree(name), where) for name in names)
+    ema, *others = (placed(shapes.ema, packed.tree(name), where) for name in names)
     opt_state = jax.jit(plan.optimizer.init, out_shardings=plan.shardings.opt_state)(
-        model := _placed(shapes.model, packed.tree("model"), where)
+        model := placed(shapes.model, packed.tree("model"), where)
     )
     moments = {name: packed.tree(name) for name in ("mu", "nu") if name in packed.vectors}
     if moments:
         shaped = {name: optax.tree_utils.tree_get(shapes.opt_state, name) for name in moments}
         count = optax.tree_utils.tree_get(opt_state, "count")
         count = jax.device_put(jnp.asarray(packed.about["count"], count.dtype), count.sharding)
-        placed = {name: _placed(shaped[name], tree, where) for name, tree in moments.items()}
-        opt_state = optax.tree_utils.tree_set(opt_state, count=count, **placed)
+        found = {name: placed(shaped[name], tree, where) for name, tree in moments.items()}
+        opt_state = optax.tree_utils.tree_set(opt_state, count=count, **found)
     step = jax.device_put(jnp.asarray(packed.step, jnp.int32), shapes.step.sharding)
     return TrainState(step, model, ema, opt_state, tuple(others)), packed.about["config"], [*moments]
 
 
-def _placed(shapes: PyTree, arrays: dict[str, np.ndarray], where: str) -> PyTree:
+def placed(shapes: PyTree, arrays: dict[str, np.ndarray], where: str) -> PyTree:
     """A tree of the arrays, each in its shards. Raises `UserError` where the model is another."""
     wanted = by_path(shapes)
     for path in sorted(wanted.keys() | arrays.keys()):

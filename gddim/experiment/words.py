@@ -5,11 +5,12 @@ from typing import Annotated
 from gddim.errors import UserError
 from gddim.experiment.options import one_word
 from gddim.samplers import AbstractSampler
-from gddim.samplers.words import parse_sampler, sampler_name
+from gddim.samplers.words import Grid, parse_grid, parse_sampler, sampler_name
 from gddim.sde import AbstractLinearSDE
 from gddim.sde.words import parse_process, process_name
 
 Sampler = Annotated[AbstractSampler, one_word("SAMPLER", parse_sampler, AbstractSampler, sampler_name)]
+TimeGrid = Annotated[Grid | None, one_word("GRID", parse_grid, Grid | None)]
 OWN = "own"  # the word of the process that a run was trained with
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 RECORDS = "records"  # in it, what the run was trained on, by content
+OBJECTS = "objects"  # in it, what makes it an experiment again: see `gddim.experiment.revival`
 
 
 def describe(value: Any) -> Any:
@@ -90,25 +91,29 @@ def _show(values: dict, name: str) -> str:
     return json.dumps(values[name]) if name in values else "none"
 
 
-def read_config(path: epath.Path) -> dict | None:
-    """The configuration of the run in a workdir; None if there is nothing yet. Raises `UserError` for anything else."""
+def read_config(path: epath.Path, run: str | None = None) -> dict | None:
+    """The configuration of the run in a workdir; None if there is nothing yet. Raises `UserError` for anything else.
+
+    `run`: what errors call it, by default the option that names it.
+    """
+    run = run or f"--workdir {path}"
     try:
         if not path.exists():
             return None
         if not path.is_dir():
-            raise UserError(f"--workdir {path} is a file, not a folder")
+            raise UserError(f"{run} is a file, not a folder")
         if not (path / CONFIG).exists():
             if foreign := sorted(p.name for p in path.iterdir() if not (harmless(p.name) or _is_log(p))):
                 raise UserError(
-                    f"--workdir {path} holds something else ({', '.join(foreign[:3])}{', …' * (len(foreign) > 3)}) "
+                    f"{run} holds something else ({', '.join(foreign[:3])}{', …' * (len(foreign) > 3)}) "
                     f"and no {CONFIG} of a run: give a new or an empty folder"
                 )
             return None
         config = json.loads((path / CONFIG).read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"--workdir {path} cannot be read: {error}") from error
+        raise UserError(f"{run} cannot be read: {error}") from error
     if not isinstance(config, dict) or config.get("type") != "Experiment":
-        raise UserError(f"--workdir {path} holds something else: its {CONFIG} is not that of a run")
+        raise UserError(f"{run} holds something else: its {CONFIG} is not that of a run")
     return config
 
 
@@ -138,20 +143,25 @@ def check_config(path: epath.Path, given: dict, free: Collection[str]) -> bool:
     A run that has saved nothing yet is none: its configuration may be corrected. Its data are told by `check_records`.
     """
     saved = read_config(path)
-    if saved is None or not _saves(path):
+    if saved is None or not saves(path):
         return False
-    check_release(f"--workdir {path}", saved)
+    check_same(f"--workdir {path}", saved, given, free)
+    return True
+
+
+def check_same(run: str, saved: dict, given: dict, free: Collection[str]) -> None:
+    """Raise `UserError` for a run of another configuration than the given one, or of an earlier release."""
+    check_release(run, saved)
     fields = {*saved.get("data", {}), *given.get("data", {})} - {"labels"} if RECORDS in saved else ()
-    if lines := differences(saved, given, (*free, RECORDS, *(f"data.{name}" for name in fields))):
+    if lines := differences(saved, given, (*free, RECORDS, OBJECTS, *(f"data.{name}" for name in fields))):
         began = saved.get("train", {}).get("init")
         if any(line.startswith("  train.init:") for line in lines):
             on = f"with --train.init {began}, as it began" if began else "without it"
             lines.append(f"--train.init begins a new run, in a new --workdir; this one goes on {on}")
         raise UserError(
-            f"--workdir {path} holds a run of another configuration; repeat its options or give another folder:\n"
+            f"{run} holds a run of another configuration; repeat its options or give another folder:\n"
             + "\n".join(lines)
         )
-    return True
 
 
 def check_records(path: epath.Path, given: dict, source: Source, classes: int = 0) -> dict[str, Any]:
@@ -160,7 +170,7 @@ def check_records(path: epath.Path, given: dict, source: Source, classes: int = 
 
     They may lie anywhere, and as files, archive, array or shards. Raises `UserError` if the run was trained on others.
     """
-    saved = read_config(path) if _saves(path) else None
+    saved = read_config(path) if saves(path) else None
     before = saved and saved.get(RECORDS)
     found = identity(source, before) | ({"classes": classes} if classes else {})
     if saved and before is None:
@@ -192,28 +202,28 @@ class Remembered:
         return self.data.test()
 
 
-def remembering(experiment: Experiment, path: epath.Path) -> Experiment:
-    """The experiment, its records of the shape and classes that the run in a workdir tells where the data are not there to be
-    asked.
+def remembering(experiment: Experiment, run: str, config: dict | None) -> Experiment:
+    """The experiment, its records of the shape and classes that a run's configuration tells where the data are not there to
+    be asked.
 
-    Raises `UserError` where they are, and of another shape.
+    Raises `UserError`, which calls the run so, where they are, and of another shape.
     """
-    records = (read_config(path) or {}).get(RECORDS) or {}
+    records = (config or {}).get(RECORDS) or {}
     shape, classes = records.get("shape"), records.get("classes", 0)
-    if shape is None or not _saves(path):
+    if shape is None:
         return experiment
     try:
         given, of = experiment.data.shape, classes_of(experiment.data)
     except (UserError, OSError):
         return dataclasses.replace(experiment, data=Remembered(experiment.data, tuple(shape), classes))
     if list(given) != shape:
-        raise UserError(f"--workdir {path} holds a run on records {tuple(shape)}, and these are {tuple(given)}")
+        raise UserError(f"{run} holds a run on records {tuple(shape)}, and these are {tuple(given)}")
     if of != classes:
-        raise UserError(f"--workdir {path} holds a run on records of {classes} classes, and these are of {of}")
+        raise UserError(f"{run} holds a run on records of {classes} classes, and these are of {of}")
     return experiment
 
 
-def _saves(path: epath.Path) -> int:
+def saves(path: epath.Path) -> int:
     """How many checkpoints a workdir holds, whole or damaged."""
     folder = path / "checkpoints"
     return sum(step.name.isdigit() for step in folder.iterdir()) if folder.exists() else 0
@@ -229,7 +239,7 @@ def write_config(path: epath.Path, config: dict) -> None:
 
 def check_space(path: epath.Path, count: int, size: int) -> None:
     """Raise `UserError` where a local disk lacks room for so many checkpoints of `size` bytes, less those that are there."""
-    needed, free = max(count - _saves(path), 1) * size, free_bytes(path)
+    needed, free = max(count - saves(path), 1) * size, free_bytes(path)
     if free < needed:
         raise UserError(
             f"--workdir {path} has {free / 2**20:,.0f} MiB free; {count} checkpoints of {size / 2**20:,.1f} MiB (train.keep "

@@ -15,6 +15,7 @@ from gddim.samplers.grids import two_phase_grid as two_phase_grid
 from gddim.samplers.grids import uniform_grid as uniform_grid
 from gddim.samplers.method import Method as Method
 from gddim.samplers.peers import IPNDM as IPNDM
+from gddim.samplers.peers import AnalyticStart as AnalyticStart
 from gddim.samplers.peers import DPMSolver as DPMSolver
 from gddim.samplers.peers import UniPC as UniPC
 from gddim.samplers.solver import AbstractSampler as AbstractSampler
@@ -23,3 +24,5 @@ from gddim.samplers.solver import Solution as Solution
 from gddim.samplers.solver import TableSolver as TableSolver
 from gddim.samplers.solver import count_calls as count_calls
 from gddim.samplers.solver import sample as sample
+from gddim.samplers.words import Grid as Grid
+from gddim.samplers.words import OnGrid as OnGrid

@@ -9,13 +9,14 @@ import equinox as eqx
 import numpy as np
 
 from gddim.samplers.base import Coefficients
-from gddim.samplers.grids import check_grid
-from gddim.samplers.quadrature import Panels, lagrange
+from gddim.samplers.grids import check_grid, noise_level
+from gddim.samplers.quadrature import Clock, Panels, corrected_for_free, lagrange
+from gddim.samplers.residual import Residual, as_std
 from gddim.samplers.solver import AbstractTableSampler
 from gddim.sde.base import AbstractLinearSDE
-from gddim.sde.collocation import GAUSS_WEIGHTS, collocate
+from gddim.sde.collocation import GAUSS_WEIGHTS, collocate, unresolved
 from gddim.sde.host import as_index
-from gddim.sde.linalg import inverse
+from gddim.sde.linalg import inverse, triangular
 
 AMPLIFICATION = 256.0  # times the rounding of a network in bfloat16 this is the whole of ε
 GAIN = 2.0  # of the prediction's error by a correction, where data are a point; for others it is less
@@ -47,10 +48,16 @@ class GDDIM(AbstractTableSampler):
 
     `order`: the number of nodes of the polynomials, 1 to 4; 1 is DDIM. The published code counts the degree, one less.
     `lam`: λ ≥ 0; 0 is the probability flow, without noise; 1 the reverse SDE; between and above, less or more noise.
-    `corrector`: correct every step that it improves: one order more, for 2 network calls a step.
-    `interpolate`: "eps", the network's ε, or "data", its data prediction: better for a `Denoiser`, and for λ > 0.
+    `corrector`: correct every step that it improves: one order more, for 2 network calls a step. "free" corrects a step once
+    the call that follows it has come, with that record (`corrected_for_free`): one order more for no call, on a good grid
+    (`band_grid`) up to half the error. Polynomials of "data" are then in `arctan(r / 2 data_std)`, r the noise level, not in
+    t, as those of "residual" are in its `Band`: at 5 to 10 calls less is extrapolated. With ε it diverges, and is refused.
+    `interpolate`: "eps", the network's ε, "data", its data prediction, better for a `Denoiser` and for λ > 0, or "residual",
+    what is left of that once the prediction for data N(0, data_std²) is taken off (`Residual`): exact for these, too.
+    `data_std`: the standard deviation of the data: what "residual" subtracts (→ 0 is "data", → ∞ for k = 1 "eps"), and a unit
+    of noise levels.
 
-    Raises `ValueError` for an order outside 1 … 4, λ < 0, a corrector that is no bool, or another `interpolate`.
+    Raises `ValueError` for an order outside 1 … 4, λ < 0, another `corrector` or `interpolate`, and a `data_std` ≤ 0.
 
     >>> sampler = GDDIM(order=3, interpolate="data")  # what samples a Denoiser in 10 calls
     >>> sampler.nfe(steps=10), GDDIM(order=2, corrector=True).nfe(steps=10)
@@ -64,28 +71,48 @@ class GDDIM(AbstractTableSampler):
     """Number of nodes, 1 (DDIM) to 4; the published code counts the polynomial's degree, one less."""
     lam: float = eqx.field(default=0.0, static=True, converter=float)
     """λ ≥ 0: 0 is the probability flow, 1 the reverse SDE."""
-    corrector: bool = eqx.field(default=False, static=True)
-    """Correct by the Adams–Moulton rule with the node s, where that improves: one order more for twice the calls."""
-    interpolate: Literal["eps", "data"] = eqx.field(default="eps", static=True)
-    """What the polynomials interpolate: the network's ε, or its data prediction (better for a Denoiser, and for λ > 0)."""
+    corrector: bool | Literal["free"] = eqx.field(default=False, static=True)
+    """Correct by the Adams–Moulton rule with the node s, where that improves: one order more, for twice the calls, or, for
+    "free", with the next call's record: for no call more."""
+    interpolate: Literal["eps", "data", "residual"] = eqx.field(default="eps", static=True)
+    """What the polynomials interpolate: the network's ε, or its data prediction (better for a Denoiser, and for λ > 0), or
+    what is left of that once the prediction for Gaussian data is taken off."""
+    data_std: Any = eqx.field(default=0.5, static=True, converter=as_std)
+    """The data's standard deviation: a number, or a spectrum of the process's frequencies."""
 
     def __check_init__(self) -> None:
         if type(self.order) is not int or not 1 <= self.order <= 4:
             raise ValueError(f"GDDIM: order={self.order} must be 1, 2, 3 or 4")
         if not 0 <= self.lam < np.inf:
             raise ValueError(f"GDDIM: lam={self.lam} must be ≥ 0")
-        if not isinstance(self.corrector, bool | np.bool_):
-            raise ValueError(f"GDDIM: corrector={self.corrector!r} must be True or False")
-        if self.interpolate not in ("eps", "data"):
-            raise ValueError(f"GDDIM: interpolate={self.interpolate!r} must be 'eps' or 'data'")
+        if not isinstance(self.corrector, bool | np.bool_) and self.corrector != "free":
+            raise ValueError(f"GDDIM: corrector={self.corrector!r} must be True, False or 'free'")
+        if self.interpolate not in ("eps", "data", "residual"):
+            raise ValueError(f"GDDIM: interpolate={self.interpolate!r} must be 'eps', 'data' or 'residual'")
+        if self.corrector == "free" and self.interpolate == "eps":
+            raise ValueError("GDDIM: corrector='free' diverges on ε; take interpolate='data' or 'residual'")
+        if not (np.all(np.isfinite(self.data_std)) and np.all(np.asarray(self.data_std) > 0)):
+            raise ValueError(f"GDDIM: data_std={self.data_std} must be > 0")
 
     def nfe(self, steps: int) -> int:
-        return steps * (1 + self.corrector)
+        return steps * (1 if self.corrector == "free" else 1 + self.corrector)
 
     def coefficients(self, sde: AbstractLinearSDE, ts: Any) -> Coefficients:
-        data = self.interpolate == "data"
-        steps = Steps.of(sde, check_grid(sde, ts, data), self.lam, self.order)
-        return self._on_data(steps) if data else self._on_eps(steps)
+        table = self.both(sde, ts)
+        if self.corrector != "free":
+            return table
+        assert table.corrector is not None
+        weights = corrected_for_free(table.psi, table.weights, table.corrector)
+        return dataclasses.replace(table, weights=weights, corrector=None, corrector_noise=None, corrected=None)
+
+    def both(self, sde: AbstractLinearSDE, ts: Any) -> Coefficients:
+        """The table with the corrector apart also where it is free."""
+        ts = check_grid(sde, ts, data=self.interpolate != "eps")
+        if self.interpolate == "residual":
+            return self._on_residual(Residual(sde, ts, self.lam, self.data_std), ts)
+        clock = angle(sde, self.data_std) if self.corrector == "free" else same
+        steps = Steps.of(sde, ts, self.lam, self.order, clock)
+        return self._on_data(steps) if self.interpolate == "data" else self._on_eps(steps)
 
     def _on_eps(self, steps: Steps) -> Coefficients:
         panels, R, z, psi = steps.panels, steps.R, steps.contraction, steps.psi
@@ -122,7 +149,9 @@ class GDDIM(AbstractTableSampler):
         def weights(nodes: np.ndarray) -> np.ndarray:
             """Ψ(·, t_j) folded in: m_j is the history, not D_j = Ψ(0, t_j) m_j."""
             t = np.broadcast_to(start[:, None], nodes.shape)
-            return panels.stieltjes(nodes, Q, *ends) @ panels.psi(t, np.where(np.isnan(nodes), t, origin(nodes)))
+            return panels.stieltjes(nodes, Q, *ends, steps.clock) @ panels.psi(
+                t, np.where(np.isnan(nodes), t, origin(nodes))
+            )
 
         with np.errstate(divide="ignore", invalid="ignore"):
             psi_hat = steps.whole(R[1:] @ z.step @ inverse(R[:-1]))
@@ -140,6 +169,27 @@ class GDDIM(AbstractTableSampler):
             record_data=panels.psi(origin(ts), np.zeros_like(ts))[..., :1], **corrector,
         )  # fmt: skip
 
+    def _on_residual(self, steps: Residual, ts: np.ndarray) -> Coefficients:
+        phi, k = steps.clock(ts), steps.sde.k
+        nodes = history_nodes(phi, self.order)
+        one_over_c, of_u, with_eps, of_eps = steps.records(ts)
+        regular = np.asarray(np.isfinite(of_eps[1:]).reshape(len(ts) - 1, -1).all(1))
+        if ts[-1] == 0 and not regular[-1]:
+            one_over_c[-1] = of_u[-1] = with_eps[-1] = of_eps[-1] = 0  # no call follows, and R_0 is singular
+        # N is the first field of a record
+        first = lambda rows: np.concatenate([rows, np.zeros((*rows.shape[:-2], k - 1, rows.shape[-1]))], -2)
+        columns = lambda nodes: np.concatenate([w := steps.weights(nodes), np.zeros((*w.shape[:-1], k - 1))], -1)
+        corrector: dict[str, Any] = {}
+        if self.corrector:
+            with_s = columns(np.concatenate([phi[1:, None], nodes], 1))
+            corrector = dict(corrector=with_s, corrector_noise=steps.noise, corrected=regular)
+        told = bool(np.all(np.isfinite(of_eps[0])))
+        return Coefficients(
+            ts=ts, times=ts[:-1], psi=steps.psi_hat, weights=columns(nodes), noise=steps.noise, orders=count(nodes),
+            record_u=first(with_eps) if told else None, record_eps=first(of_eps) if told else None,
+            record_data=first(one_over_c), data_u=of_u, **corrector,
+        )  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
@@ -153,12 +203,16 @@ class Steps:
     contraction: Contraction
     nodes: np.ndarray
     """The times of each step's history, `(steps, order)`: see `history_nodes`."""
+    clock: Clock
+    """What the polynomials are in."""
 
     @staticmethod
-    def of(sde: AbstractLinearSDE, ts: np.ndarray, lam: float, order: int) -> Steps:
-        panels = Panels(sde, ts, lam)
+    def of(sde: AbstractLinearSDE, ts: np.ndarray, lam: float, order: int, clock: Clock) -> Steps:
+        panels = Panels(sde, ts, lam, lambda panels: unresolved(clock(panels.tau)[..., None, None]))
         R = panels.at(sde.noise_factor, ts)
-        return Steps(panels, R, panels.psi(ts[1:], ts[:-1]), Contraction(panels, R), history_nodes(ts, order))
+        return Steps(
+            panels, R, panels.psi(ts[1:], ts[:-1]), Contraction(panels, R), history_nodes(ts, order, clock), clock
+        )
 
     @property
     def nodes_with_s(self) -> np.ndarray:
@@ -175,7 +229,23 @@ class Steps:
         return np.broadcast_to(matrices, np.broadcast_shapes(matrices.shape, self.psi.shape))
 
 
-def history_nodes(ts: np.ndarray, order: int) -> np.ndarray:
+def same(t: np.ndarray) -> np.ndarray:
+    """Time itself as the clock."""
+    return t
+
+
+def angle(sde: AbstractLinearSDE, data_std: Any) -> Clock:
+    """`arctan(r / 2 data_std)`, r the `noise_level`: of the lowest frequency, as this is."""
+    scale = 2 * np.ravel(data_std)[0]
+
+    def clock(t: np.ndarray) -> np.ndarray:
+        absent = np.isnan(t)
+        return np.where(absent, np.nan, np.arctan(noise_level(sde, np.where(absent, sde.horizon, t)) / scale))
+
+    return clock
+
+
+def history_nodes(ts: np.ndarray, order: int, clock: Clock = same) -> np.ndarray:
     """The times `t_i, t_{i−1}, …` of each step's history, `(steps, order)`; NaN where there is none, or none of use.
 
     A polynomial on the nodes multiplies what the calls differ by at random, be it rounding or a network's, by up to
@@ -184,7 +254,7 @@ def history_nodes(ts: np.ndarray, order: int) -> np.ndarray:
     index = np.arange(len(ts) - 1)[:, None] - np.arange(order)
     nodes = np.where(index < 0, np.nan, ts[np.maximum(index, 0)])
     for j in range(1, order):
-        value, _ = lagrange(nodes[:, : j + 1], ts[1:, None])
+        value, _ = lagrange(clock(nodes[:, : j + 1]), clock(ts[1:])[:, None])
         nodes[np.abs(value[:, 0]).sum(1) > AMPLIFICATION, j] = np.nan
     return nodes
 
@@ -257,10 +327,3 @@ class Contraction:
                 right[p] = Z
                 Z = whole[p] @ Z
         self.from_s, self.to_t = left[:, None] @ from_lower, to_upper @ right[:, None]
-
-
-def triangular(B: np.ndarray) -> np.ndarray:
-    """The Cholesky factor of `B Bᵀ` for `B` `(…, k, n ≥ k)`, by QR, also where `B Bᵀ` is singular."""
-    L = np.asarray(np.linalg.qr(B.swapaxes(-1, -2), mode="r")).swapaxes(-1, -2)
-    sign = np.where(np.einsum("...ii->...i", L) < 0, -1.0, 1.0)
-    return L * sign[..., None, :]

@@ -18,7 +18,7 @@ from gddim.sde.linalg import Array, as_times, inverse, namespace, product
 EpsFn = Callable[[Array, Array], Array]  # ε(u, t) of one state (*dims, k, C)
 Callback = Callable[[Array, Array, Array], Array]  # of a state, the data foreseen and t, to the state that goes on
 Last = Literal["none", "euler", "data"]
-RECORD = ("record_u", "record_eps", "carry", "shift")  # how a record is made of u and ε, and moves with the noise
+RECORD = ("record_eps", "carry", "shift")  # what a record of the data has not
 SLOTS = 5  # history entries that the loop carries at least: order 4 and the corrector's, so that these share a program
 
 
@@ -52,9 +52,9 @@ class Coefficients(eqx.Module):
     instead, with the same ξ; at a step that is not `corrected` the prediction stands, and the second call is for nothing.
     Between steps `h ← carry h + shift ξ`. All but `ts`, `times`, `orders` and `corrected` act as `A @ u`.
 
-    Where a record is of the data alone, `h_0 = record_data D(u, times[i])`, the loop keeps the one field D instead of the k
-    of `h_0`, of a model that has it (`DataModel`): neither rounding nor a network's error is amplified on the way to ε and
-    back.
+    Where a record is of the data, `h_0 = record_data (D(u, times[i]) + data_u u)`, the loop keeps the one field `D + data_u u`
+    instead of the k of `h_0`, of a model that has D (`DataModel`): neither rounding nor a network's error is amplified on the
+    way to ε and back.
     """
 
     ts: Array
@@ -86,7 +86,9 @@ class Coefficients(eqx.Module):
     start: tuple[Array, Array] | None = None
     """`psi` and `noise` of a transition before the first call (splitting methods)."""
     record_data: Array | None = None
-    """(n+1, *#dims, k, 1), if a record is of the data alone; there is then no `carry` and no `shift`."""
+    """(n+1, *#dims, k, 1), if a record is of the data; there is then no `carry` and no `shift`."""
+    data_u: Array | None = None
+    """(n+1, *#dims, 1, k); None for 0."""
 
     def __check_init__(self) -> None:
         for name, value in vars(self).items():
@@ -100,11 +102,12 @@ class Coefficients(eqx.Module):
 class Calls(eqx.Module):
     """A table laid out as a list of network calls: what the loop scans over. Leaves are `(calls, …)`.
 
-    A network call replies ε, or, where the four of the record are None, the data D: the record is then D itself.
+    A network call replies ε, or, where what is of ε is None, the data D: the record is then `D + record_u u`.
     """
 
     time: Array
     slot: Array  # the history entry that this call's record goes to
+    record_u: Array
     psi: Array
     weights: Array  # (calls, slots, …, k, k), in order of slots; (calls, slots, …, k, 1) of D
     accept: Array  # whether the new state is the base of what follows (a prediction is not)
@@ -113,7 +116,6 @@ class Calls(eqx.Module):
     noisy: Array
     noise: Array
     other: tuple[Array, Array] | None  # A and B: what the call did not reply is A (u − B reply)
-    record_u: Array | None = None
     record_eps: Array | None = None
     carry: Array | None = None
     shift: Array | None = None
@@ -127,10 +129,11 @@ def calls(table: Coefficients, sde: AbstractLinearSDE, last: Last = "none", data
     are as many history entries as the widest step reads, at least SLOTS.
     """
     n, shape = len(table.times), table.psi.shape[1:]
-    if data:  # what is of u and ε is laid out, too, and left out at the end
+    if data:  # what is of ε is laid out, too, and left out at the end
         nothing = np.zeros((n + 1, *shape))
         table = dataclasses.replace(
-            table, weights=_of_data(table.weights, table.record_data, 0), record_u=nothing, record_eps=nothing,
+            table, weights=_of_data(table.weights, table.record_data, 0), record_eps=nothing,
+            record_u=nothing[..., :1, :] if table.data_u is None else table.data_u,
             corrector=None if table.corrector is None else _of_data(table.corrector, table.record_data, 1),
         )  # fmt: skip
     assert table.record_u is not None
@@ -164,7 +167,7 @@ def calls(table: Coefficients, sde: AbstractLinearSDE, last: Last = "none", data
         psi, weight = denoising_call(sde, table.ts[-1], last, data)
         psi, weight = (namespace(A).broadcast_to(A, to) for A, to in ((psi, shape), (weight, table.weights.shape[2:])))
         final: dict[str, Any] = dict(
-            time=table.ts[-1], slot=np.asarray(n % slots), record_u=zero[0], record_eps=one[0], psi=psi,
+            time=table.ts[-1], slot=np.asarray(n % slots), record_u=0 * table.record_u[0], record_eps=one[0], psi=psi,
             weights=_padded(weight[None, None], slots)[0], accept=np.asarray(True), until=0 * table.ts[-1],
             step=np.asarray(n), noise=zero[0], carry=one[0], shift=zero[0],
         )  # fmt: skip

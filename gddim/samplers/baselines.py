@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from gddim.samplers.adams import count, history_nodes, triangular
+from gddim.samplers.adams import count, history_nodes
 from gddim.samplers.base import Callback, Coefficients, EpsFn, Last
 from gddim.samplers.grids import check_grid
 from gddim.samplers.loop import denoise, predict
@@ -18,7 +18,7 @@ from gddim.samplers.solver import AbstractSampler, AbstractSolver, AbstractTable
 from gddim.sde.base import AbstractLinearSDE
 from gddim.sde.collocation import DIFFERENTIATE
 from gddim.sde.host import as_index, on_host
-from gddim.sde.linalg import Array, inverse, lq, product
+from gddim.sde.linalg import Array, inverse, lq, product, triangular
 
 
 class CholeskyMultistep(AbstractTableSampler):

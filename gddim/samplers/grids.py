@@ -188,7 +188,7 @@ def check_grid(sde: AbstractLinearSDE, ts: Any, data: bool = False) -> np.ndarra
     if not (data or np.all(np.isfinite(on_host(sde.transition, grid[1:2], grid[:1])))):
         raise ValueError(
             f"nothing is left of the data at ts[0]={grid[0]}, where this {type(sde).__name__} can be started by "
-            'interpolate="data" alone, with a model that has .denoise(u, t): gddim.through(sde, denoise) or a '
+            'interpolate="data" or "residual" alone, with a model that has .denoise(u, t): gddim.through(sde, denoise) or a '
             "gddim.Denoiser; start the grid below"
         )
     return grid

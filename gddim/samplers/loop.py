@@ -90,7 +90,9 @@ def run(
             eps, foreseen = (other, product(np.eye(u.shape[-2], 1), reply)) if of_data else (reply, other)
             way = Path(row.time, u, eps, foreseen) if path else None
         record = _apart(reply)
-        if not of_data:
+        if of_data:
+            record = [record[0] + _combine((row.record_u, fields))[0]]
+        else:
             record = _combine((row.record_u, fields), (row.record_eps, record))
         history = [_choose(row.slot == j, record, old) for j, old in enumerate(history)]
         fields = _combine((row.psi, base), *zip(row.weights, history, strict=True))

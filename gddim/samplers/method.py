@@ -21,7 +21,7 @@ class Method:
     `sampler`: a `GDDIM` or another of this package, or your own.
     `nfe`: network calls a sample, that of `last` included. What is left over of them (Heun with an odd number) is not
     spent, and a sampler that chooses its own steps makes as many as it needs: a solution tells the calls made.
-    `power`: times are uniform in `t^(1/power)`, from the horizon of the process on.
+    `power`: times are uniform in `t^(1/power)`, from the horizon of the process on, unless the sampler is `OnGrid`.
     `t_min`: the time at which the sampler stops.
     `last`: one more network call, from `t_min` to 0, as in `sample`.
 
@@ -60,21 +60,22 @@ class Method:
 
 
 def check_methods(methods: Iterable[Method], sde: AbstractLinearSDE) -> None:
-    """Raise `UserError` for too few calls, a grid that is none, and a sampler of another process: on one step each."""
+    """Raise `UserError` for too few calls, a grid that is none, and a sampler of another process: on as few steps as make a
+    call."""
     methods = list(methods)
     for method in methods:
         steps_for(method.sampler, method.nfe, method.last)
     for method in {dataclasses.replace(method, nfe=0) for method in methods}:
         make = lambda grid, method=method: method.sampler.solver(sde, grid, method.last)
-        start = last_time(sde)
+        start, steps = last_time(sde), 1 if method.sampler.nfe(1) != 0 else 2
         with np.errstate(all="ignore"):
             try:
-                make(power_grid(start, method.t_min, 1, method.power))
+                make(power_grid(start, method.t_min, steps, method.power))
             except ValueError as error:
                 raise UserError(str(error)) from error
             try:
                 if start < sde.horizon:
-                    make(method._grid(sde, 1))
+                    make(method._grid(sde, steps))
             except ValueError as error:
                 raise UserError(
                     f"{sampler_name(method.sampler)} cannot start at {sde.horizon:g}, where nothing is left of the data: "

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree, Shaped
+from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
 from gddim.samplers.base import DataModel, ProcessModel
 from gddim.samplers.loop import Path
@@ -66,19 +66,20 @@ def sample_numbered(
     model: ProcessModel,
     solver: AbstractSolver,
     shape: tuple[int, ...],
-    seed: Int[Array, ""],
+    seed: Int[Array, ""] | Key[Array, ""],
     indices: Int[Array, " b"],
     path: bool = False,
     cond: PyTree = None,
 ) -> Samples:
-    """The samples of these numbers, for data of `shape = (*dims, C)`. Sharded as `indices` are.
+    """The samples of these numbers, for data of `shape = (*dims, C)`, of a seed or its key. Sharded as `indices` are.
 
     `cond`: what conditions each, a tree of arrays with a sample a row, or None.
     """
     sde = model.sde
+    key = seed if jnp.issubdtype(seed.dtype, jax.dtypes.prng_key) else jax.random.key(seed)
 
     def one(i: Array, cond: PyTree) -> Samples:
-        prior_key, noise_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), i))
+        prior_key, noise_key = jax.random.split(jax.random.fold_in(key, i))
         u = sde.sample_prior(prior_key, (*shape[:-1], sde.k, shape[-1]))
         u, count, way = solver(given(model, cond), u, noise_key, path)
         return Samples(sde.project(u), jnp.asarray(count), way)

@@ -15,6 +15,7 @@ from gddim.samplers.adams import count, history_nodes
 from gddim.samplers.base import Coefficients
 from gddim.samplers.grids import check_grid, noise_level
 from gddim.samplers.quadrature import Panels, corrected_for_free
+from gddim.samplers.residual import Residual, as_std
 from gddim.samplers.solver import AbstractTableSampler
 from gddim.sde.base import AbstractLinearSDE
 from gddim.sde.collocation import DIFFERENTIATE
@@ -112,6 +113,36 @@ class UniPC(AbstractTableSampler):
         with_s = np.concatenate([steps.panels.ts[1:, None], steps.nodes], 1)
         predictor, corrector = (steps.weights(nodes, steps.moments, half) for nodes in (steps.nodes, with_s))
         return steps.table(corrected_for_free(steps.psi_hat, predictor, corrector))
+
+
+class AnalyticStart(AbstractTableSampler):
+    """The first step without a call, as data `N(0, data_std²)` would take it, exactly; the others by another sampler.
+
+    At the horizon a state tells next to nothing of the data, and the network says so: the analytic first step (AFS) of
+    Dockhorn et al. 2022 (GENIE, arXiv 2210.05475), by the flow (at λ of the sampler) of `Residual` with N = 0.
+
+    `sampler`: the others'. `data_std`: a number, or a spectrum of the process's frequencies.
+
+    Raises `ValueError` for a grid of one step, and a sampler that itself starts before its first call (`SSCS`).
+    """
+
+    sampler: AbstractTableSampler = eqx.field(static=True)
+    """Of all steps but the first."""
+    data_std: Any = eqx.field(default=0.5, static=True, converter=as_std)
+    """The data's standard deviation: a number, or a spectrum of the process's frequencies."""
+
+    def nfe(self, steps: int) -> int | None:
+        return self.sampler.nfe(steps - 1)
+
+    def coefficients(self, sde: AbstractLinearSDE, ts: Any) -> Coefficients:
+        ts = check_grid(sde, ts)
+        if len(ts) < 3:
+            raise ValueError("AnalyticStart: a grid of one step leaves none for the sampler")
+        table = self.sampler.coefficients(sde, ts[1:])
+        if table.start is not None:
+            raise ValueError(f"AnalyticStart: {self.sampler} starts before its first call itself")
+        first = Residual(sde, ts[:2], getattr(self.sampler, "lam", 0.0), self.data_std)
+        return dataclasses.replace(table, start=(first.psi_hat[0], first.noise[0]))
 
 
 @dataclasses.dataclass(frozen=True)

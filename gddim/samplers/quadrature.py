@@ -14,6 +14,8 @@ from gddim.sde.base import AbstractLinearSDE, positions
 from gddim.sde.collocation import DEPTH, DIFFERENTIATE, GAUSS_NODES, GAUSS_WEIGHTS, NODES, unresolved
 from gddim.sde.host import on_host
 
+Clock = Callable[[np.ndarray], np.ndarray]  # what polynomials are in, a rising function of time
+
 
 class Panels:
     """The steps of a grid, cut into panels `[lower, upper]` on each of which the process is a polynomial to 1e-13.
@@ -22,7 +24,10 @@ class Panels:
     rough (CLD's boundary layer) is bisected until it is resolved. They stand in order of step, then of rising time.
     """
 
-    def __init__(self, sde: AbstractLinearSDE, ts: np.ndarray, lam: float):
+    def __init__(
+        self, sde: AbstractLinearSDE, ts: np.ndarray, lam: float, rough: Callable[[Panels], np.ndarray] | None = None
+    ):
+        """`rough` says, of panels that hold the process, which do not hold what else is made of it, `(panels,)`."""
         self.sde, self.ts, self.lam = sde, ts, lam
         self.rank = len(positions(sde))
         step = np.arange(len(ts) - 1)
@@ -30,11 +35,12 @@ class Panels:
         done: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         for depth in range(DEPTH):
             self._place(step, lower, upper)
-            rough = self._unresolved() & (depth < DEPTH - 1)
-            done.append((step[~rough], lower[~rough], upper[~rough]))
-            if not rough.any():
+            coarse = self._unresolved() if rough is None else self._unresolved() | rough(self)
+            halved = coarse & (depth < DEPTH - 1)
+            done.append((step[~halved], lower[~halved], upper[~halved]))
+            if not halved.any():
                 break
-            step, lower, upper = step[rough], lower[rough], upper[rough]
+            step, lower, upper = step[halved], lower[halved], upper[halved]
             middle = (lower + upper) / 2
             step, lower, upper = np.tile(step, 2), np.append(lower, middle), np.append(middle, upper)
         step, lower, upper = (np.concatenate(parts) for parts in zip(*done, strict=True))
@@ -92,15 +98,21 @@ class Panels:
         """`∫_s^t values dξ` per step, for values at the nodes `(panels, nodes, …)`. Returns `(steps, …)`."""
         return np.add.reduceat(np.einsum("i,mi...->m...", GAUSS_WEIGHTS, values), self.starts, axis=0)
 
-    def stieltjes(self, nodes: np.ndarray, Q: np.ndarray, Q_s: np.ndarray, Q_t: np.ndarray) -> np.ndarray:
+    def stieltjes(
+        self, nodes: np.ndarray, Q: np.ndarray, Q_s: np.ndarray, Q_t: np.ndarray, clock: Clock = lambda t: t
+    ) -> np.ndarray:
         """`∫_t^s ℓ_j(τ) dQ(τ)` for every step and every column j of `nodes` `(steps, q)`; NaN marks an absent node.
 
-        Q: at the panels' nodes; Q_s, Q_t: at the steps' ends. Returns `(steps, q, *#dims, k, k)`.
+        Q: at the panels' nodes; Q_s, Q_t: at the steps' ends; ℓ_j are polynomials in the `clock`. Returns
+        `(steps, q, *#dims, k, k)`.
         """
-        at_s, _ = lagrange(nodes, self.ts[1:, None])
-        _, slope = lagrange(nodes[self.step], self.tau)
+        nodes, at_nodes = clock(nodes), clock(self.tau)
+        at_s, _ = lagrange(nodes, clock(self.ts[1:])[:, None])
+        _, slope = lagrange(nodes[self.step], at_nodes)
         expand = (...,) + (None,) * (Q.ndim - 2)
-        integrand = (slope * self.slope[:, :, None])[expand] * (Q - self.to_nodes(Q_t))[:, :, None]
+        integrand = (slope * np.einsum("ij,mj->mi", DIFFERENTIATE, at_nodes)[:, :, None])[expand] * (
+            Q - self.to_nodes(Q_t)
+        )[:, :, None]
         return at_s[:, 0][expand] * (Q_s - Q_t)[:, None] + self.integrate(integrand)
 
 

@@ -206,12 +206,14 @@ def sample(
 ) -> Any:
     """Carry one state `u` `(*dims, k, C)` at `ts[0]` to `ts[-1]`, or to 0 with a `last` call.
 
-    `sampler`: a `GDDIM` or another of this package, or your own.
+    `sampler`: a `GDDIM` or another of this package, or your own. Of a model that predicts data, few calls are spent best by
+    `GDDIM(3, corrector="free", interpolate="data")` on a `band_grid`.
     `sde`: the process.
     `eps_fn`: `ε(u, t)`, takes and returns one state. Its result is cast to the precision of the loop, which is that of `u`
     but at least float32 (CLD multiplies rounding by e^8): a state in half precision is cast back at the end. A model of
     this very process with `.denoise(u, t)`, the data `(*dims, C)` in its basis, is asked for them where the sampler
-    interpolates "data": the loop then keeps one field, not k, and a grid may start where nothing is left of the data.
+    interpolates "data" or "residual": the loop then keeps one field, not k, and a grid may start where nothing is left of
+    the data.
     `u`: one state at `ts[0]`; `jax.vmap` maps over several.
     `ts`: the grid, a decreasing list of times in [0, horizon].
     `key`: draws the noise of λ > 0.

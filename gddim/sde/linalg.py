@@ -102,6 +102,13 @@ def inverse(A: Array) -> Array:
     return product(transpose(O), xp.stack(rows, -2))
 
 
+def triangular(B: np.ndarray) -> np.ndarray:
+    """The Cholesky factor of `B Bᵀ` for `B` `(…, k, n ≥ k)`, by QR, also where `B Bᵀ` is singular."""
+    L = np.asarray(np.linalg.qr(B.swapaxes(-1, -2), mode="r")).swapaxes(-1, -2)
+    sign = np.where(np.einsum("...ii->...i", L) < 0, -1.0, 1.0)
+    return L * sign[..., None, :]
+
+
 def symmetric_root(S: Array) -> Array:
     """The symmetric positive square root of symmetric positive `S` over the last two axes."""
     xp, k = namespace(S), S.shape[-1]

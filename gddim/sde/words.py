@@ -45,6 +45,11 @@ def parse_process(text: str) -> AbstractLinearSDE:
     return _made[word]
 
 
+def is_named(word: str) -> bool:
+    """Whether a word begins with a name of this package's, so that reading it imports nothing."""
+    return word.split(":")[0].lower() in _FORMS
+
+
 def process_name(sde: AbstractLinearSDE) -> str:
     """The shortest word that `parse_process` reads as this process; the `repr`, in a line, of one that has no word."""
     for name, form in _FORMS.items():

@@ -23,7 +23,7 @@ from gddim.experiment.plan import Plan
 from gddim.experiment.workdir import describe
 from gddim.model import seen_through
 from gddim.parallel import batch_sharding, round_up, to_host
-from gddim.samplers import GDDIM
+from gddim.samplers import GDDIM, OnGrid
 from gddim.samplers.inversion import Coder, interpolate, reconstruct
 from gddim.samplers.words import sampler_name, steps_for
 
@@ -33,8 +33,10 @@ ROWS, COLUMNS = 8, 9  # of the picture of interpolations
 def encode(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
     """Bring the first held-out records to their latents and back; writes both, and pictures of what lies between."""
     experiment, settings = plan.experiment, plan.experiment.sampling
+    if isinstance(settings.sampler, OnGrid):
+        settings = dataclasses.replace(settings, sampler=settings.sampler.sampler, grid=settings.sampler.grid)
     match settings.sampler:
-        case GDDIM(order=order, lam=0.0, corrector=False):
+        case GDDIM(order=order, lam=0.0, corrector=False | "free"):
             sampler = GDDIM(order)  # whichever prediction samples
         case _:
             raise UserError("encode: it needs the coefficients of gddim[:ORDER], without noise and corrector")

@@ -1,4 +1,4 @@
-"""`python -m gddim.export RUN DIR --state`: what a run needs to go on elsewhere, in files of at most 16 MB.
+"""What a run needs to go on elsewhere, in files of at most 16 MB.
 
 DIR gets the newest whole checkpoint of RUN, a workdir: parameters in float16, each average and moment in 8 bits
 (gddim.compact), so 5 bytes a parameter with one average. `--train.init DIR` begins a run with it, at its step. A DIR that is
@@ -9,10 +9,8 @@ steps was that of the uninterrupted run to 1e-5. With the second alone it was of
 than 0.0005 from then on; with none it rose by 0.006 and 0.015 over ten steps, and a warm-up hid that without a later gain.
 """
 
-import argparse
 import contextlib
 import re
-import sys
 from typing import Any
 
 import numpy as np
@@ -20,8 +18,8 @@ from etils import epath
 
 from gddim import compact
 from gddim.checkpoint import Checkpointer
-from gddim.errors import UserError, harmless, place, printable
-from gddim.parallel import check_backend
+from gddim.errors import UserError
+from gddim.storage import check_empty
 
 MOMENTS = {
     "both": {"mu": "signed", "nu": "positive"},
@@ -35,8 +33,7 @@ def export_state(run: epath.Path, folder: epath.Path, moments: str = "both") -> 
 
     Raises `UserError` where there is none, or the folder holds something.
     """
-    if folder.exists() and (not folder.is_dir() or any(not harmless(path.name) for path in folder.iterdir())):
-        raise UserError(f"{folder} is there already, and is not overwritten: give a new or an empty folder")
+    check_empty(folder)
     with contextlib.closing(Checkpointer(run / "checkpoints")) as saved:
         if not saved.any():
             raise UserError(f"{run} holds no run with checkpoints")
@@ -63,30 +60,3 @@ def export_state(run: epath.Path, folder: epath.Path, moments: str = "both") -> 
     packed = compact.Packed(step, leaves, vectors, ways, about)
     compact.write(folder, packed)
     return packed
-
-
-def main(arguments: list[str] | None = None) -> int:
-    printable()
-    parser = argparse.ArgumentParser(prog="python -m gddim.export", description=__doc__)
-    parser.add_argument("run", metavar="RUN", help="workdir of the run")
-    parser.add_argument("folder", metavar="DIR", help="new or empty folder")
-    parser.add_argument("--state", action="store_true", required=True, help="the state, to go on with")
-    parser.add_argument("--moments", choices=MOMENTS, default="both", help="of Adam: each is a byte a parameter (both)")
-    options = parser.parse_args(arguments)
-    try:
-        check_backend()
-        folder = place(options.folder)
-        packed = export_state(place(options.run), folder, options.moments)
-    except (UserError, OSError) as error:
-        print(f"gddim.export: {error}", file=sys.stderr)
-        return 2
-    count, sizes = packed.vectors["model"].size, [path.stat().length for path in folder.iterdir()]
-    print(
-        f"{folder}: step {packed.step}, {count:,} parameters in {len(sizes)} file(s), {sum(sizes):,} bytes; "
-        f"to go on: --train.init {folder} with the options of the run and a new --workdir"
-    )
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

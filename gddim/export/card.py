@@ -1,0 +1,86 @@
+"""The page that goes with a network: what it is, what it draws, how well, and how to use it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from etils import epath
+
+from gddim.errors import UserError
+from gddim.evaluation.figures import process_in_words
+from gddim.evaluation.report import table
+from gddim.evaluation.sweep import RESULTS, read_rows
+from gddim.experiment.outputs import origin_of
+from gddim.experiment.workdir import OBJECTS, RECORDS
+from gddim.weights import Weights
+
+UNSTATED = "not stated: ask whoever trained it"
+
+
+def picture(run: epath.Path, weights: Weights) -> epath.Path | None:
+    """The run's picture of samples, where it is of the step that is exported."""
+    path = run / "samples.png"
+    if not (run.is_dir() and path.exists()):
+        return None
+    try:
+        return path if (origin_of(path) or {}).get("step") == weights.about.get("step") else None
+    except UserError:
+        return None
+
+
+def results(run: epath.Path, weights: Weights) -> str:
+    """The run's table of the very parameters that are exported; nothing where it has none."""
+    path = run / RESULTS
+    rows = read_rows(path) if run.is_dir() and path.exists() else []
+    rows = [row for row in rows if row["provenance"].get("checkpoint") == weights.about.get("checkpoint")]
+    return table(rows) if rows else ""
+
+
+def card(weights: Weights, file: str, image: str | None, results: str, note: str = "") -> str:
+    """The page in Markdown."""
+    config, about = weights.config, weights.about
+    told = config.get(OBJECTS, {}).get("sde") or config["sde"]["type"]
+    data = config["model"]["predicts"] == "data"
+    serves = "one network for every process of gddim" if data else f"the ε of {process_in_words(told)}"
+    uses = {"process": "cld"} if data else {}
+    options = "".join(f" --{name} {value}" for name, value in uses.items())
+    arguments = "".join(f', {name}="{value}"' for name, value in uses.items())
+    parts = [
+        f"# {config['name']}",
+        f"A diffusion model of {about['parameters']:,} parameters: {serves} ([gddim](https://arxiv.org/abs/2206.05564)).",
+        note,
+        f"![Samples]({image})" if image else "",
+        f'    model = gddim.load("{file}")\n    images = model.sample(16{arguments}, nfe=20)',
+        f"    python -m gddim.generate {file}{options} --nfe 20 --seeds 0-63 OUT",
+        f"## Results\n\n{results.strip()}" if results else "",
+        f"## Facts\n\n| | |\n| --- | --- |\n{_facts(weights)}",
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def front_matter(licence: str) -> str:
+    """What the Hugging Face hub reads at the head of a page."""
+    known = licence.lower() if re.fullmatch(r"[A-Za-z0-9.+-]+", licence) else "other"
+    return f"---\nlicense: {known}\nlibrary_name: gddim\npipeline_tag: unconditional-image-generation\n---\n\n"
+
+
+def _facts(weights: Weights) -> str:
+    config, about = weights.config, weights.about
+    records, train = config.get(RECORDS, {}), config.get("train", {})
+    average = about.get("weights")
+    count = f"{records['count']:,} × " if "count" in records else ""
+    facts: dict[str, Any] = {
+        "data": f"{config['data'].get('type')}, {count}{tuple(records['shape'])}, digest {records.get('digest', 'not kept')}",
+        "trained through": config.get(OBJECTS, {}).get("sde") or config["sde"]["type"],
+        "steps": f"{about.get('step', 0):,} of {train.get('batch')}: {about.get('images', 0):,} images",
+        "parameters": {"ema": f"average, decay {train.get('ema')}", "raw": "of the last step"}.get(
+            str(average), f"average, σ_rel {average}"
+        ),
+        "kept in": about["dtype"],
+        "digest of the checkpoint": about.get("checkpoint"),
+        "exported by": ", ".join(f"{name} {version}" for name, version in about["versions"].items()),
+        "commit": about.get("commit"),
+        "licence": weights.licence or UNSTATED,
+    }
+    return "\n".join(f"| {name} | {fact} |" for name, fact in facts.items() if fact)

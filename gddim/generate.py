@@ -1,0 +1,124 @@
+"""`python -m gddim.generate FILE_OR_RUN OUT`: pictures of what a network draws, a PNG for each seed, and all in a grid.
+
+FILE_OR_RUN is the workdir of a run, a file of python -m gddim.export, or a folder as hubs have them; neither the experiment's
+file nor its data are needed. What a seed makes follows from the parameters, the process, the sampler, its calls and the size
+of the batch alone: OUT/000007.png is the same whatever other seeds were asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import UInt8
+from tqdm import tqdm
+
+from gddim.data import to_uint8
+from gddim.errors import UserError, place, printable
+from gddim.evaluation.figures import KEY, encode, label_in_words
+from gddim.experiment.pictures import gallery
+from gddim.experiment.trained import find, parse_average
+from gddim.loading import Loaded
+from gddim.parallel import check_backend, make_mesh, round_up, to_host
+from gddim.samplers.words import sampler_name
+from gddim.sde.words import process_name
+from gddim.storage import check_empty, write_whole
+
+MOST = 10_000  # pictures that a grid shows
+
+
+def parse_seeds(word: str) -> list[int]:
+    """The numbers of `0-63`, `1,5,9` or `0-3,7`. Raises `UserError` for anything else."""
+    found: list[int] = []
+    for part in word.split(","):
+        if not (ends := re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())):
+            raise UserError(f"--seeds {word}: accepted are numbers and ranges of them, as 0-63 or 1,5,9")
+        first, last = int(ends[1]), int(ends[2] or ends[1])
+        if not first <= last < 2**31 or last - first >= 10**7:
+            raise UserError(f"--seeds {part}: a range rises, within 0 … {2**31 - 1}, by less than ten million")
+        found += range(first, last + 1)
+    return list(dict.fromkeys(found))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    printable()
+    parser = argparse.ArgumentParser(
+        "python -m gddim.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("source", metavar="FILE_OR_RUN", help="a trained network, local or gs://…")
+    parser.add_argument("out", metavar="OUT", help="a new or empty folder")
+    parser.add_argument("--seeds", default="0-63", help="numbers and ranges, as 0-63 or 1,5,9 (0-63)")
+    parser.add_argument("--process", help="to draw through, as vp, cld:gamma=0.1 (that of the run)")
+    parser.add_argument("--sampler", help="as gddim:3:data, em, heun (that of the run)")
+    parser.add_argument("--nfe", type=int, help="network calls a sample (those of the run)")
+    parser.add_argument("--step", type=int, help="of the checkpoint (the newest)")
+    parser.add_argument("--weights", help="ema, raw or a length σ_rel (what the run samples with)")
+    parser.add_argument("--batch", type=int, default=16, help="pictures at a time, over all devices (16)")
+    options = parser.parse_args(arguments)
+    try:
+        check_backend()
+        print(_generate(options))
+    except (UserError, OSError) as error:
+        print(f"gddim.generate: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> str:
+    seeds, out = parse_seeds(options.seeds), place(options.out)
+    if options.batch < 1:
+        raise UserError(f"--batch must be at least 1, not {options.batch}")
+    check_empty(out)
+    mesh = make_mesh()
+    found = find(place(options.source), options.step, parse_average(options.weights), mesh=mesh)
+    shape, settings = tuple(found.experiment.data.shape), found.experiment.sampling
+    if len(shape) != 3 or shape[-1] not in (1, 3):
+        raise UserError(
+            f"{options.source} draws records {shape}, no pictures: gddim.load and .sample give them as arrays"
+        )
+    how = {name: getattr(options, name) for name in ("sampler", "process", "nfe") if getattr(options, name) is not None}
+    model = Loaded(found.model, shape, settings, mesh, found.classes)
+    through, _ = model.through(**how)
+    told = {
+        "name": found.experiment.name,
+        "checkpoint": found.about.get("checkpoint"),
+        "step": found.about.get("step"),
+        "process": process_name(through.sde),
+        "sampler": how.get("sampler") or sampler_name(settings.sampler),
+        "nfe": how.get("nfe") or settings.nfe,
+    }
+    size = round_up(options.batch, mesh.size)  # always so many, for a program of another size rounds otherwise
+    draw = jax.jit(lambda model, seeds: to_uint8(model.sample_seeds(seeds, **how)))
+    drawn = []
+    for first in tqdm(range(0, len(seeds), size), unit="batch", disable=None):
+        some = seeds[first : first + size]
+        images = to_host(draw(model, jnp.asarray(np.resize(some, size), jnp.uint32)))[: len(some)]
+        for seed, image in zip(some, images, strict=True):
+            write_whole(out / f"{seed:06d}.png", _png(image, told | {"seed": seed}))
+        drawn.append(images)
+    by = f"{label_in_words(told['sampler'])}, {told['process']}, at most {told['nfe']} network calls"
+    title = f"{told['name']}, step {told['step']}, seeds {options.seeds}\n{by}"
+    grid = gallery(np.concatenate(drawn)[:MOST], title)
+    write_whole(out / "grid.png", encode(grid, ".png", json.dumps(told | {"seeds": seeds[:MOST]})))
+    return f"{out}: {len(seeds)} pictures by {by}; grid.png shows them"
+
+
+def _png(image: UInt8[np.ndarray, "h w c"], told: dict[str, Any]) -> bytes:
+    from PIL import Image, PngImagePlugin
+
+    about, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
+    about.add_itxt(KEY, json.dumps(told))
+    Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(buffer, "PNG", pnginfo=about)
+    return buffer.getvalue()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""A trained network in one line, from the workdir of its run or a file, to draw from or to use in a program of your own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, PyTree, ScalarLike, UInt32
+
+from gddim.errors import UserError, place
+from gddim.model import seen_through
+from gddim.parallel import batch_sharding, round_up
+from gddim.samplers import AbstractSampler
+from gddim.samplers.base import to_data
+from gddim.samplers.method import check_methods
+from gddim.samplers.numbered import sample_numbered
+from gddim.samplers.solver import AbstractSolver
+from gddim.samplers.words import parse_sampler
+from gddim.sde import AbstractLinearSDE
+from gddim.sde.linalg import product
+from gddim.sde.words import parse_process
+
+
+class Loaded(eqx.Module):
+    """What `gddim.load` makes: a network seen through its process, an `eps_fn(u, t)` of samplers, which also draws samples.
+
+    A pytree of its parameters: it may be an argument of `jax.jit`, and `sample` may be called under `jit` and `vmap`.
+    """
+
+    model: Any
+    """The network seen through the process: a `Denoiser`, or an `EpsModel`."""
+    shape: tuple[int, ...] = eqx.field(static=True)
+    """Of the data, `(*dims, C)`."""
+    settings: Any = eqx.field(static=True)
+    """How the run draws samples unless it is told: a `gddim.experiment.Sampling`."""
+    mesh: jax.sharding.Mesh | None = eqx.field(default=None, static=True)
+    """Over which samples are split."""
+    classes: int = eqx.field(default=0, static=True)
+    """Of the data, of which samples are; 0: none."""
+
+    @property
+    def sde(self) -> AbstractLinearSDE:
+        """The process that the network was trained with."""
+        return self.model.sde
+
+    @property
+    def denoiser(self) -> Callable[..., Float[Array, "*dims C"]]:
+        """`denoiser(y, sigma, cond=None)`: `E[x₀ | x₀ + σn = y]` in pixels, as `gddim.through` takes it. A network that
+        predicts the ε of several fields has none."""
+        return self.model.denoiser
+
+    def __call__(self, u: Float[Array, "*dims k C"], t: ScalarLike, cond: PyTree = None) -> Float[Array, "*dims k C"]:
+        """`ε(u, t)` in R coordinates of one state of the process."""
+        model: Any = self.model
+        return model(u, t, cond)
+
+    def denoise(self, u: Float[Array, "*dims k C"], t: ScalarLike, cond: PyTree = None) -> Float[Array, "*dims C"]:
+        """`E[x₀ | u_t = u]` `(*dims, C)` of one state of the process, in its basis."""
+        model: Any = self.model
+        denoise: Any = getattr(model, "denoise", None)
+        if denoise is not None:
+            return denoise(u, t, cond)
+        back, R = to_data(self.sde, jnp.asarray(t, u.dtype))
+        return product(back, u - product(R, model(u, t, cond)))[..., 0, :]
+
+    def sample(
+        self,
+        n: int | Int[Array, " n"],
+        *,
+        sampler: AbstractSampler | str | None = None,
+        nfe: int | None = None,
+        process: AbstractLinearSDE | str | None = None,
+        key: Key[Array, ""] | None = None,
+        classes: Any = None,
+    ) -> Float[Array, "n *dims C"]:
+        """Samples `(n, *dims, C)` in the scale of the data: images in [-1, 1], not clipped.
+
+        `n`: how many, numbers 0, 1, …; or the numbers themselves. Sample i depends on the parameters, the process, the
+        sampler, the calls, the key and i alone, to rounding.
+        `sampler`: a sampler, or its word as `"gddim:3:data"`; `nfe`: the network calls of each; `process`: what they are drawn
+        through, a process or its word as `"cld:gamma=0.1"`. Without them, those of the run.
+        `key`: without it that of the run's `sampling.seed`, so that its samples are those of the command line.
+        `classes`: of each, whole numbers `(n,)`, −1 for none, where the run has classes; without it those of the run in turn.
+
+        Raises `UserError` for a word that is none, too few calls, and a process that the network does not serve.
+        """
+        model, solver = self.through(sampler=sampler, nfe=nfe, process=process)
+        numbers = jnp.arange(n) if isinstance(n, int) else n
+        key = jax.random.key(self.settings.seed) if key is None else key
+        spread = self._spread(numbers)
+        of = None if classes is None else self._spread(jnp.asarray(classes, jnp.int32))
+        cond = self._cond(spread, of)
+        return sample_numbered(model, solver, self.shape, key, spread, cond=cond).data[: numbers.shape[0]]
+
+    def sample_seeds(self, seeds: Int[Array, " n"] | UInt32[Array, " n"], **how: Any) -> Float[Array, "n *dims C"]:
+        """Sample 0 of each seed, `(n, *dims, C)`, of the class that a sample of this number has; `how` is as in `sample`. What
+        a seed makes depends on no other seed."""
+        model, solver = self.through(**how)
+
+        def one(seed: Array) -> Array:
+            cond = self._cond(seed[None].astype(jnp.int32))
+            return sample_numbered(model, solver, self.shape, jax.random.key(seed), jnp.arange(1), cond=cond).data[0]
+
+        return jax.vmap(one)(self._spread(seeds))[: seeds.shape[0]]
+
+    def through(
+        self,
+        *,
+        sampler: AbstractSampler | str | None = None,
+        nfe: int | None = None,
+        process: AbstractLinearSDE | str | None = None,
+    ) -> tuple[Any, AbstractSolver]:
+        """The network seen through a process, and the solver that draws from it. Arguments, and what is refused, as in
+        `sample`.
+        """
+        given = {
+            "sampler": parse_sampler(sampler) if isinstance(sampler, str) else sampler,
+            "process": parse_process(process) if isinstance(process, str) else process,
+            "nfe": nfe,
+        }
+        how = dataclasses.replace(self.settings, **{name: x for name, x in given.items() if x is not None})
+        model = self.model if how.process is None else seen_through(self.model, how.process)
+        method = how.method(model.sde)
+        check_methods([method], model.sde)
+        return model, method.solver(model.sde)
+
+    def _cond(self, numbers: Array, classes: Array | None = None) -> PyTree:
+        """What conditions samples: their classes, by number unless they are given."""
+        if classes is not None and not self.classes:
+            raise UserError("classes: this run knows none; train one with --data.labels")
+        if not self.classes:
+            return None
+        return {"label": self.settings.class_of(numbers, self.classes) if classes is None else classes}
+
+    def _spread(self, x: Array) -> Array:
+        """An array split over the mesh, filled up with its last element until that goes."""
+        if self.mesh is None:
+            return x
+        filled = jnp.pad(x, (0, round_up(len(x), self.mesh.size) - len(x)), mode="edge")
+        return jax.device_put(filled, batch_sharding(self.mesh))
+
+
+def load(
+    source: Any,
+    *,
+    step: int | None = None,
+    weights: Literal["ema", "raw"] | float | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    sde: AbstractLinearSDE | None = None,
+    net: Any = None,
+    data: Any = None,
+) -> Loaded:
+    """A trained network, to draw from or to use in a program of your own: `.sample`, `.denoise`, `.denoiser`, `.sde`.
+
+    Everything comes from what `source` names. Its experiment's file is not imported, and neither its data nor the mesh that
+    it was trained on need be there.
+
+    `source`: the workdir of a run, local or in a bucket; a file of `python -m gddim.export`; a folder as hubs have them.
+    `step`: of the checkpoint; without it the newest whole one.
+    `weights`: "ema", the average that training keeps; "raw", the parameters of the step; or a length σ_rel, rebuilt from the
+    snapshots of the run. Without it what the run samples with.
+    `dtype`: in which the network computes; its parameters stay float32.
+    `mesh`: over which samples are split, the parameters whole on each of its devices.
+    `sde`, `net`, `data`: the process, the network's configuration or the data set, where the run was given one of your own.
+
+    Raises `UserError` for a source that is none of these, a step or an average that it lacks, parameters that are not those
+    of its network, and, naming it, an object that it was given in Python.
+    """
+    from gddim.experiment.trained import find  # here, so that importing gddim does not import all that trains
+
+    found = find(place(str(source)), step, weights, dtype, mesh, sde, net, data)
+    return Loaded(found.model, tuple(found.experiment.data.shape), found.experiment.sampling, mesh, found.classes)

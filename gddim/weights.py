@@ -1,0 +1,82 @@
+"""A trained network in one file of the safetensors format: its parameters by their names, and in the metadata all else.
+
+The metadata are text: `format`; `config`, the configuration of its run as JSON; `about`, where it comes from, as JSON;
+`licence`; `sha256`, the digest of all of them and of the parameters. What the names are, and how to use the arrays without
+this package, stands in experiments/weights/README.md.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jaxtyping import Float
+
+from gddim.compact import digest_of
+from gddim.errors import UserError
+from gddim.storage import write_whole
+
+FORMAT = "gddim model 1"
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": jnp.dtype(jnp.bfloat16)}
+_TYPES = {"F32": "float32", "BF16": "bfloat16"}  # as the format calls them
+
+
+class Weights(NamedTuple):
+    """A trained network."""
+
+    arrays: dict[str, Float[np.ndarray, "..."]]
+    """Its parameters by their paths in the model, all in float32 or all in bfloat16."""
+    config: dict[str, Any]
+    """The configuration of its run."""
+    about: dict[str, Any]
+    """Where it comes from: step, images, which average, digest of the checkpoint, versions, commit."""
+    licence: str = ""
+
+
+def encode(weights: Weights) -> bytes:
+    """The file, the same bytes for the same network."""
+    from safetensors.numpy import save
+
+    arrays = {name: np.ascontiguousarray(x).reshape(x.shape) for name, x in weights.arrays.items()}
+    told = {"format": FORMAT, "licence": weights.licence}
+    told |= {
+        name: json.dumps(value, sort_keys=True)
+        for name, value in (("config", weights.config), ("about", weights.about))
+    }
+    return save(arrays, metadata=told | {"sha256": _digest(arrays, told)})
+
+
+def write(path: epath.Path, weights: Weights) -> None:
+    """Write a file, whole or not at all."""
+    write_whole(path, encode(weights))
+
+
+def read(path: epath.Path) -> Weights:
+    """The network in a file. Raises `UserError` unless it is one, whole, and as it was written."""
+    import safetensors
+
+    try:
+        content = path.read_bytes()
+        size = int.from_bytes(content[:8], "little")
+        told = json.loads(content[8 : 8 + size]).get("__metadata__", {})
+        if told.get("format") != FORMAT:
+            raise UserError(f"{path} is no file of python -m gddim.export: its format is {told.get('format')!r:.80}")
+        arrays = {name: _array(x) for name, x in safetensors.deserialize(content)}
+        if told.pop("sha256") != _digest(arrays, told):
+            raise UserError(f"{path} is damaged: its bytes are not those that were written")
+        return Weights(arrays, json.loads(told["config"]), json.loads(told["about"]), told["licence"])
+    except UserError:
+        raise
+    except Exception as error:  # whatever safetensors, JSON and the disk make of bytes that are not theirs
+        raise UserError(f"{path} is no file of python -m gddim.export: {error!r:.200}") from error
+
+
+def _array(told: Mapping[str, Any]) -> np.ndarray:
+    return np.frombuffer(told["data"], DTYPES[_TYPES[told["dtype"]]]).reshape(told["shape"])
+
+
+def _digest(arrays: Mapping[str, np.ndarray], told: Mapping[str, str]) -> str:
+    return hashlib.sha256((digest_of(arrays) + json.dumps(dict(told), sort_keys=True)).encode()).hexdigest()

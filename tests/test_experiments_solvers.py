@@ -1,0 +1,75 @@
+"""The benchmark of solvers: its mixtures are what they say, its truth is a flow's, and it refuses what cannot be."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gddim
+from experiments.solvers.__main__ import main, problem
+from experiments.solvers.mixtures import DATA_STD, KINDS, mixture
+
+
+def draw(made, rng, n):
+    """Samples of a mixture."""
+    i = rng.choice(len(made.log_weights), n, p=np.exp(made.log_weights))
+    d, r = made.bases.shape[1:]
+    along = rng.normal(size=(n, r)) * np.sqrt(made.spreads[i])
+    noise = np.sqrt(made.variances[i])[:, None] * rng.normal(size=(n, d))
+    return made.centres[i] + np.einsum("ndr,nr->nd", made.bases[i], along) + noise
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mixture_has_the_stated_scale_and_its_denoiser_is_the_mean_of_its_data(kind):
+    """The best of all functions of y: its error is unchanged to first order by any other, here by linear ones."""
+    made, rng = mixture(kind, 3), np.random.default_rng(0)
+    x = draw(made, rng, 20_000)
+    assert np.sqrt(np.mean(x**2)) == pytest.approx(DATA_STD, rel=0.05)
+    with jax.enable_x64(True):
+        for sigma in (0.05, 0.4, 3.0):
+            y = x + sigma * rng.normal(size=x.shape)
+            error = np.asarray(jax.jit(jax.vmap(lambda y, sigma=sigma: made(y, sigma)))(jnp.asarray(y))) - x
+            for other in (np.ones_like(y), y, np.roll(y, 1, -1), np.tanh(3 * y)):
+                product = (error * other).mean(-1)
+                assert abs(product.mean()) < 5 * product.std() / np.sqrt(len(y))
+    assert not np.array_equal(made.centres, mixture(kind, 4).centres)
+
+
+def test_the_truth_is_the_flow_that_a_fine_table_follows():
+    sde = gddim.CLD()
+    with jax.enable_x64(True):
+        made = problem(sde, "few", [0, 1], samples=8)
+        model = gddim.through(sde, jax.tree.map(lambda x: x[1], made.mixtures))
+        fine = gddim.power_grid(1.0, 1e-3, 400)
+        ends = jax.vmap(lambda u: gddim.sample(gddim.GDDIM(4, interpolate="data"), sde, model, u, fine))(made.start[1])
+        np.testing.assert_allclose(ends[:, 0], made.end[1], atol=1e-4)
+
+
+def test_the_command_measures_and_draws(tmp_path, capsys):
+    arguments = ["--processes", "vp", "--mixtures", "2", "--samples", "8", "--nfe", "4", "8"]
+    arguments += ["--samplers", "gddim:3:data", "unipc:2", "--grids", "power:2", "band", "--out", str(tmp_path / "out")]
+    main(arguments)
+    told = capsys.readouterr().out
+    assert "| vp, median | 4 calls | 8 calls |" in told
+    assert "| gddim:3:data on power:2 | 1.00 | 1.00 |" in told
+    cells = [json.loads(line) for line in (tmp_path / "out" / "cells.jsonl").read_text().splitlines()]
+    assert len(cells) == 2 * 2 * 2
+    assert all(0 < m <= 10 * r for c in cells for m, r in zip(c["median"], c["rms"], strict=True))
+    assert (tmp_path / "out" / "errors.png").stat().st_size > 1000
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "is not overwritten" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["--samplers", "em:lam=1"], "adds noise"), (["--samplers", "rk45"], "chooses its own steps"),
+     (["--grids", "cosine"], "unknown grid"), (["--processes", "abc"], "no process 'abc'"), (["--nfe", "0"], "at least 1")],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_before_the_work(arguments, says, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments, "--out", str(tmp_path / "out")])
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
