@@ -18,6 +18,7 @@ from gddim.data import ArrayFile, ArraySource
 from gddim.errors import UserError
 from gddim.evaluation.cell import Cell, Evaluator
 from gddim.evaluation.features import PixelFeatures
+from gddim.evaluation.likelihood import bits_per_dimension
 from gddim.evaluation.metrics import Moments
 from gddim.evaluation.statistics import OF_CLASS, Statistics, compare, source_statistics
 from gddim.evaluation.sweep import FLOOR, read_rows
@@ -26,6 +27,7 @@ from gddim.experiment.plan import Plan
 from gddim.experiment.workdir import describe
 from gddim.loss import LogNormalNoise, drop_labels
 from gddim.nn import DiTConfig, MLPConfig, NCSNppConfig
+from gddim.samplers.inversion import Coder, interpolate, reconstruct
 from gddim.samplers.method import Method
 from gddim.samplers.numbered import sample_numbered
 from gddim.samplers.solver import sharing
@@ -189,6 +191,38 @@ def test_samples_are_of_all_classes_in_turn_or_of_those_that_are_asked():
             experiment.drawn_classes(Sampling(**settings))
     with pytest.raises(UserError, match="per_class must be at least 0, not -1"):
         Sampling(per_class=-1)
+
+
+def test_likelihood_and_latents_of_a_record_are_those_under_its_class():
+    x = np.random.default_rng(0).normal(size=(4, 2)).astype(np.float32)
+    labels, keys, grid = (
+        np.array([0, 2, 2, 0], np.int32),
+        jax.random.split(jax.random.key(0), 4),
+        np.linspace(0.9, 0.01, 9),
+    )
+    cond = {"label": jnp.asarray(labels)}
+
+    def of(model: gddim.Denoiser, source: ArraySource, cond: Any, pair: Any) -> list[np.ndarray]:
+        coder = Coder.of(model, grid, 2)
+        between = interpolate(coder, jnp.asarray(x[:2]), jnp.asarray(x[2:]), 3, keys[:2], pair)
+        return [
+            bits_per_dimension(model, source, batch=4, t_min=0.01, rtol=1e-3, atol=1e-3).each,
+            np.asarray(reconstruct(coder, jnp.asarray(x), keys, cond).latents),
+            np.asarray(between)[:, [0, 2]],
+        ]
+
+    pair = ({"label": cond["label"][:2]}, {"label": cond["label"][2:]})
+    bits, latents, between = of(
+        gddim.Denoiser(gddim.VP(), says_its_class), ArraySource({"x0": x, "label": labels}), cond, pair
+    )
+    ends = labels.reshape(2, 2).T
+    for k in (0, 2):
+        fixed = lambda x, level, cond=None, *, key=None, k=k: says_its_class(x, level, {"label": jnp.int32(k)})
+        alone = of(gddim.Denoiser(gddim.VP(), fixed), ArraySource(x), None, (None, None))
+        np.testing.assert_allclose(bits[labels == k], alone[0][labels == k], rtol=1e-3)
+        np.testing.assert_allclose(latents[labels == k], alone[1][labels == k], atol=1e-4)
+        np.testing.assert_allclose(between[ends == k], alone[2][ends == k], atol=1e-4)
+        assert np.abs(latents - alone[1])[labels != k].min() > 1e-3
 
 
 # A run.
