@@ -159,9 +159,9 @@ def test_images_may_move_and_become_shards_but_not_change(photos, tmp_path):
     Image.fromarray(pixels(98, 8, 8, 3)).save(tmp_path / "elsewhere" / "x.png")
     assert refusal(moved) == ["  records.count: the run has 11"]
     assert read_config(workdir) == before
-    assert remembering(on(moved), "--workdir", read_config(workdir)).data == moved, "free after training"
+    assert remembering(on(moved), f"--workdir {workdir}", read_config(workdir)).data == moved, "free after training"
     with pytest.raises(UserError, match=r"holds a run on records \(8, 8, 3\), and these are \(16, 16, 3\)"):
-        remembering(on(dataclasses.replace(moved, size=16)), "--workdir", read_config(workdir))
+        remembering(on(dataclasses.replace(moved, size=16)), f"--workdir {workdir}", read_config(workdir))
 
 
 @pytest.mark.slow

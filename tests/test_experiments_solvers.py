@@ -14,7 +14,8 @@ from experiments.solvers.mixtures import DATA_STD, KINDS, mixture
 
 def draw(made, rng, n):
     """Samples of a mixture."""
-    i = rng.choice(len(made.log_weights), n, p=np.exp(made.log_weights))
+    weights = np.exp(np.asarray(made.log_weights, np.float64))
+    i = rng.choice(len(weights), n, p=weights / weights.sum())
     d, r = made.bases.shape[1:]
     along = rng.normal(size=(n, r)) * np.sqrt(made.spreads[i])
     noise = np.sqrt(made.variances[i])[:, None] * rng.normal(size=(n, d))
