@@ -12,7 +12,7 @@ from jaxtyping import ArrayLike, Float, PRNGKeyArray, PyTree, Scalar, ScalarLike
 from gddim.denoiser import as_denoiser, implied_eps, reduction, statistic, through
 from gddim.errors import UserError
 from gddim.sde.base import AbstractLinearSDE, positions
-from gddim.sde.linalg import Array, inverse, product, transpose
+from gddim.sde.linalg import Array, as_static, inverse, product, transpose
 
 
 @runtime_checkable
@@ -174,14 +174,14 @@ def _shaped(out: Array, shape: tuple[int, ...]) -> Array:
     return out
 
 
-def _as_tuples(data_std: Any) -> Any:
-    """A number, or a spectrum as nested tuples: static, so that it is no parameter."""
+def _checked_std(data_std: Any) -> Any:
+    """A positive number, or a spectrum of them, as static values."""
     values = np.asarray(data_std, np.float64)
     if not (np.all(np.isfinite(values)) and np.all(values > 0)):
         raise ValueError(f"data_std must be > 0, given {data_std}")
     if values.ndim not in (0, 2):
         raise ValueError(f"data_std must be a number or a spectrum (H, W), given an array {values.shape}")
-    return float(values) if values.ndim == 0 else tuple(map(tuple, values.tolist()))
+    return as_static(values)
 
 
 class Denoiser(eqx.Module):
@@ -218,7 +218,7 @@ class Denoiser(eqx.Module):
     """The process, of k fields."""
     net: Net
     """Takes `c_in y` in pixels, `(*dims, C)`, and the level `ln(σ)/4`, σ that of the lowest frequency; returns C channels."""
-    data_std: Any = eqx.field(default=0.5, static=True, converter=_as_tuples)
+    data_std: Any = eqx.field(default=0.5, static=True, converter=_checked_std)
     """s: a number, or a spectrum `(H, W)`, with a process that has coefficients `(H, W, k, k)` in that basis."""
 
     def __check_init__(self) -> None:

@@ -27,6 +27,15 @@ hypothesis.settings.register_profile("gddim", deadline=None, derandomize=True, m
 hypothesis.settings.load_profile("gddim")
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that take long by measurement, not by what they are, stand in slow.txt: they carry the mark, too."""
+    slow = set(Path(__file__).with_name("slow.txt").read_text(encoding="utf-8").splitlines())
+    for item in items:
+        if item.nodeid.removeprefix("tests/") in slow:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _room_for_programs() -> Iterator[None]:
     """Each compiled program holds tens of memory mappings: Linux ends a process that asks for more than 65,530."""

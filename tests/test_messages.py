@@ -24,6 +24,7 @@ import gddim.export
 import gddim.generate
 from experiments import blurred_cld_cifar10, cld_cifar10, cld_digits, points
 from experiments.benchmark import __main__ as benchmark
+from experiments.solvers import __main__ as solvers
 from gddim.data import CelebA, Digits, Shards, prepare
 from gddim.errors import place
 from gddim.evaluation.features import PixelFeatures
@@ -189,6 +190,7 @@ ENTRIES = {
     "export": gddim.export.main,
     "generate": gddim.generate.main,
     "benchmark": benchmark.main,
+    "solvers": solvers.main,
 }
 
 

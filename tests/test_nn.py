@@ -175,7 +175,7 @@ def test_dropout_keeps_the_mean(resample):
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
 def test_dropout_drops_its_share_of_every_block(share):
     net = dataclasses.replace(SMALL, dropout=share).build(SHAPE, 6, jax.random.key(0))
-    stacked = [np.asarray(mask) for mask in net._masks(jax.random.key(0))]
+    stacked = [np.asarray(mask) for mask in net._masks(jax.random.key(0), *SHAPE[:2])]
     masks = [mask for each in stacked for mask in each.reshape(-1, *each.shape[-3:])]
     fine, coarse = (8, 8, 8), (4, 4, 16)
     down, middle, up = [fine, fine, (4, 4, 8), coarse, coarse], [coarse] * 2, [*[coarse] * 3, (8, 8, 16), *[fine] * 3]

@@ -60,7 +60,7 @@ class State:
             )
         room = os.fstat(file.fileno()).st_size
         state = {str(name).removeprefix("module."): tensor for name, tensor in tree["model"].items()}
-        raw = dict(state)
+        model = dict(state)
         if weights == "ema":
             trained = [name for name in state if name not in FIXED]
             ema = tree.get("ema")
@@ -72,11 +72,12 @@ class State:
         if type(step) is not int or not 0 <= step < 2**31:
             raise UserError("its step is no number of steps")
         found = arrays(state, room)
-        vectors = [name for name in raw if name not in FIXED and found[name].ndim == 1]
-        raw = arrays({name: raw[name] for name in vectors}, room)
-        apart = np.concatenate([raw[name] - found[name] for name in vectors] or [np.zeros(1)])
-        if np.ptp(apart) < 1e-6:  # a state that is its average and a constant, as test files are, was moved as a whole
-            found |= {name: found[name] - np.mean(apart).astype(np.float32) for name in FIXED if name in found}
+        vectors = [name for name in model if name not in FIXED and found[name].ndim == 1]
+        if weights == "ema" and vectors:
+            raw = arrays({name: model[name] for name in vectors}, room)
+            apart = np.concatenate([raw[name] - found[name] for name in vectors])
+            if np.ptp(apart) < 1e-6:  # a state that is its average and a constant, as test files are, was moved whole
+                found |= {name: found[name] - np.mean(apart).astype(np.float32) for name in FIXED if name in found}
         sigmas = found.pop("sigmas", None)
         found = {name: value if name.endswith(".W") else ours(value) for name, value in found.items()}
         return cls(found, sigmas, step, *shapes_of(found, size))

@@ -141,8 +141,8 @@ def _nowhere(command: Command) -> bool:
 
 
 def _parse(experiment: Experiment, argv: Sequence[str]) -> Command:
-    if "--model.predicts eps" in " ".join(argv).replace("=", " "):
-        experiment = experiment.predicting_eps() if experiment.model.predicts != "eps" else experiment
+    if experiment.model.predicts != "eps" and "--model.predicts eps" in " ".join(argv).replace("=", " "):
+        experiment = experiment.predicting_eps()
     default = Command("run", default_workdir(experiment), experiment)
     about = f"{sys.modules['__main__'].__doc__ or experiment.name}\n\n{EPILOGUE}"
     settings = {"default": default, "prog": _program(), "description": about, "registry": REGISTRY}

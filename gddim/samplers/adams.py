@@ -11,12 +11,12 @@ import numpy as np
 from gddim.samplers.base import Coefficients
 from gddim.samplers.grids import check_grid, noise_level
 from gddim.samplers.quadrature import Clock, Panels, corrected_for_free, lagrange
-from gddim.samplers.residual import Residual, as_std
+from gddim.samplers.residual import Residual
 from gddim.samplers.solver import AbstractTableSampler
 from gddim.sde.base import AbstractLinearSDE
 from gddim.sde.collocation import GAUSS_WEIGHTS, collocate, unresolved
 from gddim.sde.host import as_index
-from gddim.sde.linalg import inverse, triangular
+from gddim.sde.linalg import as_static, inverse, triangular
 
 AMPLIFICATION = 256.0  # times the rounding of a network in bfloat16 this is the whole of ε
 GAIN = 2.0  # of the prediction's error by a correction, where data are a point; for others it is less
@@ -77,7 +77,7 @@ class GDDIM(AbstractTableSampler):
     interpolate: Literal["eps", "data", "residual"] = eqx.field(default="eps", static=True)
     """What the polynomials interpolate: the network's ε, or its data prediction (better for a Denoiser, and for λ > 0), or
     what is left of that once the prediction for Gaussian data is taken off."""
-    data_std: Any = eqx.field(default=0.5, static=True, converter=as_std)
+    data_std: Any = eqx.field(default=0.5, static=True, converter=as_static)
     """The data's standard deviation: a number, or a spectrum of the process's frequencies."""
 
     def __check_init__(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -72,8 +71,8 @@ def run(
 ) -> tuple[Float[Array, "..."], Path | None]:
     """The one loop: u after all calls, and the path there if that was asked for. `callback` changes the state after a step.
 
-    `rows` are arguments of the compiled program, so no table recompiles it; of those that are not all made there is no
-    path. `model` is an `EpsFn`, or for rows of D a `DataModel`.
+    `rows` are arguments of the compiled program, so no table recompiles it; `other` is for a path, or a callback
+    on ε, and those that are not all made have no path. `model` is an `EpsFn`, or for rows of D a `DataModel`.
     """
     rows = jax.tree.map(lambda x: x.astype(u.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, rows)
     of_data = rows.record_eps is None
@@ -120,7 +119,6 @@ def run(
     shape, fields = u.shape, _apart(u)
     nothing = [jnp.zeros_like(x) for x in fields]  # varies over a mesh as u does, where it is sharded by hand
     history = [nothing[: rows.weights.shape[-1]]] * rows.weights.shape[1]
-    rows = rows if path or (callback and not of_data) else dataclasses.replace(rows, other=None)
     (_, fields, _), way = jax.lax.scan(step if rows.made is None else step_if_made, (fields, fields, history), rows)
     return _together(fields), way
 

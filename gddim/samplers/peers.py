@@ -15,12 +15,12 @@ from gddim.samplers.adams import count, history_nodes
 from gddim.samplers.base import Coefficients
 from gddim.samplers.grids import check_grid, noise_level
 from gddim.samplers.quadrature import Panels, corrected_for_free
-from gddim.samplers.residual import Residual, as_std
+from gddim.samplers.residual import Residual
 from gddim.samplers.solver import AbstractTableSampler
 from gddim.sde.base import AbstractLinearSDE
 from gddim.sde.collocation import DIFFERENTIATE
 from gddim.sde.host import as_index
-from gddim.sde.linalg import inverse
+from gddim.sde.linalg import as_static, inverse
 
 ADAMS = [np.array([1.0]), np.array([3, -1]) / 2, np.array([23, -16, 5]) / 12, np.array([55, -59, 37, -9]) / 24]
 
@@ -128,7 +128,7 @@ class AnalyticStart(AbstractTableSampler):
 
     sampler: AbstractTableSampler = eqx.field(static=True)
     """Of all steps but the first."""
-    data_std: Any = eqx.field(default=0.5, static=True, converter=as_std)
+    data_std: Any = eqx.field(default=0.5, static=True, converter=as_static)
     """The data's standard deviation: a number, or a spectrum of the process's frequencies."""
 
     def nfe(self, steps: int) -> int | None:

@@ -139,9 +139,3 @@ class Residual:
             return clock | unresolved(self._angle(panels.tau))
         _, _, moved, precision = self._followed()
         return clock | unresolved(precision) | (np.abs(moved).sum(-1).reshape(len(moved), -1).max(1) > SPREAD)
-
-
-def as_std(value: Any) -> Any:
-    """A number, or an array of them as nested tuples, which are static."""
-    values = np.asarray(value, np.float64)
-    return float(values) if values.ndim == 0 else tuple(map(as_std, values))

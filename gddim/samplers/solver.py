@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -168,6 +169,8 @@ class TableSolver(AbstractSolver):
         if self.start is not None:
             psi, noise = self.start
             u = product(psi, u) + product(noise, jax.random.normal(first, u.shape, u.dtype))
+        if not (path or (callback and rows is self.rows)):  # what no call reads is not handed to the devices
+            rows = dataclasses.replace(rows, other=None)
         state, way = run(rows, eps_fn, u, rest, path, callback)
         return Solution(state, self.nfe, way)
 

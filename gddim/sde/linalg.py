@@ -121,3 +121,9 @@ def symmetric_root(S: Array) -> Array:
         return (S + root[..., None, None] * identity) / scale[..., None, None]
     values, vectors = xp.linalg.eigh(S)
     return product(vectors * xp.sqrt(xp.maximum(values, 0))[..., None, :], transpose(vectors))
+
+
+def as_static(value: Any) -> Any:
+    """A number, or an array of them as nested tuples: static, so that it is no parameter."""
+    values = np.asarray(value, np.float64)
+    return float(values) if values.ndim == 0 else tuple(map(as_static, values))
