@@ -27,6 +27,7 @@ from gddim.experiment.options import REGISTRY, UNGROUPED, explain, options
 from gddim.experiment.outputs import check_names
 from gddim.experiment.plan import Plan
 from gddim.experiment.revival import as_trained, objects
+from gddim.experiment.shown import COMPLETION, NEEDED, completion, needed
 from gddim.experiment.snapshots import check_rebuildable
 from gddim.experiment.verbs.dry_run import dry_run
 from gddim.experiment.verbs.encode import encode
@@ -60,7 +61,8 @@ AFTERWARDS = {"sample": sample, "evaluate": evaluate, "likelihood": likelihood, 
 Verb = Literal["run", "train", "sample", "evaluate", "likelihood", "encode"]
 EPILOGUE = """Exit status: 0 done; 1 failed, or the loss was not finite; 2 a wrong option, value or path,
 nothing written; 75 stopped by SIGTERM, Ctrl-C or train.minutes, the state saved, so that the same command continues;
-134 another process of the job was lost, continue likewise."""
+134 another process of the job was lost, continue likewise. VERB --help tells what that verb needs, --help all there is;
+source <(python -m experiments.NAME --completion) has bash complete verbs and options."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,10 +146,16 @@ def _parse(experiment: Experiment, argv: Sequence[str]) -> Command:
     if experiment.model.predicts != "eps" and "--model.predicts eps" in " ".join(argv).replace("=", " "):
         experiment = experiment.predicting_eps()
     default = Command("run", default_workdir(experiment), experiment)
+    if COMPLETION in argv:
+        print(completion(_program().split()[-1], get_args(Verb), dict(options(default))), end="")
+        sys.exit(0)
     about = f"{sys.modules['__main__'].__doc__ or experiment.name}\n\n{EPILOGUE}"
-    settings = {"default": default, "prog": _program(), "description": about, "registry": REGISTRY}
+    settings = {"prog": _program(), "description": about, "registry": REGISTRY}
     if {"-h", "--help"} & set(argv):
-        tyro.cli(Command, args=["--help"], **settings)
+        verb = next((word for word in argv if word in NEEDED), "run")
+        shown = needed(default, verb)
+        tyro.cli(type(shown), args=["--help"], default=shown, **settings)
+    settings["default"] = default
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             command, unknown = tyro.cli(Command, args=argv, return_unknown_args=True, **settings)
