@@ -16,11 +16,11 @@ from typing import Annotated, Literal, NoReturn, get_args
 
 import jax
 import tyro
-from jax.experimental.compilation_cache import compilation_cache
 
 from gddim.data import check_labels, classes_of
 from gddim.errors import UserError, place, printable
 from gddim.experiment.checkpoints import borrow, trained
+from gddim.experiment.compiled import keep_programs, kept_programs
 from gddim.experiment.config import Experiment, require
 from gddim.experiment.measure import cells, check_measurable
 from gddim.experiment.options import REGISTRY, UNGROUPED, explain, options
@@ -80,8 +80,8 @@ class Command:
     """Checkpoint that is sampled, evaluated, …; without it the newest whole one."""
     peak_flops: float | None = None
     """FLOP/s of one accelerator at full rate, for the share that training reaches; without it what is known of it."""
-    keep_compiled: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Keep compiled programs in the workdir, where the same command on the same kind of machine finds them."""
+    compiled: str | None = dataclasses.field(default_factory=kept_programs)
+    """Folder of compiled programs, in which the same command on the same machine finds them; it may be deleted. None: none."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the configuration and what it needs, and do nothing."""
     kept: tyro.conf.Suppress[tuple[str, ...]] = ()
@@ -239,9 +239,8 @@ def execute(command: Command) -> None:
 
         on_main(reserve)
         check_shared(workdir)
-        if command.keep_compiled:
-            jax.config.update("jax_compilation_cache_dir", os.fspath(workdir / "compiled"))
-            compilation_cache.reset_cache()  # it may have looked already, and found that it had no folder
+        if command.compiled is not None:
+            keep_programs(command.compiled)
         if command.kept:
             tell(f"as the run has it, not the experiment's file: {', '.join(command.kept)}")
         if shipped:

@@ -19,7 +19,7 @@ NEEDED = {
     "train": {
         "workdir",
         "peak_flops",
-        "keep_compiled",
+        "compiled",
         "dry_run",
         "seed",
         "sde",
@@ -29,8 +29,8 @@ NEEDED = {
         "train",
         "mesh",
     },
-    "sample": AFTERWARDS | {"keep_compiled"},
-    "evaluate": AFTERWARDS | {"keep_compiled", "eval"},
+    "sample": AFTERWARDS | {"compiled"},
+    "evaluate": AFTERWARDS | {"compiled", "eval"},
     "likelihood": AFTERWARDS,
     "encode": AFTERWARDS,
 }
