@@ -18,7 +18,7 @@ import jax
 import tyro
 
 from gddim.data import check_labels, classes_of
-from gddim.errors import UserError, place, printable
+from gddim.errors import MissingWeights, UserError, place, printable
 from gddim.experiment.checkpoints import borrow, trained
 from gddim.experiment.compiled import keep_programs, kept_programs
 from gddim.experiment.config import Experiment, require
@@ -217,7 +217,14 @@ def execute(command: Command) -> None:
         if source is not None and (batch := experiment.train.batch) > len(source):
             raise UserError(f"--train.batch {batch:,} is more than the {len(source):,} records of the data")
         if measured:
-            check_measurable(experiment, workdir, source)
+            try:
+                check_measurable(experiment, workdir, source)
+            except MissingWeights as error:
+                if command.verb != "run" or experiment.eval.every:
+                    raise
+                verbs = RUN[:-1]
+                tell(f"without a table at the end: {error}")
+                stack.callback(tell, "without a table: the verb evaluate makes one later")
         check_rebuildable(experiment, workdir, training)
         if "sample" in verbs:
             check_names(workdir, *SAMPLES)
