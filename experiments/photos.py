@@ -3,7 +3,7 @@
     python -m experiments.photos --data.path photos
     python -m experiments.photos --data.path photos --data.size 32 --model.data-std 0.4    # what follows prints that number
 
-`python -m gddim.data std photos --size 64` prints the rms of the images; `prepare` makes shards of what does not fit into memory.
+`python -m gddim.data std photos --size 64` prints the rms of the images, `prepare` makes shards of what is larger than memory.
 Where the Inception weights are not there the run trains and samples, and says what `evaluate` needs.
 Paper: none; preconditioning and log-normal noise are EDM's (arXiv 2206.00364).
 Hardware: one accelerator. Steps: 50,000 of 64 images, for some thousands of images; stop it when training/*.png please you.
