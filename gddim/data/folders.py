@@ -13,11 +13,10 @@ from typing import IO, Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
-from tqdm import tqdm
 
 from gddim.data.decoding import MODES, decoded, is_image, resized, suffixes
 from gddim.data.sources import ArraySource, Source, data_folder, every_nth
-from gddim.errors import UserError, harmless
+from gddim.errors import UserError, harmless, progress
 from gddim.parallel import tell
 from gddim.settings import MAY_CHANGE
 
@@ -153,7 +152,7 @@ class ImageFiles:
     def _damaged(self, names: Sequence[str]) -> dict[str, str]:
         """Those of these images that cannot be read, and why."""
         tried = self._pool.map(self._decode, names)
-        tried = tqdm(tried, "looking for damaged images", len(names), unit="img", disable=None)
+        tried = progress(tried, "looking for damaged images", len(names), unit="img")
         return {name: why for name, why in zip(names, tried, strict=True) if isinstance(why, str)}
 
     def without_damaged(self) -> "ImageFiles":
@@ -195,7 +194,7 @@ def _kept_if_small(files: ImageFiles) -> Source:
     if len(files) * int(np.prod(files.shape)) > _KEEP_DECODED:
         return files
     array = np.empty((len(files), *files.shape), np.uint8)
-    for begin in tqdm(range(0, len(files), _CHUNK), "decoding images", unit_scale=_CHUNK, unit="img", disable=None):
+    for begin in progress(range(0, len(files), _CHUNK), "decoding images", unit_scale=_CHUNK, unit="img"):
         rows = np.arange(begin, min(begin + _CHUNK, len(files)))
         array[rows] = files[rows]
     return ArraySource(array, files.flip)

@@ -12,12 +12,11 @@ from typing import Any, NoReturn
 
 import numpy as np
 from jaxtyping import Int, Shaped
-from tqdm import tqdm
 
 from gddim.data.content import digest_of, hexadecimal
 from gddim.data.files import digest
 from gddim.data.sources import Dataset, Source
-from gddim.errors import UserError, harmless
+from gddim.errors import UserError, from_extra, harmless, progress
 from gddim.settings import MAY_CHANGE
 from gddim.storage import locked
 
@@ -89,7 +88,8 @@ class ShardSource:
 
 
 def _reader(path: str) -> Any:
-    from array_record.python.array_record_module import ArrayRecordReader
+    with from_extra("train"):
+        from array_record.python.array_record_module import ArrayRecordReader
 
     return ArrayRecordReader(path, "readahead_buffer_size:0,max_parallelism:0")
 
@@ -116,7 +116,7 @@ def prepare(dataset: Dataset, dest: Path, shard_bytes: int = 2**30) -> None:
             manifest = _continued(plan, _read_manifest(dest), dest)
             _write_manifest(dest, manifest)
             for split, source in sources.items():
-                with tqdm(total=len(source), desc=split, unit=" records", disable=None) as bar:
+                with progress(total=len(source), desc=split, unit=" records") as bar:
                     begin = 0
                     for shard in manifest["splits"][split]:
                         path, rows = dest / shard["file"], range(begin, begin + shard["count"])
@@ -180,9 +180,10 @@ def _sample(source: Source) -> str:
     return hashlib.sha256(np.ascontiguousarray(records).tobytes()).hexdigest()[:16]
 
 
-def _write_shard(path: Path, source: Source, rows: range, bar: tqdm) -> int:
+def _write_shard(path: Path, source: Source, rows: range, bar: Any) -> int:
     """Writes the records of these rows, and returns what they add to the digest of all."""
-    from array_record.python.array_record_module import ArrayRecordWriter
+    with from_extra("train"):
+        from array_record.python.array_record_module import ArrayRecordWriter
 
     part = path.with_name(path.name + ".part")
     writer, found = ArrayRecordWriter(str(part), "group_size:1,uncompressed"), 0  # photographs hardly compress

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int, Shaped
 
 from gddim.data import Source, data_alone
+from gddim.errors import from_extra
 
 
 @runtime_checkable
@@ -29,8 +30,9 @@ def classify(data: Labelled, samples: Shaped[np.ndarray, "n ..."]) -> dict[str, 
     `shares` of the samples by class; `confidence`, the mean probability of the class that wins, of the samples and of
     the held-out records; `accuracy` on the latter.
     """
-    from sklearn.calibration import CalibratedClassifierCV
-    from sklearn.svm import SVC
+    with from_extra("eval"):
+        from sklearn.calibration import CalibratedClassifierCV
+        from sklearn.svm import SVC
 
     train, test = data_alone(data.train()), data_alone(data.test())
     labels, held_out = data.labels()

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-import tyro
 from jaxtyping import Float, PRNGKeyArray
 
 from gddim.averages import LONGEST
 from gddim.experiment.network import Model, NetConfig, require
-from gddim.experiment.options import SPELLED, UNGROUPED
+from gddim.experiment.options import SPELLED, UNGROUPED, tyro
 from gddim.experiment.words import Process, Sampler, TimeGrid, spell_process
 from gddim.loss import AbstractObjective, LogNormalNoise, ScoreMatching
 from gddim.model import Denoiser, EpsModel, VelocityModel
