@@ -87,7 +87,7 @@ def _generate(options: argparse.Namespace) -> str:
             f"{options.source} draws records {shape}, no pictures: gddim.load and .sample give them as arrays"
         )
     how = {name: getattr(options, name) for name in ("sampler", "process", "nfe") if getattr(options, name) is not None}
-    model = Loaded(found.model, shape, settings, mesh)
+    model = Loaded(found.model, shape, settings, mesh, found.classes)
     through, _ = model.through(**how)
     told = {
         "name": found.experiment.name,

@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 
 from gddim import weights as files
 from gddim.checkpoint import Checkpointer
+from gddim.data import classes_of
 from gddim.errors import UserError
 from gddim.experiment.checkpoints import checkpoint_digest
 from gddim.experiment.config import Experiment
@@ -45,6 +46,11 @@ class Trained(NamedTuple):
     params: PyTree
     config: dict[str, Any]
     about: dict[str, Any]
+
+    @property
+    def classes(self) -> int:
+        """Of the data that it was trained on; 0 without labels."""
+        return classes_of(self.experiment.data)
 
 
 def find(

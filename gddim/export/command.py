@@ -102,7 +102,7 @@ def _model(options: argparse.Namespace) -> list[str]:
     if how and program is None:
         raise UserError(f"--{next(iter(how))} is of --stablehlo, the program that draws samples")
     found = find(run, options.step, parse_average(options.weights))
-    model = Loaded(found.model, tuple(found.experiment.data.shape), found.experiment.sampling)
+    model = Loaded(found.model, tuple(found.experiment.data.shape), found.experiment.sampling, None, found.classes)
     if program is not None:
         model.through(**how)  # what cannot be is refused before anything is written
         with from_extra("eval"):

@@ -117,7 +117,9 @@ def check_backend() -> None:
         why = " ".join(str(error).split()) or "JAX finds no plugin for it"
         raise UserError(f"JAX_PLATFORMS={asked}: {why}; {how}") from error
     if _BACKENDS.get(first, there) != there:
-        raise UserError(f"JAX_PLATFORMS={asked} asks for {first} first, but JAX finds no working one, only {there}; {how}")
+        raise UserError(
+            f"JAX_PLATFORMS={asked} asks for {first} first, but JAX finds no working one, only {there}; {how}"
+        )
 
 
 def _join(job: dict[str, Any]) -> None:
