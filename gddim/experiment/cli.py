@@ -15,15 +15,14 @@ from collections.abc import Sequence
 from typing import Annotated, Literal, NoReturn, get_args
 
 import jax
-import tyro
 
 from gddim.data import check_labels, classes_of
-from gddim.errors import MissingWeights, UserError, place, printable
+from gddim.errors import MissingWeights, UserError, from_extra, place, printable
 from gddim.experiment.checkpoints import borrow, trained
 from gddim.experiment.compiled import keep_programs, kept_programs
 from gddim.experiment.config import Experiment, require
 from gddim.experiment.measure import cells, check_measurable
-from gddim.experiment.options import REGISTRY, UNGROUPED, explain, options
+from gddim.experiment.options import REGISTRY, UNGROUPED, explain, options, tyro
 from gddim.experiment.outputs import check_names
 from gddim.experiment.plan import Plan
 from gddim.experiment.revival import as_trained, objects
@@ -143,6 +142,8 @@ def _nowhere(command: Command) -> bool:
 
 
 def _parse(experiment: Experiment, argv: Sequence[str]) -> Command:
+    with from_extra("train"):
+        import tyro
     if experiment.model.predicts != "eps" and "--model.predicts eps" in " ".join(argv).replace("=", " "):
         experiment = experiment.predicting_eps()
     default = Command("run", default_workdir(experiment), experiment)
@@ -201,6 +202,11 @@ def execute(command: Command) -> None:
             return
 
         # What could fail later is looked at now.
+        if training:
+            with from_extra("train"):
+                import grain  # noqa: F401
+                import orbax.checkpoint  # noqa: F401
+                import tensorboardX  # noqa: F401
         if not training and not known:
             raise UserError(f"--workdir {workdir} holds no run: train it first")
         shipped = found if found and found[0] == experiment.weights else None

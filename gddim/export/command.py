@@ -19,7 +19,7 @@ import sys
 
 from etils import epath
 
-from gddim.errors import UserError, place, printable
+from gddim.errors import UserError, from_extra, place, printable
 from gddim.experiment.trained import HUB, find, parse_average
 from gddim.export.card import card, front_matter, picture, results
 from gddim.export.model import exported, portable
@@ -105,6 +105,8 @@ def _model(options: argparse.Namespace) -> list[str]:
     model = Loaded(found.model, tuple(found.experiment.data.shape), found.experiment.sampling, None, found.classes)
     if program is not None:
         model.through(**how)  # what cannot be is refused before anything is written
+        with from_extra("eval"):
+            import flatbuffers  # noqa: F401
     weights, lines = exported(found, options.dtype, options.licence), []
     about = f"step {weights.about['step']}, {weights.about['parameters']:,} parameters in {options.dtype}"
     content, table, image = encode(weights), results(run, weights), picture(run, weights)
