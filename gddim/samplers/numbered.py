@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 from gddim.samplers.base import ProcessModel
 from gddim.samplers.loop import Path
 from gddim.samplers.solver import AbstractSolver
+from gddim.sde.base import AbstractLinearSDE
 
 
 class Samples(NamedTuple):
@@ -24,6 +25,14 @@ class Samples(NamedTuple):
     """The network calls of each."""
     path: Path | None
     """How they came about, where that was asked for: times `(calls,)`, and states, … `(calls, b, *dims, k, C)`."""
+
+
+def start(
+    sde: AbstractLinearSDE, shape: tuple[int, ...], key: Key[Array, ""], i: Int[Array, ""]
+) -> tuple[Float[Array, "*state"], Key[Array, ""]]:
+    """The state at the horizon that sample i begins with, and the key of its noise."""
+    prior_key, noise_key = jax.random.split(jax.random.fold_in(key, i))
+    return sde.sample_prior(prior_key, (*shape[:-1], sde.k, shape[-1])), noise_key
 
 
 @eqx.filter_jit
@@ -40,8 +49,7 @@ def sample_numbered(
     key = seed if jnp.issubdtype(seed.dtype, jax.dtypes.prng_key) else jax.random.key(seed)
 
     def one(i: Array) -> Samples:
-        prior_key, noise_key = jax.random.split(jax.random.fold_in(key, i))
-        u = sde.sample_prior(prior_key, (*shape[:-1], sde.k, shape[-1]))
+        u, noise_key = start(sde, shape, key, i)
         u, count, way = solver(model, u, noise_key, path)
         return Samples(sde.project(u), jnp.asarray(count), way)
 
