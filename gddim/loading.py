@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree, ScalarLike, UInt32
 
-from gddim.errors import place
+from gddim.errors import UserError, place
 from gddim.model import seen_through
 from gddim.parallel import batch_sharding, round_up
 from gddim.samplers import AbstractSampler, LearnedTable, count_calls
@@ -40,6 +40,8 @@ class Loaded(eqx.Module):
     """How the run draws samples unless it is told: a `gddim.experiment.Sampling`."""
     mesh: jax.sharding.Mesh | None = eqx.field(default=None, static=True)
     """Over which samples are split."""
+    classes: int = eqx.field(default=0, static=True)
+    """Of the data, of which samples are; 0: none."""
     checkpoint: str | None = eqx.field(default=None, static=True)
     """The digest of the parameters."""
     tables: str | None = eqx.field(default=None, static=True)
@@ -78,6 +80,7 @@ class Loaded(eqx.Module):
         nfe: int | None = None,
         process: AbstractLinearSDE | str | None = None,
         key: Key[Array, ""] | None = None,
+        classes: Any = None,
     ) -> Float[Array, "n *dims C"]:
         """Samples `(n, *dims, C)` in the scale of the data: images in [-1, 1], not clipped.
 
@@ -87,20 +90,26 @@ class Loaded(eqx.Module):
         `nfe`: the network calls of each; `process`: what they are drawn
         through, a process or its word as `"cld:gamma=0.1"`. Without them, those of the run.
         `key`: without it that of the run's `sampling.seed`, so that its samples are those of the command line.
+        `classes`: of each, whole numbers `(n,)`, −1 for none, where the run has classes; without it those of the run in turn.
 
         Raises `UserError` for a word that is none, too few calls, and a process that the network does not serve.
         """
         model, solver = self.through(sampler=sampler, nfe=nfe, process=process)
         numbers = jnp.arange(n) if isinstance(n, int) else n
         key = jax.random.key(self.settings.seed) if key is None else key
-        return sample_numbered(model, solver, self.shape, key, self._spread(numbers)).data[: numbers.shape[0]]
+        spread = self._spread(numbers)
+        of = None if classes is None else self._spread(jnp.asarray(classes, jnp.int32))
+        cond = self._cond(spread, of)
+        return sample_numbered(model, solver, self.shape, key, spread, cond=cond).data[: numbers.shape[0]]
 
     def sample_seeds(self, seeds: Int[Array, " n"] | UInt32[Array, " n"], **how: Any) -> Float[Array, "n *dims C"]:
-        """Sample 0 of each seed, `(n, *dims, C)`; `how` is as in `sample`. What a seed makes depends on no other seed."""
+        """Sample 0 of each seed, `(n, *dims, C)`, of the class that a sample of this number has; `how` is as in `sample`. What
+        a seed makes depends on no other seed."""
         model, solver = self.through(**how)
 
         def one(seed: Array) -> Array:
-            return sample_numbered(model, solver, self.shape, jax.random.key(seed), jnp.arange(1)).data[0]
+            cond = self._cond(seed[None].astype(jnp.int32))
+            return sample_numbered(model, solver, self.shape, jax.random.key(seed), jnp.arange(1), cond=cond).data[0]
 
         return jax.vmap(one)(self._spread(seeds))[: seeds.shape[0]]
 
@@ -129,6 +138,14 @@ class Loaded(eqx.Module):
         method = how.method(model.sde)
         check_methods([method], model.sde)
         return model, method.solver(model.sde)
+
+    def _cond(self, numbers: Array, classes: Array | None = None) -> PyTree:
+        """What conditions samples: their classes, by number unless they are given."""
+        if classes is not None and not self.classes:
+            raise UserError("classes: this run knows none; train one with --data.labels")
+        if not self.classes:
+            return None
+        return {"label": self.settings.class_of(numbers, self.classes) if classes is None else classes}
 
     def _spread(self, x: Array) -> Array:
         """An array split over the mesh, filled up with its last element until that goes."""
@@ -174,4 +191,4 @@ def load(
 def loaded(found: Any, mesh: jax.sharding.Mesh | None = None) -> Loaded:
     """What `gddim.experiment.trained.find` found, to draw from."""
     shape, settings = tuple(found.experiment.data.shape), found.experiment.sampling
-    return Loaded(found.model, shape, settings, mesh, found.about.get("checkpoint"), found.tables)
+    return Loaded(found.model, shape, settings, mesh, found.classes, found.about.get("checkpoint"), found.tables)

@@ -107,6 +107,21 @@ class ScoreMatching(AbstractObjective):
         return model.loss(row.x0, row.level, row.noise, row.cond, key=row.key)
 
 
+def drop_labels(rows: Row, share: float) -> Row:
+    """The rows of a batch with a share of `cond["label"]` −1, no class, each by a draw from its row's key.
+
+    A network then learns to do with a class and without, which classifier-free guidance needs (Ho, Salimans, arXiv
+    2207.12598).
+    """
+    if not share:
+        return rows
+    draw = lambda key: jax.random.bernoulli(jax.random.fold_in(key, 0), jnp.float32(share))
+    label = rows.cond["label"]
+    return rows._replace(
+        cond={**rows.cond, "label": jnp.where(jax.vmap(draw)(rows.key), jnp.full_like(label, -1), label)}
+    )
+
+
 def _floating(x0: Array) -> Array:
     x0 = jnp.asarray(x0)
     if not jnp.issubdtype(x0.dtype, jnp.floating):

@@ -117,6 +117,7 @@ def test_the_loader_is_measured(monkeypatch):
 @pytest.mark.slow  # compiles training steps
 def test_loop_and_checkpoints_are_measured():
     measured(training.loop(steps=2, repeats=1))
+    measured(training.labels(steps=1, repeats=1))
     (row,) = measured(training.checkpoint(saves=2, steps=1))
     assert row.baseline.startswith("1,000 steps")
 

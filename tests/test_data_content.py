@@ -20,11 +20,11 @@ from gddim.data import (
     Dataset,
     ImageFolder,
     Shards,
+    arrays,
     content,
     folders,
     identity,
     prepare,
-    sources,
 )
 from gddim.errors import UserError
 from gddim.experiment import Experiment
@@ -104,7 +104,7 @@ def test_a_record_more_or_less_changed_or_elsewhere_is_another_set():
 def test_what_is_large_is_read_again_only_when_a_file_has_changed(photos, tmp_path, monkeypatch):
     np.save(tmp_path / "a.npy", pixels(0, 100, 4, 4, 3))
     small = identity(ImageFolder(str(photos), 8).train())
-    monkeypatch.setattr(sources, "_LARGE", 1000)
+    monkeypatch.setattr(arrays, "_LARGE", 1000)
     monkeypatch.setattr(folders, "_KEEP_DECODED", 0)
     for data, change in (
         (ArrayFile(str(tmp_path / "a.npy")), lambda path: np.save(path, pixels(1, 100, 4, 4, 3))),
@@ -120,7 +120,7 @@ def test_what_is_large_is_read_again_only_when_a_file_has_changed(photos, tmp_pa
         identity(dataclasses.replace(moved, test_every=3).train(), before)
         assert len(read) == 1
         monkeypatch.undo()
-        monkeypatch.setattr(sources, "_LARGE", 1000)
+        monkeypatch.setattr(arrays, "_LARGE", 1000)
         monkeypatch.setattr(folders, "_KEEP_DECODED", 0)
         change(path)
         assert identity(moved.train(), before)["digest"] != before["digest"]

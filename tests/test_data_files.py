@@ -258,7 +258,7 @@ def test_prepare_and_std_from_the_command_line(photos, tmp_path, monkeypatch, ca
         (["prepare", "{photos}", "dest"], "say --size"),
         (["std", "digits", "--spectrum", "no/such/folder.npz"], "a new file in a folder that exists"),
         (["std", "five-rings", "--spectrum", "s.npz"], "needs images"),
-        (["std", "digits", "--size", "32"], "--size says nothing about digits, which takes no options"),
+        (["std", "digits", "--size", "32"], "--size says nothing about digits, which takes --labels"),
         (
             ["prepare", "celeba", "dest", "--channels", "1"],
             "--channels says nothing about celeba, which takes --root, --size",

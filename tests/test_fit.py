@@ -136,12 +136,12 @@ def test_a_table_is_the_same_from_a_file_to_the_bit_and_of_its_process_alone(tmp
         assert (found is None) == (value is None), name
         assert value is None or (found.dtype == value.dtype and found.tobytes() == value.tobytes()), name
     assert parse_sampler(f"table:{file}") == sampler == parse_sampler(sampler_name(sampler))
-    assert parse_sampler("table:My Table@3", str(tmp_path)).stored == sampler.stored
+    assert gddim.load_table("My Table@3", tmp_path).stored == sampler.stored
     u = sde.sample_prior(jax.random.key(1), (*COLOURS[:2], 2, 3))
     model = gddim.through(sde, Images())
     ours = gddim.sample(sampler, sde, model, u, [1.0, 1e-3])
     np.testing.assert_array_equal(ours, TableSolver.of(table, sde)(model, u).state)
-    assert Method(sampler, 3).solver(sde).nfe == 3
+    assert len(Method(sampler, 3).solver(sde)(model, u, path=True).path.times) == 3
     with pytest.raises(ValueError, match="fitted for cld, not for vp"):
         sampler.solver(gddim.VP(), [1.0, 1e-3])
     with pytest.raises(ValueError, match=r"ends at t_min 0\.001, not at 0\.01"):

@@ -240,7 +240,7 @@ def test_what_is_no_record_is_refused(records, says):
         ArraySource(records)
 
 
-def test_shards_hold_arrays_alone(tmp_path: Path):
-    with pytest.raises(UserError, match="one array a record, and these are x0, label"):
+def test_shards_hold_arrays_and_classes_alone(tmp_path: Path):
+    with pytest.raises(UserError, match="one array a record, and its label, an int32; these are x0 uint8, label int64"):
         prepare(Pictures(), tmp_path / "shards")
     assert not (tmp_path / "shards").exists()

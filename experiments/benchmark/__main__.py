@@ -29,6 +29,7 @@ BENCHES: dict[str, Callable[[], Iterator[Row]]] = {
     "sampler": mathematics.sampler,
     "loop": training.loop,
     "loader": data.loader,
+    "labels": training.labels,
     "checkpoint": training.checkpoint,
     "networks": training.networks,
     "evaluation": evaluation.evaluation,

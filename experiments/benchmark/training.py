@@ -21,7 +21,7 @@ import experiments
 from experiments import cld_cifar10, cld_digits
 from experiments.benchmark.table import Row, Target, interleaved, on_cpu
 from gddim.checkpoint import Checkpointer
-from gddim.data import batches, prefetch
+from gddim.data import DATA, LABEL, Digits, batches, classes_of, prefetch
 from gddim.experiment import Experiment
 from gddim.experiment.checkpoints import items_of
 from gddim.experiment.plan import Plan
@@ -42,7 +42,9 @@ class Steps:
         shape = (experiment.train.batch, *experiment.data.shape)
         rng = np.random.default_rng(0)
         image = rng.integers(0, 256, shape, np.uint8) if len(shape) == 4 else rng.standard_normal(shape, np.float32)
-        self.batch = global_batch(image, self.plan.mesh)
+        label = np.arange(len(image), dtype=np.int32) % max(classes_of(experiment.data), 1)
+        records = {DATA: image, LABEL: label} if classes_of(experiment.data) else image
+        self.batch = global_batch(records, self.plan.mesh)
         self.leaves, self.structure = jax.tree.flatten(self.plan.init())
         start = time.perf_counter()
         self.program = self.plan.update(flip=len(shape) == 4).lower(self.leaves, self.batch).compile()
@@ -83,6 +85,17 @@ def loop(steps: int = 100, repeats: int = 10) -> Iterator[Row]:
             alone, together = interleaved(only_steps, lambda: whole(log, placed), repeats=repeats)
     title = f"digits, {steps} steps alone, in the loop's time"
     yield Row(title, alone, "s", f"{steps} steps in the training loop", together, Target("ratio", "≥", 0.98))
+
+
+def labels(steps: int = 10, repeats: int = 15) -> Iterator[Row]:
+    """What a step costs with labels, some of them dropped, over one without: digits."""
+    plain, settings = cld_digits.EXPERIMENT, dataclasses.replace(cld_digits.EXPERIMENT.train, label_dropout=0.1)
+    works = [Steps(plain), Steps(dataclasses.replace(plain, data=Digits(labels=True), train=settings))]
+    without, told = interleaved(
+        *(lambda work=work: [work() for _ in range(steps)][-1] for work in works), repeats=repeats
+    )
+    title = f"digits, {steps} steps with labels, some dropped"
+    yield Row(title, told, "s", "without labels", without, Target("ratio", "≤", 1.02))
 
 
 def checkpoint(saves: int = 7, steps: int = 20) -> Iterator[Row]:

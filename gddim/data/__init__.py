@@ -2,14 +2,14 @@
 
 A data set of your own is a frozen dataclass, whose fields become options: the `shape` of its data, known before any is
 read, and the sources `train` and `test`. Here records are images and their classes, which a network is handed as
-`cond["label"]`; for images alone give `ArraySource` the array, and leave out `cond`.
+`cond["label"]`; for images alone give `ArraySource` the array, and leave out `classes`.
 
 >>> import dataclasses, numpy as np
 >>> @dataclasses.dataclass(frozen=True)
 ... class Stripes:
 ...     count: int = 100
 ...     shape = (8, 8, 3)
-...     cond = {"label": np.int32(0)}
+...     classes = 2
 ...     def train(self):
 ...         label = np.arange(self.count, dtype=np.int32) % 2
 ...         rows, columns = np.indices((8, 8)) % 2 * np.uint8(255)
@@ -23,16 +23,18 @@ read, and the sources `train` and `test`. Here records are images and their clas
 A source is anything with `shape`, `dtype`, `flip`, a length, and `source[indices]`: see `Source`.
 """
 
+from gddim.data.arrays import ArrayFile
 from gddim.data.content import identity
 from gddim.data.folders import CelebA, ImageFolder, holds_images, whole_images
 from gddim.data.images import random_flip, to_uint8, to_unit
+from gddim.data.labels import check_labels, classes_of, cond_of
 from gddim.data.moments import moments, spectrum
 from gddim.data.official import CIFAR10, SVHN
 from gddim.data.pipeline import batch_indices, batches, prefetch
 from gddim.data.shards import Shards, prepare
 from gddim.data.sources import (
     DATA,
-    ArrayFile,
+    LABEL,
     ArraySource,
     Dataset,
     Digits,
@@ -47,6 +49,7 @@ from gddim.data.sources import (
 __all__ = [
     "CIFAR10",
     "DATA",
+    "LABEL",
     "SVHN",
     "ArrayFile",
     "ArraySource",
@@ -61,6 +64,9 @@ __all__ = [
     "Source",
     "batch_indices",
     "batches",
+    "check_labels",
+    "classes_of",
+    "cond_of",
     "data_alone",
     "holds_images",
     "identity",

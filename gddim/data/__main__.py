@@ -19,6 +19,7 @@ _OPTIONS = {
     "channels": dict(type=int, metavar="N", help="for image files: 1 grey, 3 colour (default); 2, 4 with alpha"),
     "flip": dict(action="store_true", default=None, help="a mirrored image is as good as the image"),
     "skip_damaged": dict(action="store_true", default=None, help="go on without the image files that cannot be read"),
+    "labels": dict(action="store_true", default=None, help="with the classes of records, where they have them"),
     "test_every": dict(type=int, metavar="N", help="hold out every N-th record (default 10); 0: none, and test on all"),
 }
 _SOURCE = f"{', '.join(_NAMED)}, or the path of a folder or zip of images, of a .npy or .npz file, or of shards"

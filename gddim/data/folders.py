@@ -1,5 +1,6 @@
 """Images as files, in a folder or a zip archive: any folder of the user's, and CelebA."""
 
+import functools
 import hashlib
 import os
 import zipfile
@@ -7,7 +8,6 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -16,10 +16,11 @@ from jaxtyping import Int, UInt8
 from tqdm import tqdm
 
 from gddim.data.decoding import MODES, decoded, is_image, resized, suffixes
+from gddim.data.labels import TABLES, image_classes, with_labels
 from gddim.data.sources import ArraySource, Source, data_folder, every_nth
 from gddim.errors import UserError, harmless
 from gddim.parallel import tell
-from gddim.settings import MAY_CHANGE
+from gddim.settings import LATER, MAY_CHANGE
 
 _KEEP_DECODED = 2**30  # bytes: smaller sets are decoded once, and a broken image is found before training begins
 _CHUNK = 1024
@@ -51,7 +52,8 @@ class _Files:
             damaged = "; it may be damaged" if path.suffix == ".zip" else ""
             raise UserError(f"{path} is neither a folder nor a zip archive of images{damaged}")
         self.names: list[str] = []
-        for name in sorted(names):
+        self.table = next((name for name in TABLES if name in names), None)
+        for name in sorted({*names} - {*TABLES}):
             if why := _no_image(self.open, name):
                 aside[why].append(name)
             else:
@@ -61,6 +63,14 @@ class _Files:
             raise UserError(f"{path} holds no images" + (f", but {passed}" if passed else ""))
         if passed:
             tell(f"{path}: {len(self.names):,} images; passed over: {passed}")
+
+    def classes(self) -> dict[str, int]:
+        """That of each image, by name. Raises UserError where one has none."""
+        content = b""
+        if self.table:
+            with self.open(self.table) as file:
+                content = file.read()
+        return image_classes(self.names, self.table, content, self.path)
 
 
 def _no_image(read: Callable[[str], IO[bytes]], name: str) -> str:
@@ -130,25 +140,26 @@ class ImageFiles:
         self.shape = shape
         self.dtype = np.dtype(np.uint8)
         self.flip = flip
-        self._files, self._names, self._crop, self._whole, self._advice = files, names, crop, whole, advice
+        self.names = names
+        self._files, self._crop, self._whole, self._advice = files, crop, whole, advice
         self._pool = ThreadPoolExecutor(os.cpu_count(), "gddim-decode")
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self.names)
 
     def __getitem__(self, indices: Int[np.ndarray, " b"], /) -> UInt8[np.ndarray, "b h w c"]:
         out = np.empty((len(indices), *self.shape), np.uint8)
-        names = [self._names[int(index)] for index in indices]
+        names = [self.names[int(index)] for index in indices]
         for row, image in enumerate(self._pool.map(self._decode, names)):
             if isinstance(image, str):
                 raise UserError(self._refusal(self._damaged(self._files.names) | {names[row]: image}))
             out[row] = image
         return out
 
-    @cached_property
+    @functools.cached_property
     def stamp(self) -> str:
         """Changes when a file does, or is another."""
-        return hashlib.sha256(repr([self.shape, *map(self._files.mark, self._names)]).encode()).hexdigest()[:32]
+        return hashlib.sha256(repr([self.shape, *map(self._files.mark, self.names)]).encode()).hexdigest()[:32]
 
     def _damaged(self, names: Sequence[str]) -> dict[str, str]:
         """Those of these images that cannot be read, and why."""
@@ -158,13 +169,13 @@ class ImageFiles:
 
     def without_damaged(self) -> "ImageFiles":
         """The others. Raises UserError if there are none."""
-        found = self._damaged(self._names)
+        found = self._damaged(self.names)
         which = "\n  ".join([f"{len(found):,} of {len(self):,} images, which cannot be read:", *self._each(found)])
         if len(found) == len(self):
             raise UserError(f"{self._files.path} holds {which}")
         if found:
             tell(f"{self._files.path}: going on without {which}")
-        names = [name for name in self._names if name not in found]
+        names = [name for name in self.names if name not in found]
         return ImageFiles(self._files, names, self.shape, self.flip, self._crop, self._whole, self._advice)
 
     def _refusal(self, damaged: Mapping[str, str]) -> str:
@@ -221,6 +232,9 @@ def whole_images(path: Path, size: int | None = None) -> Source:
 class ImageFolder:
     """All images of a folder (with its subfolders) or zip archive: centre square, resized with antialiasing.
 
+    Their classes are those of its `dataset.json`, as EDM's tools write it, or `labels.csv`, lines `name,class`; without
+    either the folders that they are in, numbered in order.
+
     Read is what Pillow reads with 8 bits a channel, whatever the name; where no alpha is asked for, transparent pixels are
     shown on white. Up to 1 GiB of pixels is decoded at the start and kept; more is decoded as it is read, which
     `python -m gddim.data prepare` does once for all.
@@ -238,10 +252,16 @@ class ImageFolder:
     """Of the images in order of name every n-th is held out; 0 holds out none, and tests on all."""
     skip_damaged: bool = field(default=False, metadata=MAY_CHANGE)
     """Go on without the images that cannot be read, which are listed; all are read to find them."""
+    labels: bool = field(default=False, metadata=LATER)
+    """Whether records have their classes beside them."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         return (self.size, self.size, self.channels)
+
+    @property
+    def classes(self) -> int:
+        return _count_classes(self.find(), os.stat(self.find()).st_mtime_ns) if self.labels else 0
 
     def find(self) -> Path:
         path = Path(self.path).expanduser()
@@ -259,10 +279,20 @@ class ImageFolder:
         if self.size < 1 or self.channels not in MODES:
             raise UserError(f"size must be positive and channels 1 to 4, not {self.size} and {self.channels}")
         files = _Files(self.find())
+        classes = files.classes() if self.labels else None
         names = [files.names[row] for row in every_nth(len(files.names), self.test_every)[part]]
         shape, advice = (self.size, self.size, self.channels), ", or go on without by the option skip-damaged"
         images = ImageFiles(files, names, shape, self.flip, advice=advice)
-        return _kept_if_small(images.without_damaged() if self.skip_damaged else images)
+        images = images.without_damaged() if self.skip_damaged else images
+        source = _kept_if_small(images)
+        if classes is None:
+            return source
+        return with_labels(source, np.array([classes[name] for name in images.names], np.int32))
+
+
+@functools.lru_cache(maxsize=1)  # an experiment asks again and again
+def _count_classes(path: Path, stamp: int) -> int:
+    return 1 + max(_Files(path).classes().values())
 
 
 @dataclass(frozen=True)

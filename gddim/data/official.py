@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int32, UInt8
 
 from gddim.data.files import digest, fetch
-from gddim.data.sources import ArraySource, data_folder
+from gddim.data.sources import DATA, LABEL, ArraySource, data_folder
 from gddim.errors import UserError
-from gddim.settings import MAY_CHANGE
+from gddim.settings import LATER, MAY_CHANGE
 
 _CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 _CIFAR_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
@@ -44,8 +44,15 @@ class CIFAR10:
     """Folder that holds the data; by default $GDDIM_DATA, or ~/.cache/gddim."""
     batches: tuple[int, ...] = ()
     """Which of its files 1 to 5, of 10,000 photographs each, to train on, where not all are there; none named: all."""
+    labels: bool = field(default=False, metadata=LATER)
+    """Whether records have their classes beside them: 0 airplane, automobile, bird, cat, deer, dog, frog, horse, ship,
+    9 truck."""
 
     shape = (32, 32, 3)
+
+    @property
+    def classes(self) -> int:
+        return 10 * self.labels
 
     def __post_init__(self):
         if len({*self.batches} & {*range(1, 6)}) < len(self.batches):
@@ -66,7 +73,9 @@ class CIFAR10:
         if not unpacked.is_dir() and any((folder / name).exists() for name in _BATCH_MD5):
             unpacked = folder
         batches = _from_folder(unpacked, names) if unpacked.is_dir() else _from_archive(folder, names)
-        return ArraySource(np.concatenate([_images(folder, name, batches[name]) for name in names]), flip=True)
+        read = [_records(folder, name, batches[name]) for name in names]
+        images, labels = map(np.concatenate, zip(*read, strict=True))
+        return ArraySource({DATA: images, LABEL: labels} if self.labels else images, flip=True)
 
 
 def _from_folder(folder: Path, names: list[str]) -> dict[str, bytes]:
@@ -98,15 +107,16 @@ def _from_archive(folder: Path, names: list[str]) -> dict[str, bytes]:
     return found
 
 
-def _images(folder: Path, name: str, raw: bytes) -> UInt8[np.ndarray, "n 32 32 3"]:
-    """One batch file: records of a label byte and three planes of 32×32 bytes."""
+def _records(folder: Path, name: str, raw: bytes) -> tuple[UInt8[np.ndarray, "n 32 32 3"], Int32[np.ndarray, " n"]]:
+    """Images and labels of one batch file: records of a label byte and three planes of 32×32 bytes."""
     found = hashlib.md5(raw, usedforsecurity=False).hexdigest()
     if found != _BATCH_MD5[name]:
         raise UserError(
             f"CIFAR-10 in {folder}: {name} is damaged: {len(raw)} bytes with md5 {found}, not {_BATCH_MD5[name]}"
         )
-    planes = np.frombuffer(raw, np.uint8).reshape(-1, 3073)[:, 1:].reshape(-1, 3, 32, 32)
-    return np.ascontiguousarray(planes.transpose(0, 2, 3, 1))
+    rows = np.frombuffer(raw, np.uint8).reshape(-1, 3073)
+    planes = rows[:, 1:].reshape(-1, 3, 32, 32)
+    return np.ascontiguousarray(planes.transpose(0, 2, 3, 1)), rows[:, 0].astype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -118,8 +128,14 @@ class SVHN:
 
     root: str | None = field(default=None, metadata=MAY_CHANGE)
     """Folder that holds the data; by default $GDDIM_DATA, or ~/.cache/gddim."""
+    labels: bool = field(default=False, metadata=LATER)
+    """Whether records have their classes beside them, the digits that they are."""
 
     shape = (32, 32, 3)
+
+    @property
+    def classes(self) -> int:
+        return 10 * self.labels
 
     def find(self) -> Path:
         return data_folder(self.root)  # what it lacks is downloaded
@@ -138,5 +154,8 @@ class SVHN:
             fetch(_SVHN_URL + name, path, _SVHN_MD5[name])
         if (found := digest(path, "md5")) != _SVHN_MD5[name]:
             raise UserError(f"SVHN: {path} is damaged: its md5 is {found}, not {_SVHN_MD5[name]}")
-        images = loadmat(path, variable_names=["X"])["X"]
-        return ArraySource(np.ascontiguousarray(images.transpose(3, 0, 1, 2)))
+        found = loadmat(path, variable_names=["X", "y"])
+        images = np.ascontiguousarray(found["X"].transpose(3, 0, 1, 2))
+        if not self.labels:
+            return ArraySource(images)
+        return ArraySource({DATA: images, LABEL: found["y"].ravel().astype(np.int32) % 10})  # 10 stands for 0 there

@@ -5,20 +5,20 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Int, Int32, Shaped
 from tqdm import tqdm
 
 from gddim.data.content import digest_of, hexadecimal
 from gddim.data.files import digest
-from gddim.data.sources import Dataset, Source
+from gddim.data.labels import Labelled, class_numbers, classes_of
+from gddim.data.sources import LABEL, Dataset, Source, x0_and_cond
 from gddim.errors import UserError, harmless
-from gddim.settings import MAY_CHANGE
+from gddim.settings import LATER, MAY_CHANGE
 from gddim.storage import locked
 
 _FORMAT = "gddim shards 1"
@@ -34,16 +34,39 @@ class Shards:
 
     path: str = field(metadata=MAY_CHANGE)
     """Folder with manifest.json and the shards."""
+    labels: bool = field(default=False, metadata=LATER)
+    """Whether records have their classes beside them, which they were prepared with."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.train().shape
+        return ShardSource(self._folder, "train").shape
 
-    def train(self) -> "ShardSource":
-        return ShardSource(Path(self.path).expanduser(), "train")
+    @property
+    def classes(self) -> int:
+        if not self.labels:
+            return 0
+        if classes := (_read_manifest(self._folder) or {}).get("classes"):
+            return classes
+        raise UserError(
+            f"{self._folder} has no labels: prepare it anew, `python -m gddim.data prepare SOURCE DEST --labels`"
+        )
 
-    def test(self) -> "ShardSource":
-        return ShardSource(Path(self.path).expanduser(), "test")
+    def train(self) -> Source:
+        return self._read("train")
+
+    def test(self) -> Source:
+        return self._read("test")
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.path).expanduser()
+
+    def _read(self, split: str) -> Source:
+        source, classes = ShardSource(self._folder, split), self.classes
+        if not classes:
+            return source
+        labels = class_numbers(source.read_labels(), len(source), self._folder, classes)
+        return Labelled(source, labels, source.labelled_digest)
 
 
 class ShardSource:
@@ -60,8 +83,8 @@ class ShardSource:
         self.shape = tuple(manifest["shape"])
         self.dtype = np.dtype(manifest["dtype"])
         self.flip = manifest["flip"]
-        parts = [shard.get("records") for shard in shards]  # shards of earlier versions tell nothing
-        self.digest = None if None in parts else hexadecimal(sum(int(part, 16) for part in parts))
+        self.digest = _sum_of(shards, "records")
+        self.labelled_digest = _sum_of(shards, "labelled")
         self._paths = [folder / shard["file"] for shard in shards]
         self._begins = np.cumsum([0, *(shard["count"] for shard in shards)])
         self._local = threading.local()
@@ -75,6 +98,14 @@ class ShardSource:
         records = b"".join(map(self._read, shards.tolist(), rows.tolist()))
         return np.frombuffer(records, self.dtype).reshape(len(indices), *self.shape)
 
+    def read_labels(self) -> Int32[np.ndarray, " n"]:
+        """Those of all records. Raises UserError where they are missing or damaged."""
+        try:
+            parts = [np.load(_labels_of(path), allow_pickle=False) for path in self._paths]
+            return np.concatenate([*parts, np.zeros(0, np.int32)])
+        except (OSError, ValueError) as error:
+            raise UserError(f"labels of {self._paths[0].parent} cannot be read ({error}): prepare it again") from error
+
     def _read(self, shard: int, row: int) -> bytes:
         """One record: without read-ahead, and 3 to 5 times as fast on a core as the reader's own list of rows."""
         path = str(self._paths[shard])
@@ -86,6 +117,17 @@ class ShardSource:
             return reader.read()
         except (RuntimeError, ValueError, IndexError, OSError) as error:
             raise UserError(f"{path} cannot be read ({error}); if it is damaged, prepare it again") from error
+
+
+def _sum_of(shards: list[dict], name: str) -> str | None:
+    """The digest of the records of all shards; None where they tell none, as those of earlier versions and those without
+    labels do."""
+    parts = [shard[name] for shard in shards if name in shard]
+    return hexadecimal(sum(int(part, 16) for part in parts)) if len(parts) == len(shards) else None
+
+
+def _labels_of(shard: Path) -> Path:
+    return shard.with_suffix(".labels.npy")
 
 
 def _reader(path: str) -> Any:
@@ -121,7 +163,7 @@ def prepare(dataset: Dataset, dest: Path, shard_bytes: int = 2**30) -> None:
                     for shard in manifest["splits"][split]:
                         path, rows = dest / shard["file"], range(begin, begin + shard["count"])
                         if not _is_whole(dest, shard) or digest(path, "sha256") != shard["sha256"]:
-                            shard["records"] = hexadecimal(_write_shard(path, source, rows, bar))
+                            shard |= _write_shard(path, source, rows, bar)
                             shard["bytes"], shard["sha256"] = path.stat().st_size, digest(path, "sha256")
                             _write_manifest(dest, manifest)
                         begin = rows.stop
@@ -148,6 +190,7 @@ def _plan(dataset: Dataset, sources: dict[str, Source], shard_bytes: int) -> dic
         for split, source in sources.items()
     }
     counts = {split: len(source) for split, source in sources.items()}
+    classes = classes_of(dataset)
     return {
         "format": _FORMAT,
         "source": repr(dataset),
@@ -155,6 +198,7 @@ def _plan(dataset: Dataset, sources: dict[str, Source], shard_bytes: int) -> dic
         "dtype": dtype.name,
         "flip": sources["train"].flip,
         "counts": counts,
+        **({"classes": classes} if classes else {}),
         "content": {split: _sample(source) for split, source in sources.items()},
         "splits": splits,
     }
@@ -164,10 +208,10 @@ def _continued(plan: dict, old: dict | None, dest: Path) -> dict:
     """The manifest to go on from: the old one, if it began the same plan."""
     if old is None:
         return plan
-    for key in ("shape", "dtype", "flip", "counts", "content"):  # wherever the source lies now
-        if old.get(key) != plan[key]:
+    for key in ("shape", "dtype", "flip", "counts", "classes", "content"):  # wherever the source lies now
+        if old.get(key) != plan.get(key):
             raise UserError(
-                f"{dest} was begun with {key} {old.get(key)}, not {plan[key]}: delete it or name another folder"
+                f"{dest} was begun with {key} {old.get(key)}, not {plan.get(key)}: delete it or name another folder"
             )
     return old
 
@@ -175,32 +219,44 @@ def _continued(plan: dict, old: dict | None, dest: Path) -> dict:
 def _sample(source: Source) -> str:
     """A digest of 64 records, by which other content of the same shape is noticed."""
     records = source[np.linspace(0, len(source) - 1, min(len(source), 64)).astype(int)]
-    if isinstance(records, Mapping):
-        raise UserError(f"shards hold one array a record, and these are {', '.join(records)}")
-    return hashlib.sha256(np.ascontiguousarray(records).tobytes()).hexdigest()[:16]
+    x0, cond = x0_and_cond(records)
+    if set(cond or {}) - {LABEL} or (cond and (cond[LABEL].dtype, cond[LABEL].ndim) != (np.int32, 1)):
+        kinds = ", ".join(f"{name} {values.dtype}" for name, values in records.items())
+        raise UserError(f"shards hold one array a record, and its label, an int32; these are {kinds}")
+    parts = [x0, *(cond or {}).values()]
+    return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()[:16]
 
 
-def _write_shard(path: Path, source: Source, rows: range, bar: tqdm) -> int:
-    """Writes the records of these rows, and returns what they add to the digest of all."""
+def _write_shard(path: Path, source: Source, rows: range, bar: tqdm) -> dict[str, str]:
+    """Writes the records of these rows, and returns what they add to the digest of all, without labels and with them."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     part = path.with_name(path.name + ".part")
-    writer, found = ArrayRecordWriter(str(part), "group_size:1,uncompressed"), 0  # photographs hardly compress
+    writer = ArrayRecordWriter(str(part), "group_size:1,uncompressed")  # photographs hardly compress
+    alone, labelled, labels = 0, 0, []
     try:
         for begin in rows[::_CHUNK]:
             records = source[np.arange(begin, min(begin + _CHUNK, rows.stop))]
-            for record in records:
+            x0, cond = x0_and_cond(records)
+            for record in x0:
                 writer.write(record.tobytes())
-            found += digest_of(records, begin)
-            bar.update(len(records))
+            alone += digest_of(x0, begin)
+            if cond:
+                labelled += digest_of(records, begin)
+                labels.append(cond[LABEL])
+            bar.update(len(x0))
     finally:
         writer.close()
+    if labels:
+        np.save(_labels_of(path), np.concatenate(labels), allow_pickle=False)
     part.replace(path)
-    return found
+    return {"records": hexadecimal(alone), **({"labelled": hexadecimal(labelled)} if labels else {})}
 
 
 def _is_whole(folder: Path, shard: dict) -> bool:
     path = folder / shard["file"]
+    if "labelled" in shard and not _labels_of(path).is_file():
+        return False
     return shard["sha256"] is not None and path.is_file() and path.stat().st_size == shard["bytes"]
 
 

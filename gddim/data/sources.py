@@ -1,6 +1,5 @@
-"""What a data set is, and those that are one array: the digits that scikit-learn carries, five rings, a NumPy file."""
+"""What a data set is, and those that are made here: the digits that scikit-learn carries, and five rings."""
 
-import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,19 +7,18 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float, Int, PyTree, Shaped
+from jaxtyping import Int, PyTree, Shaped
 
 from gddim.errors import UserError
-from gddim.settings import MAY_CHANGE
+from gddim.settings import LATER
 
 _CHUNK = 1024
-_LARGE = 2**30  # bytes of a file that is not read at every start to see whether it is the same
-DATA = "x0"  # the data of a record, where it is a dictionary
+DATA, LABEL = "x0", "label"  # the data of a record, where it is a dictionary, and the number of its class
 _CHANNELS = (1, 2, 3, 4)
 # By the axes of an array, what floating images in [-1, 1] fall below somewhere, and those of another range nowhere: in
 # [0, 1] or [-0.5, 0.5] up to rounding; without an axis of channels these may be series, and only [0, 1] is told from them.
-_DARK = {4: -0.51, 3: -0.01}
-_SCALE = "scale those of [0, 1] by 2x - 1, those of [-0.5, 0.5] by 2x, or store uint8"
+DARK = {4: -0.51, 3: -0.01}
+SCALE = "scale those of [0, 1] by 2x - 1, those of [-0.5, 0.5] by 2x, or store uint8"
 
 
 Records = PyTree[Shaped[np.ndarray, "b ..."]]
@@ -59,7 +57,8 @@ class Source(Protocol):
 class Dataset(Protocol):
     """What an experiment names: building it reads nothing; `train` and `test` read, and raise UserError by name.
 
-    Where records are dictionaries it also has `cond`, an example of all that stands beside "x0", as
+    Where records have a "label" beside "x0", an int32 of one of several classes, it also has `classes`, how many, by which
+    networks are made; where they have anything else, `cond`, an example of all that stands beside "x0", as
     `{"label": np.int32(0)}`: its shapes and types are what costs are reckoned with before anything is read.
     """
 
@@ -146,9 +145,9 @@ class ArraySource:
         if data.ndim == 4 and data.shape[-1] not in _CHANNELS and data.shape[1] in _CHANNELS:
             wanted = "images must be (N, H, W, C), not with their channels first: make them so by transpose(0, 2, 3, 1)"
             raise UserError(f"{data.shape}: {wanted}")
-        if not _is_dark_somewhere(data):
-            found = "negative" if data.ndim == 3 else f"below {_DARK[4]}"
-            raise UserError(f"floating images must lie in [-1, 1], but these are never {found}: {_SCALE}")
+        if not is_dark_somewhere(data):
+            found = "negative" if data.ndim == 3 else f"below {DARK[4]}"
+            raise UserError(f"floating images must lie in [-1, 1], but these are never {found}: {SCALE}")
         self.flip = flip
         self.rows = rows
         self.stamp = stamp
@@ -171,11 +170,11 @@ class ArraySource:
         return {DATA: self.array[picked], **{name: values[picked] for name, values in self.cond.items()}}
 
 
-def _is_dark_somewhere(array: Shaped[np.ndarray, "n *shape"]) -> bool:
+def is_dark_somewhere(array: Shaped[np.ndarray, "n *shape"]) -> bool:
     """Whether floating images are, as those in [-1, 1] are, most often among the first few; true of all else."""
-    if array.ndim not in _DARK or array.dtype == np.uint8 or not array.size:
+    if array.ndim not in DARK or array.dtype == np.uint8 or not array.size:
         return True
-    return any(array[begin : begin + _CHUNK].min() < _DARK[array.ndim] for begin in range(0, len(array), _CHUNK))
+    return any(array[begin : begin + _CHUNK].min() < DARK[array.ndim] for begin in range(0, len(array), _CHUNK))
 
 
 def data_folder(root: str | None) -> Path:
@@ -213,18 +212,29 @@ class Digits:
     writers than those trained on.
     """
 
+    labels: bool = field(default=False, metadata=LATER)
+    """Whether records have their classes beside them, the digits that they are."""
+
     shape = (8, 8, 1)
 
+    @property
+    def classes(self) -> int:
+        return 10 * self.labels
+
     def train(self) -> ArraySource:
-        return ArraySource(self._shuffled()[0][:1500])
+        return self._read(slice(None, 1500))
 
     def test(self) -> ArraySource:
-        return ArraySource(self._shuffled()[0][1500:])
+        return self._read(slice(1500, None))
 
-    def labels(self) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]:
-        """Which digit each record of `train` and of `test` is."""
+    def known_classes(self) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]:
+        """Which digit each record of `train` and of `test` is, whether they have labels or not."""
         labels = self._shuffled()[1]
         return labels[:1500], labels[1500:]
+
+    def _read(self, rows: slice) -> ArraySource:
+        images, labels = self._shuffled()
+        return ArraySource({DATA: images[rows], LABEL: labels[rows].astype(np.int32)} if self.labels else images[rows])
 
     def _shuffled(self) -> tuple[np.ndarray, np.ndarray]:
         from sklearn.datasets import load_digits
@@ -249,101 +259,27 @@ class FiveRings:
     """Number of points held out, drawn independently."""
     seed: int = 0
     """Seed of both sets."""
+    labels: bool = field(default=False, metadata=LATER)
+    """Whether points have their classes beside them, the circles that they are on."""
 
     shape = (2,)
 
+    @property
+    def classes(self) -> int:
+        return 5 * self.labels
+
     def train(self) -> ArraySource:
-        return ArraySource(self._draw(self.train_points, 0))
+        return self._draw(self.train_points, 0)
 
     def test(self) -> ArraySource:
-        return ArraySource(self._draw(self.test_points, 1))
+        return self._draw(self.test_points, 1)
 
-    def _draw(self, count: int, stream: int) -> Float[np.ndarray, "n 2"]:
+    def _draw(self, count: int, stream: int) -> ArraySource:
         w, h = 3.5, 1.5
         centres = np.array([(-w, h), (0, h), (w, h), (-0.6 * w, -h), (0.6 * w, -h)]) / 2
         rng = np.random.default_rng([self.seed, stream])
         circle = rng.integers(len(centres), size=count)
         angle = rng.uniform(0, 2 * np.pi, count)
         points = centres[circle] + np.stack([np.cos(angle), np.sin(angle)], axis=1)
-        return ((points - centres.mean(0)) / np.sqrt(centres.var(0) + 0.5)).astype(np.float32)
-
-
-@dataclass(frozen=True)
-class ArrayFile:
-    """A `.npy` file, or a `.npz` file with one array, with `train` and `test`, or as other programs write samples.
-
-    These have `arr_0`, beside which there may be labels, or `samples`. Images are uint8 `(N, H, W, C)`, or floating in
-    [-1, 1]; points are floating `(N, C)`. A uint8 or float32 `.npy` is mapped, not read, and may be larger than memory.
-    """
-
-    path: str = field(metadata=MAY_CHANGE)
-    """The file."""
-    flip: bool = False
-    """Whether training may mirror images left to right."""
-    test_every: int = 10
-    """Of the records in order every n-th is held out; 0 holds out none, and tests on all. Unused if `test` exists."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.train().shape
-
-    def train(self) -> ArraySource:
-        return self._read("train", 0)
-
-    def test(self) -> ArraySource:
-        return self._read("test", 1)
-
-    def _read(self, name: str, part: int) -> ArraySource:
-        path = Path(self.path).expanduser()
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise UserError(f"cannot read {self.path} ({error.strerror}): a .npy or .npz file is needed") from error
-        arrays = _load(path, (status.st_mtime_ns, status.st_size))
-        array = arrays[name if len(arrays) > 1 else next(iter(arrays))]
-        if self.flip and array.ndim != 4:
-            raise UserError(f"{self.path} holds records {array.shape[1:]}: only images (H, W, C) can be mirrored")
-        rows = None if len(arrays) > 1 else every_nth(len(array), self.test_every)[part]
-        large = status.st_size > _LARGE
-        stamp = f"{status.st_size} {status.st_mtime_ns} {self.test_every} {name}" if large else None
-        try:
-            return ArraySource(array, self.flip, rows, stamp)
-        except UserError as error:
-            raise UserError(f"{self.path}: {error}") from error
-
-
-@functools.lru_cache(maxsize=1)  # an experiment asks for the shape of its data again and again
-def _load(path: Path, stamp: tuple[int, int]) -> Mapping[str, np.ndarray]:
-    """The arrays of a file by name, checked and floats as float32; `stamp` tells versions of the file apart."""
-    try:
-        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-        arrays = dict(loaded) if isinstance(loaded, Mapping) else {"": loaded}
-    except Exception as error:  # zip, zlib, header and object errors alike
-        raise UserError(f"cannot read {path} ({error}): a .npy or .npz file of numbers is needed") from error
-    if len(arrays) != 1 and not {"train", "test"} <= set(arrays):
-        samples = [array for name, array in arrays.items() if name == "samples" or name.startswith("arr_")]
-        if not samples:
-            raise UserError(f"{path} has arrays {', '.join(arrays) or 'none'}: keep one, or name two train and test")
-        arrays = {"": max(samples, key=np.ndim)}  # labels have fewer axes
-    arrays = {name: _checked(path, array) for name, array in arrays.items()}
-    if len(arrays) > 1 and (train := arrays["train"].shape[1:]) != (test := arrays["test"].shape[1:]):
-        raise UserError(f"{path} has records {train} in train and {test} in test: both must be of one shape")
-    return arrays
-
-
-def _checked(path: Path, array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "n *shape"]:
-    flat = array.ndim == 3 and array.dtype == np.uint8
-    if array.ndim < 2 or flat or not (array.dtype == np.uint8 or np.issubdtype(array.dtype, np.floating)):
-        kinds = "images (N, H, W, C) or points (N, C), uint8 or floating"
-        grey = f"; of grey images make it {(*array.shape, 1)}" if flat else ""
-        raise UserError(f"{path} must hold {kinds}, not {array.dtype} {array.shape}{grey}")
-    if array.dtype == np.uint8:
-        return array
-    array = array.astype(np.float32, copy=False)
-    low, high = (array.min(), array.max()) if array.size else (-1, 1)
-    if not np.isfinite(low + high):
-        raise UserError(f"{path} holds values that are not finite")
-    if not _is_dark_somewhere(array) or (array.ndim == 4 and not -1 <= low <= high <= 1):
-        grey = f", and make it {(*array.shape, 1)}" if array.ndim == 3 else ""
-        raise UserError(f"{path}: floating images must lie in [-1, 1], found {low:g} to {high:g}: {_SCALE}{grey}")
-    return array
+        points = ((points - centres.mean(0)) / np.sqrt(centres.var(0) + 0.5)).astype(np.float32)
+        return ArraySource({DATA: points, LABEL: circle.astype(np.int32)} if self.labels else points)

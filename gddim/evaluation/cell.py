@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array
+from jaxtyping import Array, Int32
 
-from gddim.data import to_uint8
+from gddim.data import LABEL, to_uint8
 from gddim.errors import UserError
 from gddim.evaluation.features import FeatureSpace
 from gddim.evaluation.provenance import hardware, software, stable_repr
-from gddim.evaluation.statistics import Statistics, compare, features_of
+from gddim.evaluation.statistics import CLASSES, Statistics, compare, features_of
 from gddim.model import seen_through
 from gddim.parallel import agree, to_host
 from gddim.samplers.base import ProcessModel
@@ -89,6 +89,8 @@ class Evaluator:
     provenance: Row
     batch: int = 128
     sharding: jax.sharding.Sharding | None = None
+    classes: int = 0
+    """Of a model that is told them: sample i is of class i mod classes, as many of each."""
 
     def __post_init__(self) -> None:
         self.reference.check_space(self.space.name, self.shape)
@@ -102,6 +104,7 @@ class Evaluator:
             "features": self.space.name,
             "reference": self.reference.origin | {"digest": self.reference.digest()},
             "rounding": ROUNDING if len(self.shape) == 3 else "none",
+            **({"classes": f"i mod {self.classes}"} if self.classes else {}),
             **software(),
         }
 
@@ -139,7 +142,8 @@ class Evaluator:
                 which = f"{lost} of samples {start} to {start + n - 1}"
                 measured = {"nfe": float(to_host(made)[:n].mean()), "devices": hardware(), "not_finite": which}
                 return key | {"metrics": {}, "measured": measured}
-            part = Statistics.of(to_host(features)[:n], self.space, start, origin)
+            labels = self._labels(np.arange(start, start + n, dtype=np.int32)) if self.classes <= CLASSES else None
+            part = Statistics.of(to_host(features)[:n], self.space, start, origin, labels)
             found = found.then(part) if found else part
             calls += int(to_host(made)[:n].sum())
             if keep:
@@ -160,14 +164,20 @@ class Evaluator:
         }
         return key | {"metrics": compare(found, self.reference, self.space.metrics), "measured": measured}
 
+    def _labels(self, numbers: Int32[np.ndarray, " n"]) -> Int32[np.ndarray, " n"] | None:
+        return numbers % np.int32(self.classes) if self.classes else None
+
     def _ahead(
         self, cell: Cell, model: ProcessModel, solver: AbstractSolver, first: int
     ) -> Iterator[tuple[int, Array, Array, Array, Array]]:
         """Number, samples, features, network calls and finiteness of each batch; the devices have the next one by then."""
         pending = None
         for start in range(first, cell.samples, self.batch):
-            indices = jax.device_put(np.arange(start, start + self.batch, dtype=np.int32), self.sharding)
-            x, made, _ = sample_numbered(model, solver, self.shape, jnp.asarray(cell.seed, jnp.int32), indices)
+            rows = np.arange(start, start + self.batch, dtype=np.int32)
+            labels = self._labels(rows)
+            indices, cond = jax.device_put((rows, None if labels is None else {LABEL: labels}), self.sharding)
+            seed = jnp.asarray(cell.seed, jnp.int32)
+            x, made, _ = sample_numbered(model, solver, self.shape, seed, indices, cond=cond)
             finite = jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))
             x = to_uint8(x) if len(self.shape) == 3 else x
             devices = self.sharding.num_devices if self.sharding else 1

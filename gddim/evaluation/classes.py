@@ -18,22 +18,25 @@ class Labelled(Protocol):
 
     def test(self) -> Source: ...
 
-    def labels(self) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]:
+    def known_classes(self) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]:
         """The classes of the training and of the held-out records."""
         ...
 
 
-def classify(data: Labelled, samples: Shaped[np.ndarray, "n ..."]) -> dict[str, Any]:
+def classify(
+    data: Labelled, samples: Shaped[np.ndarray, "n ..."], asked: Int[np.ndarray, " n"] | None = None
+) -> dict[str, Any]:
     """A support-vector classifier trained on the real records, and what it says about samples.
 
     `shares` of the samples by class; `confidence`, the mean probability of the class that wins, of the samples and of
-    the held-out records; `accuracy` on the latter.
+    the held-out records; `accuracy` on the latter; `as_asked`, the share of samples in which it finds the class that they
+    are to be of.
     """
     from sklearn.calibration import CalibratedClassifierCV
     from sklearn.svm import SVC
 
     train, test = data_alone(data.train()), data_alone(data.test())
-    labels, held_out = data.labels()
+    labels, held_out = data.known_classes()
 
     def pixels(records: np.ndarray) -> np.ndarray:
         return records.reshape(len(records), -1) / 255.0
@@ -47,13 +50,15 @@ def classify(data: Labelled, samples: Shaped[np.ndarray, "n ..."]) -> dict[str, 
         "confidence": float(drawn.max(1).mean()),
         "confidence_real": float(real.max(1).mean()),
         "accuracy_real": float(np.mean(classes[real.argmax(1)] == held_out)),
+        **({} if asked is None else {"as_asked": float(np.mean(classes[won] == asked))}),
     }
 
 
 def classes_in_words(found: dict[str, Any]) -> str:
     """What `classify` found, in a line."""
+    asked = f"; {found['as_asked']:.1%} of the samples are of the class asked" if "as_asked" in found else ""
     shares = ", ".join(f"{name}: {share:.1%}" for name, share in found["shares"].items())
     return (
         f"classes among the samples: {shares}; mean probability of the winning class {found['confidence']:.3f}, "
-        f"of held-out records {found['confidence_real']:.3f} (right in {found['accuracy_real']:.1%})"
+        f"of held-out records {found['confidence_real']:.3f} (right in {found['accuracy_real']:.1%}){asked}"
     )

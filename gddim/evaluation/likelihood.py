@@ -7,11 +7,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from tqdm import tqdm
 
-from gddim.data import Source, to_unit
+from gddim.data import Source, to_unit, x0_and_cond
 from gddim.parallel import to_host
+from gddim.samplers.numbered import given
 from gddim.sde.base import AbstractLinearSDE, last_time
 from gddim.sde.linalg import aligned, product
 
@@ -105,6 +106,8 @@ def bits_per_dimension(
 ) -> Bits:
     """`−log₂ p(x) / D` of the first `records` of a data set (all by default); `options` are those of `log_density`.
 
+    Of records that are dictionaries `p(x | cond)`, of all that stands beside the data.
+
     Images are dequantised: `p(q)` is bounded by the density of `to_unit(q)` plus uniform noise as wide as a grey level,
     which adds log₂ 127.5. Record i draws its noise from (seed, i), whatever the batch.
     """
@@ -122,14 +125,15 @@ def bits_per_dimension(
 
 @eqx.filter_jit
 def _bits(
-    model: Any, x: Shaped[Array, "b ..."], numbers: Int[Array, " b"], seed: Int[Array, ""], options: dict[str, Any]
+    model: Any, records: PyTree, numbers: Int[Array, " b"], seed: Int[Array, ""], options: dict[str, Any]
 ) -> Float[Array, " b"]:
-    def one(x: Array, number: Array) -> Array:
+    def one(record: PyTree, number: Array) -> Array:
+        x, cond = x0_and_cond(record)
         noise_key, key = jax.random.split(jax.random.fold_in(jax.random.key(seed), number))
         offset = 0.0
         if x.dtype == jnp.uint8:
             x = to_unit(x) + jax.random.uniform(noise_key, x.shape, jnp.float32, -0.5, 0.5) / 127.5
             offset = math.log2(127.5)
-        return offset - log_density(model, x, key, **options) / (x.size * math.log(2))
+        return offset - log_density(given(model, cond), x, key, **options) / (x.size * math.log(2))
 
-    return jax.vmap(one)(x, numbers)
+    return jax.vmap(one)(records, numbers)

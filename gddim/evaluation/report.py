@@ -26,7 +26,7 @@ from gddim.evaluation.figures import (
     processes_in_words,
 )
 from gddim.evaluation.paper_tables import TABLES, Published
-from gddim.evaluation.statistics import FEW
+from gddim.evaluation.statistics import FEW, OF_CLASS
 from gddim.evaluation.sweep import FLOOR
 from gddim.storage import write_whole
 
@@ -198,9 +198,30 @@ def about(group: Group) -> list[str]:
 
 def tables(group: Group) -> list[list[list[str]]]:
     """For each metric the samplers against the network calls, as rows of cells, the first its header; where there are
-    several processes the second column tells them.
+    several processes the second column tells them. Last the samplers against the classes of the data, where it has such.
     """
-    return [found for metric in ("frechet", *TITLES) if (found := _metric_table(group, metric))]
+    found = [_metric_table(group, metric) for metric in ("frechet", *TITLES)]
+    return [each for each in (*found, _class_table(group)) if each]
+
+
+def _class_table(group: Group) -> list[list[str]]:
+    """Each class's Fréchet distance, of samples that are as many times fewer, at the most network calls."""
+    names = {name for row in group.rows for name in row["metrics"] if name.startswith(OF_CLASS)}
+    if not names:
+        return []
+    of = {
+        name.removeprefix(OF_CLASS): group.entries(name) for name in sorted(names, key=lambda name: (len(name), name))
+    }
+    first = next(iter(of.values()))
+    most = max((nfe for cells in first.values() for nfe in cells if nfe is not None), default=None)
+    found = [[f"{group.title('frechet')}, by class at NFE {most}", *(f"class {k}" for k in of)]]
+    for label in first:
+        found.append([label, *(str(each[label][most]) if most in each.get(label, {}) else "" for each in of.values())])
+    if group.floor:
+        values = [group.floor["metrics"].get(f"{OF_CLASS}{k}") for k in of]
+        told = ["" if value is None else _digits(value) for value in values]
+        found.append([f"{group.floor['cell']['source']} (floor)", *told])
+    return found
 
 
 def _metric_table(group: Group, metric: str) -> list[list[str]]:

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
-from gddim.data import ArraySource, Source
+from gddim.data import LABEL, ArraySource, Source, x0_and_cond
 from gddim.errors import UserError
 from gddim.evaluation import metrics
 from gddim.evaluation.features import FeatureSpace
@@ -25,6 +25,8 @@ from gddim.parallel import to_host
 from gddim.storage import write_whole
 
 SUBSET = 5000  # features kept for the metrics that compare pairs: KID, energy distance, precision and recall
+CLASSES = 20  # more have no moments of their own: each takes a covariance, 32 MB of Inception features
+OF_CLASS = "frechet of class "
 FEW = 10_000  # below so many samples a Fréchet distance is biased enough that its name must tell their number
 
 
@@ -48,29 +50,41 @@ def check_shapes(a: Sequence[int], b: Sequence[int]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """Moments of a stream of features, its first `SUBSET` features, the sums of its Inception Score, and its origin."""
+    """Moments of a stream of features, its first `SUBSET` features, the sums of its Inception Score, its origin; and the
+    moments of each of a few classes, where it has such."""
 
     moments: Moments
     subset: Float[np.ndarray, "m d"]
     scores: ScoreSums | None
     origin: dict[str, Any]
+    classes: dict[int, Moments] = dataclasses.field(default_factory=dict)
 
     @staticmethod
     def of(
-        features: Shaped[np.ndarray, "b d"], space: FeatureSpace, first: int, origin: dict[str, Any]
+        features: Shaped[np.ndarray, "b d"],
+        space: FeatureSpace,
+        first: int,
+        origin: dict[str, Any],
+        labels: Int[np.ndarray, " b"] | None = None,
     ) -> "Statistics":
-        """Of samples `first`, `first + 1`, … of a stream."""
+        """Of samples `first`, `first + 1`, … of a stream, of these classes."""
         features = np.asarray(features)
         p = space.probabilities(features)
         scores = None if p is None else ScoreSums.of(p, first)
         kept = features[: max(SUBSET - first, 0)].astype(np.float32)
-        return Statistics(Moments.of(features), kept, scores, origin)
+        few = [] if labels is None else [int(k) for k in np.unique(labels) if k >= 0]
+        return Statistics(
+            Moments.of(features), kept, scores, origin, {k: Moments.of(features[labels == k]) for k in few}
+        )
 
     def then(self, later: "Statistics") -> "Statistics":
         """Of this stream followed by a later part of it."""
         scores = self.scores.merge(later.scores) if self.scores and later.scores else self.scores
         subset = np.concatenate([self.subset, later.subset])
-        return Statistics(self.moments.merge(later.moments), subset, scores, self.origin)
+        classes = {k: moments.merge(later.classes[k]) for k, moments in self.classes.items() if k in later.classes}
+        return Statistics(
+            self.moments.merge(later.moments), subset, scores, self.origin, self.classes | later.classes | classes
+        )
 
     @property
     def count(self) -> int:
@@ -79,6 +93,7 @@ class Statistics:
     def digest(self) -> str:
         """Tells apart statistics that differ in any bit."""
         parts = [self.moments.mean, self.moments.scatter, self.subset]
+        parts += [part for _, each in sorted(self.classes.items()) for part in (each.mean, each.scatter)]
         return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()[:16]
 
     def check_space(self, name: str, shape: Sequence[int] | None) -> None:
@@ -92,6 +107,8 @@ class Statistics:
     def save(self, path: os.PathLike, **more: np.ndarray) -> None:
         """Write an npz file, with `more` arrays for other readers, that appears whole or not at all."""
         arrays: dict[str, Any] = more | {f"moments.{k}": v for k, v in dataclasses.asdict(self.moments).items()}
+        for number, moments in self.classes.items():
+            arrays |= {f"class {number}.{k}": v for k, v in dataclasses.asdict(moments).items()}
         if self.scores:
             arrays |= {f"scores.{k}": v for k, v in dataclasses.asdict(self.scores).items()}
         buffer = io.BytesIO()
@@ -107,16 +124,20 @@ class Statistics:
                 raise ValueError(f"its arrays are {', '.join(arrays)}, not those of python -m gddim.evaluation stats")
             parts: dict[str, dict[str, Any]] = {
                 part: {key.removeprefix(f"{part}."): v for key, v in arrays.items() if key.startswith(f"{part}.")}
-                for part in ("moments", "scores")
+                for part in dict.fromkeys(("moments", "scores", *(key.partition(".")[0] for key in arrays)))
             }
-            parts["moments"]["count"] = int(parts["moments"]["count"])
+            classes = {int(part[6:]): of for part, of in parts.items() if part.startswith("class ")}
+            for of in (parts["moments"], *classes.values()):
+                of["count"] = int(of["count"])
             subset, origin, d = arrays["subset"], json.loads(str(arrays["origin"])), parts["moments"]["mean"].shape
             if (parts["moments"]["scatter"].shape, subset.shape[1:], len(d)) != (2 * d, d, 1):
                 raise ValueError("the shapes of its arrays do not fit")
             if not isinstance(origin["features"], str):
                 raise ValueError("it does not name its feature space")
             scores = ScoreSums(**parts["scores"]) if parts["scores"] else None
-            return Statistics(Moments(**parts["moments"]), subset, scores, origin)
+            return Statistics(
+                Moments(**parts["moments"]), subset, scores, origin, {k: Moments(**of) for k, of in classes.items()}
+            )
         except Exception as error:  # a file of that name may be anything
             why = f"it lacks the array {error}" if isinstance(error, KeyError) else error
             raise UserError(f"{path} holds no statistics that can be read: {why}") from error
@@ -144,7 +165,8 @@ def features_of(space: FeatureSpace, samples: Shaped[Array, "b ..."], devices: i
 def source_statistics(
     source: Source, space: FeatureSpace, name: str, sharding: jax.sharding.Sharding | None = None, progress: bool = True
 ) -> Statistics:
-    """Of a whole data set, read in a shuffled order so that the subset is a sample of it.
+    """Of a whole data set, and of its classes where records have labels, read in a shuffled order so that the subset is a
+    sample of it.
 
     Devices take `space.chunk` records each at a time, whatever their number, so that it changes no bit of a feature.
     """
@@ -153,15 +175,16 @@ def source_statistics(
     order = np.random.default_rng(0).permutation(len(source))
     size = space.chunk * (sharding.num_devices if sharding else 1)
     origin = {"source": name, "records": len(source), "features": space.name}
-    origin |= space.details(source[order[:64]]) | software()
+    origin |= space.details(x0_and_cond(source[order[:64]])[0]) | software()
     found = None
     with tqdm(total=len(source), desc=name, unit="img", disable=None if progress else True) as bar:
         for first in range(0, len(source), size):
             indices = order[first : first + size]
             padded = np.concatenate([indices, np.full(size - len(indices), indices[0])])
-            batch = jax.device_put(source[padded], sharding)
+            x0, cond = x0_and_cond(source[padded])
+            batch, labels = jax.device_put(x0, sharding), cond and cond[LABEL][: len(indices)]
             features = to_host(features_of(space, batch, len(batch) // space.chunk))[: len(indices)]
-            part = Statistics.of(features, space, first, origin)
+            part = Statistics.of(features, space, first, origin, labels)
             found = found.then(part) if found else part
             bar.update(len(indices))
     if found is None:
@@ -176,8 +199,9 @@ def cached_statistics(
     are in memory, 1,024 of those that have to be read.
     """
     count = len(source) if isinstance(source, ArraySource) else min(len(source), 1024)
-    probe = np.ascontiguousarray(source[np.linspace(0, len(source) - 1, count).astype(int)])
-    key = json.dumps([name, space.name, len(source), source.shape, hashlib.sha256(probe.tobytes()).hexdigest()])
+    x0, cond = x0_and_cond(source[np.linspace(0, len(source) - 1, count).astype(int)])
+    probe = b"".join(np.ascontiguousarray(part).tobytes() for part in (x0, *(cond or {}).values()))
+    key = json.dumps([name, space.name, len(source), source.shape, hashlib.sha256(probe).hexdigest()])
     path = epath.Path(folder) / f"statistics-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
     if path.exists():
         return Statistics.load(path)
@@ -196,6 +220,10 @@ def compare(samples: Statistics, reference: Statistics, names: tuple[str, ...]) 
     found: dict[str, float] = {}
     if "frechet" in names:
         found["frechet"] = metrics.frechet_distance(samples.moments, reference.moments)
+        for k in sorted(samples.classes.keys() & reference.classes.keys()):
+            of, real = samples.classes[k], reference.classes[k]
+            if min(of.count, real.count) > 1:
+                found[f"{OF_CLASS}{k}"] = metrics.frechet_distance(of, real)
     if "kid" in names:
         found["kid"], found["kid_error"] = metrics.kid(samples.subset, reference.subset)
     if "energy" in names:

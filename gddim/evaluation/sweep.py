@@ -11,7 +11,7 @@ from etils import epath
 
 from gddim.errors import UserError
 from gddim.evaluation.cell import Cell, Evaluator, Row, check, digest_of
-from gddim.evaluation.statistics import Statistics, compare
+from gddim.evaluation.statistics import OF_CLASS, Statistics, compare
 from gddim.samplers.words import sampler_name
 from gddim.sde.words import process_name
 from gddim.storage import write_whole
@@ -82,7 +82,9 @@ def sweep(
                 if keep:
                     write_whole(told(key), (json.dumps(row, indent=1) + "\n").encode())
                 state.unlink(missing_ok=True)
-                found = ", ".join(f"{name} {value:.4g}" for name, value in row["metrics"].items())
+                found = ", ".join(
+                    f"{name} {value:.4g}" for name, value in row["metrics"].items() if not name.startswith(OF_CLASS)
+                )
                 found = found or f"diverged, {row['measured']['not_finite']} are not finite"
                 tqdm.write(f"{told_as}, NFE {row['measured']['nfe']:g}: {found}")
     return [known[key] for key in wanted]

@@ -18,6 +18,7 @@ import jax
 import tyro
 from jax.experimental.compilation_cache import compilation_cache
 
+from gddim.data import check_labels, classes_of
 from gddim.errors import UserError, place, printable
 from gddim.experiment.checkpoints import borrow, trained
 from gddim.experiment.config import Experiment, require
@@ -201,11 +202,14 @@ def execute(command: Command) -> None:
             raise UserError(f"--step {command.step}: {experiment.weights} holds one set of parameters")
         if drawn is not None and ("sample" in verbs or shown):
             check_methods([experiment.sampling.method(drawn)], drawn)
+            experiment.drawn_classes(experiment.sampling)
         if measured:
             cells(experiment)
         if "fit" in verbs:
             fitted_by(experiment, workdir)
         source = experiment.data.train() if training else None
+        if source is not None:
+            check_labels(experiment.data, source, "the data")
         if source is not None and (batch := experiment.train.batch) > len(source):
             raise UserError(f"--train.batch {batch:,} is more than the {len(source):,} records of the data")
         if measured:
@@ -214,7 +218,8 @@ def execute(command: Command) -> None:
         if "sample" in verbs:
             check_names(workdir, *SAMPLES)
         if source is not None:
-            config |= {RECORDS: check_records(workdir, config, source), OBJECTS: objects(experiment)}
+            records = check_records(workdir, config, source, classes_of(experiment.data))
+            config |= {RECORDS: records, OBJECTS: objects(experiment)}
         borrowed = borrow(plan) if training and experiment.train.init and not known else None
 
         def reserve() -> None:

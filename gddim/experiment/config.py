@@ -6,13 +6,15 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 import tyro
-from jaxtyping import Float, PRNGKeyArray
+from jaxtyping import Float, Int32, PRNGKeyArray
 
 from gddim.averages import LONGEST
+from gddim.data import LABEL, classes_of, cond_of
 from gddim.experiment.fitting import Fitting
-from gddim.experiment.network import Model, NetConfig, require
+from gddim.experiment.network import Model, NetConfig, require, told_classes
 from gddim.experiment.options import SPELLED, UNGROUPED
 from gddim.experiment.words import Process, Sampler, TimeGrid, spell_process
 from gddim.loss import AbstractObjective, LogNormalNoise, ScoreMatching
@@ -57,6 +59,9 @@ class Training:
     """Mean of ln σ, σ the standard deviation of the noise in which a prediction of data is trained. None: -1.2, EDM's."""
     sigma_std: float | None = None
     """Standard deviation of ln σ. None: 1.2, EDM's."""
+    label_dropout: float = field(default=0.0, metadata=LATER)
+    """Share of the labels that a step leaves out, so that the network also learns the data without a class (-1): for
+    classifier-free guidance, 0.1 is usual."""
     learning_rate: float = 2e-4
     """Peak of Adam's learning rate."""
     warmup: int = 5_000
@@ -99,7 +104,7 @@ class Training:
             self.time_power is None or not self.log_normal, "give time_power, or sigma_mean and sigma_std, not both"
         )
         require(0 <= self.minutes < math.inf, f"minutes must be at least 0, not {self.minutes}")
-        for name in ("ema", "beta1"):
+        for name in ("ema", "beta1", "label_dropout"):
             require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), not {getattr(self, name)}")
         for sigma in self.ema_profiles:
             require(0 < sigma <= LONGEST, f"ema_profiles must lie in (0, {LONGEST:.3f}], not {sigma}")
@@ -153,6 +158,11 @@ class Sampling:
     """One more network call, from t_min to 0: an Euler step of the reverse SDE without noise, or the predicted data."""
     seed: int = 0
     """Sample i depends on the checkpoint, the process, the sampler, this and i."""
+    classes: tuple[int, ...] = field(default=(), metadata=LATER)
+    """Those that samples are of, one after another in turn, by a run with --data.labels: without it all of the data; -1 is
+    none, which train.label-dropout has the network learn. Sample i depends on its class, too."""
+    per_class: int = field(default=0, metadata=LATER)
+    """Samples of each class, whose pictures are a row, in place of sampling.samples; 0: none such."""
     ema: float = 0.0
     """Length σ_rel of the average that is sampled after training, rebuilt from the run's snapshots up to the step, at the
     last of them (train.snapshot_every); 0: the average that training keeps."""
@@ -162,6 +172,11 @@ class Sampling:
         power = sde.grid_power if self.power is None else self.power
         t_min = sde.grid_end * sde.horizon if self.t_min is None else self.t_min
         return Method(laid_out(self.sampler, self.grid, self.power), self.nfe, power, t_min, self.last)
+
+    def class_of(self, numbers: Any, classes: int) -> Any:
+        """The class of each sample, by their numbers, int32, of a run with so many classes."""
+        each = jnp.asarray(self.classes or range(classes), jnp.int32)
+        return each[numbers // max(self.per_class, 1) % len(each)]
 
     def flow_grid(self, sde: AbstractLinearSDE, steps: int) -> Float[np.ndarray, " n"]:
         """Times between which the probability flow goes both ways: they begin where something is left of the data."""
@@ -174,6 +189,7 @@ class Sampling:
         for name in ("power", "t_min"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} must be > 0, not {value}")
+        require(self.per_class >= 0, f"per_class must be at least 0, not {self.per_class}")
         require(self.power is None or self.grid is None, "give grid or power, not both")
         require(0 <= self.seed < 2**31, f"seed must be in [0, 2³¹), not {self.seed}")
         require(0 <= self.ema <= LONGEST, f"ema must lie in [0, {LONGEST:.3f}], not {self.ema}")
@@ -292,6 +308,26 @@ class Experiment:
         """The processes of the table. Raises `UserError` like `through`."""
         return [self.through(each) for each in self.eval.processes or (self.sampling.process,)]
 
+    def drawn_classes(self, sampling: Sampling) -> Int32[np.ndarray, " n"] | None:
+        """The class of each sample, in the order of their numbers; None where the run has none.
+
+        Raises `UserError` for classes that the data have not.
+        """
+        classes, given = classes_of(self.data), sampling.classes
+        if not classes:
+            words = (
+                " ".join(["sampling.classes", *map(str, given)])
+                if given
+                else f"sampling.per_class {sampling.per_class}"
+            )
+            asked = given or sampling.per_class
+            require(not asked, f"{words}: this run knows no classes; train one with --data.labels")
+            return None
+        wrong = " ".join(str(each) for each in given if not -1 <= each < classes)
+        require(not wrong, f"sampling.classes {wrong}: accepted are 0 to {classes - 1}, and -1 for no class")
+        n = sampling.per_class * len(given or range(classes)) or sampling.samples
+        return np.asarray(sampling.class_of(np.arange(n), classes))
+
     @property
     def state_shape(self) -> tuple[int, ...]:
         """Of one state, `(*dims, k, C)`."""
@@ -307,5 +343,7 @@ class Experiment:
         return ScoreMatching(self.sde, power or 1.0)
 
     def build(self, key: PRNGKeyArray) -> Denoiser | EpsModel | VelocityModel:
-        """The model with fresh parameters. Raises `UserError` for a spectrum of other data."""
-        return self.model.build(self.sde, self.net, tuple(self.data.shape), key)
+        """The model with fresh parameters. Raises `UserError` for a spectrum, or classes, of other data."""
+        share, labelled = self.train.label_dropout, LABEL in (cond_of(self.data) or {})
+        require(not share or labelled, f"train.label_dropout {share}: the data are without labels: give --data.labels")
+        return self.model.build(self.sde, told_classes(self.net, self.data), tuple(self.data.shape), key)

@@ -11,13 +11,13 @@ import numpy as np
 from etils import epath
 from jaxtyping import PyTree
 
-from gddim.data import Source, data_alone
+from gddim.data import Source, check_labels, classes_of, data_alone
 from gddim.errors import UserError, place
 from gddim.evaluation.cell import LEAST, Cell, Evaluator, check
 from gddim.evaluation.classes import Labelled
 from gddim.evaluation.features import FeatureSpace, PixelFeatures
 from gddim.evaluation.inception import InceptionFeatures
-from gddim.evaluation.statistics import Statistics, cached_statistics
+from gddim.evaluation.statistics import CLASSES, Statistics, cached_statistics
 from gddim.evaluation.sweep import RESULTS, read_rows
 from gddim.experiment.checkpoints import checkpoint_digest
 from gddim.experiment.config import Evaluation, Experiment, require
@@ -83,7 +83,7 @@ def check_measurable(experiment: Experiment, workdir: epath.Path, train: Source 
     if train is not None:
         measured_against(experiment, train)
         if isinstance(experiment.data, Labelled):
-            experiment.data.labels()
+            experiment.data.known_classes()
             experiment.data.test()
 
 
@@ -111,21 +111,27 @@ def measured_against(experiment: Experiment, train: Source | None = None) -> dic
     pixels, given = experiment.eval.features == "pixels", experiment.eval.reference
     found = {}
     if pixels or not given:
-        found["training"] = data_alone(experiment.data.train() if train is None else train)
+        found["training"] = experiment.data.train() if train is None else train
     if pixels and not given:
-        found["held out"] = data_alone(experiment.data.test())
+        found["held out"] = experiment.data.test()
         _check_shape(experiment, found["held out"])
     for part, source in found.items():
+        check_labels(experiment.data, source, f"records that are {part}")
         if len(source) < LEAST:
             more = ": hold out more, or give --eval.reference" if part == "held out" else ""
             raise UserError(f"{len(source)} records are {part}, an evaluation needs at least {LEAST}{more}")
-    return found
+    few = 0 < classes_of(experiment.data) <= CLASSES
+    return found if few else {part: data_alone(source) for part, source in found.items()}
 
 
 def held_out(experiment: Experiment) -> Source:
-    """The held-out records. Raises `UserError` for a single one: neither verb has anything to say of it."""
-    source = data_alone(experiment.data.test())
+    """The held-out records, with their labels where the run has classes.
+
+    Raises `UserError` for a single one: neither verb has anything to say of it."""
+    source = experiment.data.test()
+    source = source if classes_of(experiment.data) else data_alone(source)
     _check_shape(experiment, source)
+    check_labels(experiment.data, source, "records that are held out")
     require(len(source) >= 2, f"{len(source)} records are held out, likelihood and encode need at least 2")
     return source
 
@@ -170,6 +176,7 @@ class Measure:
                 "step": step,
                 "weights": "EMA",
             },
+            classes=classes_of(experiment.data),
             batch=round_up(min(experiment.eval.batch, experiment.eval.samples), mesh.size),
             sharding=batch_sharding(mesh),
         )

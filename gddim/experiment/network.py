@@ -1,11 +1,12 @@
 """What an experiment says of its network: its architecture, and what it predicts."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from jaxtyping import PRNGKeyArray
 
+from gddim.data import classes_of, cond_of
 from gddim.errors import UserError
 from gddim.experiment.spectrum import DataStd, Spectrum
 from gddim.model import Denoiser, EpsModel, VelocityModel
@@ -24,6 +25,16 @@ def require(good: bool, message: str) -> None:
     """Raise `UserError` with a message that says what was given and what is accepted."""
     if not good:
         raise UserError(message)
+
+
+def told_classes(net: Any, data: Any) -> Any:
+    """A network of as many classes as the data have. Raises `UserError` where it says that they are others."""
+    classes, own = classes_of(data), getattr(net, "classes", None)
+    if own == classes or own is None or (own and not classes and cond_of(data)):
+        return net
+    given = f"the data have {classes}" if classes else "the data have none, or are without --data.labels"
+    require(not own, f"net.classes {own}: {given}")
+    return replace(net, classes=classes)
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,12 @@ def write_figure(path: epath.Path, figure: Any, origin: dict[str, Any]) -> None:
         write_whole(path.with_suffix(suffix), content)
 
 
-def write_npz(path: epath.Path, samples: Shaped[np.ndarray, "n ..."], origin: dict[str, Any]) -> None:
-    """Samples; see `make_room` for what happens to a file that is there."""
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, samples=samples, gddim=np.array(json.dumps(origin)))
+def write_npz(
+    path: epath.Path, samples: Shaped[np.ndarray, "n ..."], origin: dict[str, Any], labels: np.ndarray | None = None
+) -> None:
+    """Samples, and their classes; see `make_room` for what happens to a file that is there."""
+    buffer, arrays = io.BytesIO(), {"samples": samples, "gddim": np.array(json.dumps(origin))}
+    np.savez_compressed(buffer, allow_pickle=False, **arrays | ({} if labels is None else {"labels": labels}))
     make_room(path, origin)
     write_whole(path, buffer.getvalue())
 

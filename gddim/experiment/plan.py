@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, PRNGKeyArray, PyTree
 
-from gddim.data import DATA, random_flip, to_unit, x0_and_cond
+from gddim.data import DATA, cond_of, random_flip, to_unit, x0_and_cond
 from gddim.experiment.config import Experiment
-from gddim.loss import Row
+from gddim.loss import Row, drop_labels
 from gddim.parallel import (
     activation_bytes,
     init_sharded,
@@ -74,7 +74,8 @@ class Plan:
         """The rows of the objective: scaled records, perhaps mirrored, with levels, noises and dropout keys."""
         flip_key, noise_key = jax.random.split(key)
         x0, cond = x0_and_cond(batch)
-        return self.experiment.objective.rows(to_unit(random_flip(x0, flip_key) if flip else x0), noise_key, cond)
+        x0 = to_unit(random_flip(x0, flip_key) if flip else x0)
+        return drop_labels(self.experiment.objective.rows(x0, noise_key, cond), self.experiment.train.label_dropout)
 
     def loss(self, params: PyTree, *rows: PyTree) -> Float[jax.Array, ""]:
         """The mean over what `prepare` made."""
@@ -142,7 +143,7 @@ class Plan:
         """The shapes of a record, known before any is read."""
         data = self.experiment.data
         x0 = jax.ShapeDtypeStruct(data.shape, jnp.uint8 if len(data.shape) == 3 else jnp.float32)
-        if cond := getattr(data, "cond", None):
+        if cond := cond_of(data):
             return {DATA: x0, **jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(cond))}
         return x0
 

@@ -60,7 +60,7 @@ def revived(config: dict, sde: AbstractLinearSDE | None = None, net: Any = None,
         name=config.get("name", "run"),
         sde=_process(config) if sde is None else sde,
         net=_network(config) if net is None else net,
-        data=Remembered(data, tuple(shape)),
+        data=Remembered(data, tuple(shape), config.get(RECORDS, {}).get("classes", 0)),
         model=_part(config, "model"),
         sampling=_build(Sampling, sampling),
     )

@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 
 from gddim import weights as files
 from gddim.checkpoint import Checkpointer
+from gddim.data import classes_of
 from gddim.errors import UserError
 from gddim.experiment.checkpoints import checkpoint_digest
 from gddim.experiment.config import Experiment
@@ -49,6 +50,11 @@ class Trained(NamedTuple):
     about: dict[str, Any]
     tables: str
     """The folder of the tables that were fitted to it."""
+
+    @property
+    def classes(self) -> int:
+        """Of the data that it was trained on; 0 without labels."""
+        return classes_of(self.experiment.data)
 
 
 def find(

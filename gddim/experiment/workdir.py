@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 import gddim
-from gddim.data import Source, identity
+from gddim.data import Source, classes_of, identity
 from gddim.errors import UserError, harmless
 from gddim.evaluation.provenance import flatten as flatten
 from gddim.experiment.options import SPELLED, UNGROUPED
@@ -152,7 +152,8 @@ def check_config(path: epath.Path, given: dict, free: Collection[str]) -> bool:
 def check_same(run: str, saved: dict, given: dict, free: Collection[str]) -> None:
     """Raise `UserError` for a run of another configuration than the given one, or of an earlier release."""
     check_release(run, saved)
-    if lines := differences(saved, given, (*free, RECORDS, OBJECTS, *(["data"] if RECORDS in saved else []))):
+    fields = {*saved.get("data", {}), *given.get("data", {})} - {"labels"} if RECORDS in saved else ()
+    if lines := differences(saved, given, (*free, RECORDS, OBJECTS, *(f"data.{name}" for name in fields))):
         began = saved.get("train", {}).get("init")
         if any(line.startswith("  train.init:") for line in lines):
             on = f"with --train.init {began}, as it began" if began else "without it"
@@ -163,14 +164,15 @@ def check_same(run: str, saved: dict, given: dict, free: Collection[str]) -> Non
         )
 
 
-def check_records(path: epath.Path, given: dict, source: Source) -> dict[str, Any]:
-    """What the records of a source are, to be kept in the configuration of the run that trains on them.
+def check_records(path: epath.Path, given: dict, source: Source, classes: int = 0) -> dict[str, Any]:
+    """What the records of a source are, and of how many classes, to be kept in the configuration of the run that trains on
+    them.
 
     They may lie anywhere, and as files, archive, array or shards. Raises `UserError` if the run was trained on others.
     """
     saved = read_config(path) if saves(path) else None
     before = saved and saved.get(RECORDS)
-    found = identity(source, before)
+    found = identity(source, before) | ({"classes": classes} if classes else {})
     if saved and before is None:
         tell(
             f"--workdir {path}: its {CONFIG} does not tell the records that it was trained on; they are taken for these"
@@ -187,10 +189,11 @@ def check_records(path: epath.Path, given: dict, source: Source) -> dict[str, An
 
 @dataclasses.dataclass(frozen=True)
 class Remembered:
-    """Data that are not there, of which a run remembers the shape."""
+    """Data that are not there, of which a run remembers the shape, and the number of classes."""
 
     data: Any  # to ask whether it is a Dataset would be to ask for its shape
     shape: tuple[int, ...]
+    classes: int = 0
 
     def train(self) -> Source:
         return self.data.train()
@@ -200,19 +203,23 @@ class Remembered:
 
 
 def remembering(experiment: Experiment, run: str, config: dict | None) -> Experiment:
-    """The experiment, its records of the shape that a run's configuration tells where the data are not there to be asked.
+    """The experiment, its records of the shape and classes that a run's configuration tells where the data are not there to
+    be asked.
 
     Raises `UserError`, which calls the run so, where they are, and of another shape.
     """
-    shape = ((config or {}).get(RECORDS) or {}).get("shape")
+    records = (config or {}).get(RECORDS) or {}
+    shape, classes = records.get("shape"), records.get("classes", 0)
     if shape is None:
         return experiment
     try:
-        given = experiment.data.shape
+        given, of = experiment.data.shape, classes_of(experiment.data)
     except (UserError, OSError):
-        return dataclasses.replace(experiment, data=Remembered(experiment.data, tuple(shape)))
+        return dataclasses.replace(experiment, data=Remembered(experiment.data, tuple(shape), classes))
     if list(given) != shape:
         raise UserError(f"{run} holds a run on records {tuple(shape)}, and these are {tuple(given)}")
+    if of != classes:
+        raise UserError(f"{run} holds a run on records of {classes} classes, and these are of {of}")
     return experiment
 
 

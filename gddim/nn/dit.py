@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Key, PyTree
 
 from gddim.errors import UserError
-from gddim.nn.layers import Dense, Draw, constant, refuse_cond, sinusoidal_embedding
-from gddim.settings import MAY_CHANGE, MAY_CHANGE_AFTER
+from gddim.nn.layers import Dense, Draw, constant, one_hot_label, sinusoidal_embedding
+from gddim.settings import LATER, MAY_CHANGE, MAY_CHANGE_AFTER
 
 FREQUENCIES = 256  # features of the noise level
 
@@ -28,6 +28,8 @@ class DiTConfig:
     """Heads of attention, which divide the width."""
     patch: int = 2
     """Pixels a side of a patch; 1 for data with little else than positions."""
+    classes: int = field(default=0, metadata=LATER)
+    """Classes of the data, of which the network is told one as `cond["label"]`; 0: as many as the data have."""
     dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata=MAY_CHANGE_AFTER)
     """Type of the computation; parameters, statistics, softmax and output stay float32."""
     remat: bool = field(default=False, metadata=MAY_CHANGE)
@@ -39,6 +41,8 @@ class DiTConfig:
         for name in ("width", "depth", "heads", "patch"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: got {getattr(self, name)}, needs at least 1")
+        if self.classes < 0:
+            raise UserError(f"classes: got {self.classes}, needs at least 0")
         if self.width % 4 or self.width % self.heads:
             raise UserError(f"width: got {self.width}, needs a multiple of 4 and of the {self.heads} heads")
         if self.dtype not in (accepted := ("float32", "bfloat16")):
@@ -50,7 +54,7 @@ class DiTConfig:
 
 
 class Block(eqx.Module):
-    """Attention and perceptron, each `x + gate · f(scale · norm(x) + shift)`, modulated by the noise level from zero on."""
+    """Attention and perceptron, each `x + gate · f(scale · norm(x) + shift)`, modulated by level and class from zero on."""
 
     modulation: Dense
     query_key_value: Dense
@@ -98,6 +102,7 @@ class DiT(eqx.Module):
 
     first: Dense
     time: tuple[Dense, Dense]
+    label: Dense | None
     blocks: Block
     """All of them, their parameters stacked."""
     modulation: Dense
@@ -114,6 +119,7 @@ class DiT(eqx.Module):
         draw, tile = Draw(key), config.patch**2
         self.first = Dense(tile * channels, config.width, draw=draw)
         self.time = Dense(FREQUENCIES, config.width, draw=draw), Dense(config.width, config.width, draw=draw)
+        self.label = Dense(config.classes, config.width, draw=draw) if config.classes else None
         blocks = [Block(config, draw) for _ in range(config.depth)]
         self.blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
         self.modulation = Dense(config.width, 2 * config.width, scale=0.0, draw=draw)
@@ -129,14 +135,15 @@ class DiT(eqx.Module):
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "h w o"]:
         """`x` `(H, W, C_in)` at a level to float32 `(H, W, C_out)`; `key` is as of every network, and nothing is random."""
-        refuse_cond(self, cond)
+        label = one_hot_label(self, cond, self.config.classes)
         if x.shape != self.in_shape:
             raise ValueError(f"x: got shape {x.shape}, the network was built for {self.in_shape}")
         config, (height, width, _), p = self.config, self.in_shape, self.config.patch
         time = sinusoidal_embedding(jnp.asarray(level, jnp.float32), FREQUENCIES)
-        for dense in self.time:
-            time = jax.nn.swish(dense(time))
-        time = time.astype(config.dtype)
+        time = self.time[1](jax.nn.swish(self.time[0](time)))
+        if self.label is not None:
+            time = time + self.label(label)
+        time = jax.nn.swish(time).astype(config.dtype)
 
         tiles = x.reshape(height // p, p, width // p, p, -1).swapaxes(1, 2)
         h = self.first(tiles.reshape(height * width // p**2, -1).astype(config.dtype))

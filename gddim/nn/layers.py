@@ -160,7 +160,10 @@ def refuse_cond(net: eqx.Module, cond: Any) -> None:
 
 
 def one_hot_label(net: eqx.Module, cond: Any, classes: int) -> Float[Array, " {classes}"]:
-    """Of `cond["label"]`, the number of a class; zeros, no class, where `cond` is None. Raises `ValueError` for others."""
+    """Of `cond["label"]`, the number of a class; zeros, no class, where that is −1 or `cond` None.
+
+    Raises `ValueError` for others.
+    """
     if not classes:
         refuse_cond(net, cond)
     if cond is None:

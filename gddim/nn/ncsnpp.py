@@ -53,7 +53,7 @@ class NCSNppConfig:
     """Of the blocks: NCSN++'s; DDPM's, which resamples by convolutions between them; ADM's, which the noise level scales and
     shifts. The latter two also attend after every block of an attending level on the way up, and divide no sums by √2."""
     classes: int = field(default=0, metadata=LATER)
-    """Classes of the data, of which the network is told one as `cond["label"]`; 0: none."""
+    """Classes of the data, of which the network is told one as `cond["label"]`; 0: as many as the data have."""
     features: int = field(default=0, metadata=LATER)
     """Features of the noise level; 0: `width`, or twice as many for Fourier features."""
     hidden: int = field(default=0, metadata=LATER)

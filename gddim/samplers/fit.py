@@ -23,9 +23,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from gddim.samplers.base import Coefficients, ProcessModel
 from gddim.samplers.grids import Band, noise_level, spaced
+from gddim.samplers.numbered import given
 from gddim.samplers.solver import AbstractTableSampler, TableSolver
 from gddim.sde.base import AbstractLinearSDE
 from gddim.sde.blurring import dct2
@@ -46,6 +48,8 @@ class Pairs(NamedTuple):
     """States at the horizon, `(n, *dims, k, C)`."""
     end: Array
     """Data in pixels, `(n, *dims, C)`."""
+    cond: PyTree = None
+    """What conditions each, a tree of arrays with a sample a row, or None."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +181,8 @@ def _frequencies(x: Array) -> Array:
 def distances(model: ProcessModel, solver: TableSolver, pairs: Pairs, unit: Array) -> Array:
     """The mean square distance of each end to the teacher's, `(n,)`, in units `(*dims, C)`."""
     key = jax.random.key(0)  # unused: no noise is added
-    ends = jax.vmap(lambda u: model.sde.project(solver(model, u, key).state))(pairs.start)
+    one = lambda u, cond: model.sde.project(solver(given(model, cond), u, key).state)
+    ends = jax.vmap(one)(pairs.start, pairs.cond)
     gaps = (_frequencies(ends) - _frequencies(pairs.end)) / unit[None]
     return jnp.mean(gaps**2, range(1, gaps.ndim))
 
@@ -259,7 +264,8 @@ def fit(
     Raises `ValueError` for a sampler whose table is not corrected (see `Family.table`).
     """
     unit, began = spectrum(np.asarray(train.end)), time.perf_counter()
-    some = [put(Pairs(*(x[i : i + batch] for x in held))) for i in range(0, len(held.end), batch)]
+    among = lambda pairs, rows: put(jax.tree.map(lambda x: x[rows], pairs))
+    some = [among(held, slice(i, i + batch)) for i in range(0, len(held.end), batch)]
 
     def measure(table: Coefficients) -> float:
         solver = TableSolver.of(table, family.sde)
@@ -283,8 +289,7 @@ def fit(
         anchor, slopes = family.table(family.times(gaps)), family.slopes(gaps)
         for _ in range(ANCHOR):
             done = max(step / steps, (time.perf_counter() - began) / seconds)
-            drawn = rng.integers(len(train.end), size=batch)
-            pairs = put(Pairs(*(x[drawn] for x in train)))
+            pairs = among(train, rng.integers(len(train.end), size=batch))
             rate = jnp.asarray((1 + math.cos(math.pi * min(done, 1))) / 2)
             moves, adam, _ = _descend(model, family.sde, anchor, slopes, scale, moves, adam, rate, pairs, unit)
             step += 1

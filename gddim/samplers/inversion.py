@@ -1,16 +1,18 @@
 """What a deterministic sampler gives for free: data to their latents by the same steps taken backwards, and between them."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key, PRNGKeyArray
+from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree
 
 from gddim.samplers.adams import GDDIM, count, history_nodes
 from gddim.samplers.base import Coefficients, ProcessModel
 from gddim.samplers.grids import check_grid
+from gddim.samplers.numbered import given
 from gddim.samplers.quadrature import Panels
 from gddim.samplers.solver import AbstractSolver, TableSolver
 from gddim.sde import AbstractLinearSDE
@@ -68,6 +70,10 @@ class Coder(eqx.Module):
         """Network calls each way."""
         return self.up.nfe
 
+    def under(self, cond: PyTree) -> "Coder":
+        """The same under a condition of the model; itself for None."""
+        return dataclasses.replace(self, model=given(self.model, cond))
+
     def noised(self, x: Float[Array, "*dims C"], key: PRNGKeyArray) -> Float[Array, "*dims k C"]:
         """The state of data at `t_min`."""
         u = self.model.sde.lift(x)
@@ -105,29 +111,48 @@ class Reconstruction(NamedTuple):
 
 
 @eqx.filter_jit
-def reconstruct(coder: Coder, x: Float[Array, "n *dims C"], keys: Key[Array, " n"]) -> Reconstruction:
-    """Encode and decode; the error is that of the round trip, from `t_min` and back, in units of the data."""
-    project = coder.model.sde.project
+def reconstruct(
+    coder: Coder, x: Float[Array, "n *dims C"], keys: Key[Array, " n"], cond: PyTree = None
+) -> Reconstruction:
+    """Encode and decode; the error is that of the round trip, from `t_min` and back, in units of the data.
 
-    def one(x: Array, key: Array) -> Reconstruction:
+    `cond`: what conditions the model, a tree of arrays with a record a row, or None.
+    """
+    project, unconditional = coder.model.sde.project, coder
+
+    def one(x: Array, key: Array, cond: PyTree) -> Reconstruction:
+        coder = unconditional.under(cond)
         start = coder.noised(x, key)
         latent = coder.encode(start)
         end = coder.decode(latent)
         return Reconstruction(latent, project(end), jnp.sqrt(jnp.mean((project(end) - project(start)) ** 2)))
 
-    return jax.vmap(one)(x, keys)
+    return jax.vmap(one)(x, keys, cond)
 
 
 @eqx.filter_jit
 def interpolate(
-    coder: Coder, a: Float[Array, "n *dims C"], b: Float[Array, "n *dims C"], steps: int, keys: Key[Array, " n"]
+    coder: Coder,
+    a: Float[Array, "n *dims C"],
+    b: Float[Array, "n *dims C"],
+    steps: int,
+    keys: Key[Array, " n"],
+    conds: tuple[PyTree, PyTree] = (None, None),
 ) -> Float[Array, "n steps *dims C"]:
-    """Rows of a picture: from each record of `a` to its partner in `b`, decoded from between their latents."""
+    """Rows of a picture: from each record of `a` to its partner in `b`, decoded from between their latents.
+
+    `conds`: of either, as in `reconstruct`; what lies between is under that of the nearer one.
+    """
     shares = jnp.linspace(0.0, 1.0, steps, dtype=a.dtype)
 
-    def one(a: Array, b: Array, key: Array) -> Array:
-        first, second = jax.random.split(key)
-        ends = coder.encode(coder.noised(a, first)), coder.encode(coder.noised(b, second))
-        return jax.vmap(lambda latent: coder.model.sde.project(coder.decode(latent)))(coder.between(*ends, shares))
+    def one(a: Array, b: Array, key: Array, conds: tuple[PyTree, PyTree]) -> Array:
+        parts = zip((a, b), jax.random.split(key), conds, strict=True)
+        first, second = (coder.under(cond).encode(coder.noised(x, key)) for x, key, cond in parts)
 
-    return jax.vmap(one)(a, b, keys)
+        def decoded(latent: Array, share: Array) -> Array:
+            nearer = jax.tree.map(lambda x, y: jnp.where(share < 0.5, x, y), *conds)
+            return coder.model.sde.project(coder.under(nearer).decode(latent))
+
+        return jax.vmap(decoded)(coder.between(first, second, shares), shares)
+
+    return jax.vmap(one)(a, b, keys, conds)

@@ -3,14 +3,14 @@
 To rounding: XLA compiles a program for each number of samples at a time and devices, and may add in another order.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, Shaped
+from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
-from gddim.samplers.base import ProcessModel
+from gddim.samplers.base import DataModel, ProcessModel
 from gddim.samplers.loop import Path
 from gddim.samplers.solver import AbstractSolver
 from gddim.sde.base import AbstractLinearSDE
@@ -25,6 +25,40 @@ class Samples(NamedTuple):
     """The network calls of each."""
     path: Path | None
     """How they came about, where that was asked for: times `(calls,)`, and states, … `(calls, b, *dims, k, C)`."""
+
+
+class _Given(eqx.Module):
+    model: Any
+    cond: PyTree
+
+    @property
+    def sde(self) -> AbstractLinearSDE:
+        return self.model.sde
+
+    def __call__(self, u: Array, t: Array) -> Array:
+        return self.model(u, t, self.cond)
+
+
+class _GivenData(eqx.Module):
+    model: Any
+    cond: PyTree
+
+    @property
+    def sde(self) -> AbstractLinearSDE:
+        return self.model.sde
+
+    def __call__(self, u: Array, t: Array) -> Array:
+        return self.model(u, t, self.cond)
+
+    def denoise(self, u: Array, t: Array) -> Array:
+        return self.model.denoise(u, t, self.cond)
+
+
+def given(model: Any, cond: PyTree) -> ProcessModel:
+    """A model under a condition, as an `eps_fn(u, t)` of its process; the model itself for None."""
+    if cond is None:
+        return model
+    return (_GivenData if isinstance(model, DataModel) else _Given)(model, cond)
 
 
 def start(
@@ -43,15 +77,19 @@ def sample_numbered(
     seed: Int[Array, ""] | Key[Array, ""],
     indices: Int[Array, " b"],
     path: bool = False,
+    cond: PyTree = None,
 ) -> Samples:
-    """The samples of these numbers, for data of `shape = (*dims, C)`, of a seed or its key. Sharded as `indices` are."""
+    """The samples of these numbers, for data of `shape = (*dims, C)`, of a seed or its key. Sharded as `indices` are.
+
+    `cond`: what conditions each, a tree of arrays with a sample a row, or None.
+    """
     sde = model.sde
     key = seed if jnp.issubdtype(seed.dtype, jax.dtypes.prng_key) else jax.random.key(seed)
 
-    def one(i: Array) -> Samples:
+    def one(i: Array, cond: PyTree) -> Samples:
         u, noise_key = start(sde, shape, key, i)
-        u, count, way = solver(model, u, noise_key, path)
+        u, count, way = solver(given(model, cond), u, noise_key, path)
         return Samples(sde.project(u), jnp.asarray(count), way)
 
     over = Path(None, 1, 1, 1) if path else None  # pyright: ignore[reportArgumentType]
-    return jax.vmap(one, out_axes=Samples(0, 0, over))(indices)  # pyright: ignore[reportArgumentType]
+    return jax.vmap(one, out_axes=Samples(0, 0, over))(indices, cond)  # pyright: ignore[reportArgumentType]

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Int, Key
 
-from gddim.data import to_unit
+from gddim.data import to_unit, x0_and_cond
 from gddim.errors import UserError
 from gddim.evaluation.figures import label_in_words
 from gddim.evaluation.page import write_page
@@ -53,12 +53,15 @@ def encode(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
     parts = []
     for first in range(0, count, size):
         numbers = np.minimum(np.arange(first, first + size), count - 1)
-        x, numbers = jax.device_put((source[numbers], numbers), batch_sharding(plan.mesh))
-        parts.append(jax.tree.map(to_host, reconstruct(coder, to_unit(x), _keys(settings.seed, numbers))))
+        records, numbers = jax.device_put((source[numbers], numbers), batch_sharding(plan.mesh))
+        x, cond = x0_and_cond(records)
+        parts.append(jax.tree.map(to_host, reconstruct(coder, to_unit(x), _keys(settings.seed, numbers), cond)))
     latents, data, errors = (np.concatenate(part)[:count] for part in zip(*parts, strict=True))
     shown = min(ROWS, count // 2)
-    ends = to_unit(jnp.asarray(source[np.arange(2 * shown)]))
-    between = interpolate(coder, ends[:shown], ends[shown:], COLUMNS, _keys(settings.seed, jnp.arange(shown)))
+    ends, cond = x0_and_cond(jax.tree.map(jnp.asarray, source[np.arange(2 * shown)]))
+    ends, keys = to_unit(ends), _keys(settings.seed, jnp.arange(shown))
+    conds = [jax.tree.map(lambda x, part=part: x[part], cond) for part in (slice(shown), slice(shown, None))]
+    between = interpolate(coder, ends[:shown], ends[shown:], COLUMNS, keys, (conds[0], conds[1]))
     if jax.process_index() == 0:
         made = dataclasses.replace(settings, sampler=sampler)
         origin = {"experiment": experiment.name, "step": step, **describe(made)}

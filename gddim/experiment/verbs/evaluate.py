@@ -39,8 +39,11 @@ def evaluate(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
         plot(every, workdir / "results.png")
         print(table(rows), flush=True)
     if isinstance(experiment.data, Labelled):
-        more = dataclasses.replace(experiment.sampling, samples=settings.samples, batch=settings.batch)
-        found = classify(experiment.data, draw_samples(experiment, plan.mesh, plan.model(params), more)[0])
+        more = dataclasses.replace(
+            experiment.sampling, samples=settings.samples, batch=settings.batch, classes=(), per_class=0
+        )
+        drawn, _ = draw_samples(experiment, plan.mesh, plan.model(params), more)
+        found = classify(experiment.data, drawn, experiment.drawn_classes(more))
         if jax.process_index() == 0:
             write_whole(workdir / "classes.json", json.dumps(found, indent=2).encode())
             print(classes_in_words(found), flush=True)

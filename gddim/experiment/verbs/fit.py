@@ -11,6 +11,7 @@ from etils import epath
 from jaxtyping import Array, Int, Key
 from tqdm import tqdm
 
+from gddim.data import LABEL, classes_of
 from gddim.evaluation.provenance import hardware, software
 from gddim.experiment.checkpoints import checkpoint_digest, restore_ema
 from gddim.experiment.fitting import fitted_by
@@ -41,6 +42,7 @@ def fit_table(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
     model, teacher = seen_through(plan.model(params), sde), problem.teacher.solver(sde)
     assert isinstance(teacher, TableSolver)
     size, sharding = round_up(settings.batch, plan.mesh.size), batch_sharding(plan.mesh)
+    classes = classes_of(experiment.data)
     key = jax.random.key(np.uint32(APART + experiment.sampling.seed))
     held_out, count = round_up(settings.held_out, size), round_up(settings.pairs, size)
     batches = (held_out + count) // size
@@ -51,14 +53,18 @@ def fit_table(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
     ) as bar:
         bar.set_description("the teacher")
         for first in range(0, batches * size, size):
-            numbers = jax.device_put(np.arange(first, first + size, dtype=np.int32), sharding)
-            found = sample_numbered(model, teacher, shape, key, numbers, path=True)
-            parts.append(Pairs(to_host(_starts(sde, shape, key, numbers)), to_host(found.data)))
+            numbers = np.arange(first, first + size, dtype=np.int32)
+            of = {LABEL: np.asarray(experiment.sampling.class_of(numbers, classes))} if classes else None
+            numbers, cond = jax.device_put((numbers, of), sharding)
+            found = sample_numbered(model, teacher, shape, key, numbers, path=True, cond=cond)
+            parts.append(Pairs(to_host(_starts(sde, shape, key, numbers)), to_host(found.data), of))
             assert found.path is not None
             path = path or (to_host(found.path.times), to_host(found.path.foreseen)[..., 0, :])
             bar.update(problem.teacher.nfe)
         pairs = jax.tree.map(lambda *x: np.concatenate(x), *parts)
-        held, train = Pairs(*(x[:held_out] for x in pairs)), Pairs(*(x[held_out:] for x in pairs))
+        held, train = (
+            jax.tree.map(lambda x, rows=rows: x[rows], pairs) for rows in (slice(held_out), slice(held_out, None))
+        )
 
         def progress(steps: int, loss: float) -> None:
             bar.set_description(f"step {steps}, loss {loss:.3g}")

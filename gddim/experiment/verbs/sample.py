@@ -13,7 +13,7 @@ from gddim.evaluation.page import write_page
 from gddim.experiment.checkpoints import checkpoint_digest, restore_ema
 from gddim.experiment.drawing import draw_samples, follow
 from gddim.experiment.outputs import check_names, write_figure, write_npz
-from gddim.experiment.pictures import film, gallery, trajectory
+from gddim.experiment.pictures import film, gallery, rows, trajectory
 from gddim.experiment.plan import Plan
 from gddim.experiment.workdir import describe
 from gddim.parallel import tell
@@ -36,7 +36,8 @@ def sample(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
     sde = experiment.through(sampling.process)
     origin = {"experiment": experiment.name, "step": step, **describe(sampling)}
     drawn = [(time.perf_counter(), 0)]
-    with tqdm(total=sampling.samples, unit="img", disable=None) as bar:
+    classes = experiment.drawn_classes(sampling)
+    with tqdm(total=sampling.samples if classes is None else len(classes), unit="img", disable=None) as bar:
 
         def progress(n: int) -> None:
             bar.update(n - bar.n)
@@ -52,8 +53,14 @@ def sample(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
         through = "" if sde == experiment.sde else f" through {process_name(sde)}"
         by = f"{label_in_words(sampler_name(sampling.sampler))}{through}, {calls:g} network calls"
         on = f"{process_in_words(process_name(sde))}, {len(paths.ts)} steps of order 1"
-        write_npz(workdir / "samples.npz", data, origin)
-        write_figure(workdir / "samples", gallery(data, f"{run}\n{by}"), origin)
+        write_npz(workdir / "samples.npz", data, origin, classes)
+        if classes is not None and sampling.per_class and data.ndim == 4:
+            each = classes[:: sampling.per_class]
+            named = ["no class" if number < 0 else f"class {number}" for number in each]
+            shown = rows(data.reshape(len(each), -1, *data.shape[1:]), f"{run}\n{by}", named)
+        else:
+            shown = gallery(data, f"{run}\n{by}")
+        write_figure(workdir / "samples", shown, origin)
         write_figure(workdir / "trajectory", trajectory(sde, paths, f"{run}: {on}"), origin)
         write_figure(workdir / "denoise", film(paths, f"{run}\n{on}"), origin)
         write_page(workdir)
