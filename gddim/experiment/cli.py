@@ -21,6 +21,7 @@ from gddim.errors import MissingWeights, UserError, from_extra, place, printable
 from gddim.experiment.checkpoints import borrow, trained
 from gddim.experiment.compiled import keep_programs, kept_programs
 from gddim.experiment.config import Experiment, require
+from gddim.experiment.fitting import fitted_by
 from gddim.experiment.measure import cells, check_measurable
 from gddim.experiment.options import REGISTRY, UNGROUPED, explain, options, tyro
 from gddim.experiment.outputs import check_names
@@ -31,6 +32,7 @@ from gddim.experiment.snapshots import check_rebuildable
 from gddim.experiment.verbs.dry_run import dry_run
 from gddim.experiment.verbs.encode import encode
 from gddim.experiment.verbs.evaluate import evaluate
+from gddim.experiment.verbs.fit import fit_table
 from gddim.experiment.verbs.likelihood import likelihood
 from gddim.experiment.verbs.sample import SAMPLES, sample
 from gddim.experiment.verbs.train import Preempted, run_training
@@ -56,8 +58,8 @@ from gddim.train import Diverged
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 RUN = ("train", "sample", "evaluate")  # what the verb run stands for
-AFTERWARDS = {"sample": sample, "evaluate": evaluate, "likelihood": likelihood, "encode": encode}
-Verb = Literal["run", "train", "sample", "evaluate", "likelihood", "encode"]
+AFTERWARDS = {"sample": sample, "evaluate": evaluate, "likelihood": likelihood, "encode": encode, "fit": fit_table}
+Verb = Literal["run", "train", "sample", "evaluate", "likelihood", "encode", "fit"]
 EPILOGUE = """Exit status: 0 done; 1 failed, or the loss was not finite; 2 a wrong option, value or path,
 nothing written; 75 stopped by SIGTERM, Ctrl-C or train.minutes, the state saved, so that the same command continues;
 134 another process of the job was lost, continue likewise. VERB --help tells what that verb needs, --help all there is;
@@ -71,7 +73,7 @@ class Command:
     verb: Annotated[Verb, tyro.conf.Positional]
     """train: to the last step, continuing the run in the workdir; sample: write samples and pictures of them;
     evaluate: write the table of distances; run: these three; likelihood: tell the bits per dimension of held-out data;
-    encode: held-out data to latents and back."""
+    encode: held-out data to latents and back; fit: learn a table for sampling.nfe calls through --process."""
     workdir: str
     """Folder of the run, local or gs://…; made where there is none."""
     experiment: Annotated[Experiment, tyro.conf.arg(name="")] = dataclasses.field(metadata={UNGROUPED: True})
@@ -217,6 +219,8 @@ def execute(command: Command) -> None:
             experiment.drawn_classes(experiment.sampling)
         if measured:
             cells(experiment)
+        if "fit" in verbs:
+            fitted_by(experiment, workdir)
         source = experiment.data.train() if training else None
         if source is not None:
             check_labels(experiment.data, source, "the data")

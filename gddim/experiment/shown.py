@@ -31,6 +31,7 @@ NEEDED = {
     "evaluate": AFTERWARDS | {"compiled", "eval"},
     "likelihood": AFTERWARDS,
     "encode": AFTERWARDS,
+    "fit": AFTERWARDS | {"fit"},
 }
 """Fields of a command and its experiment, by verb; every verb takes all others, too."""
 
