@@ -6,9 +6,9 @@ DDPM++ or NCSN++, DhariwalUNet ADM.
 
 import dataclasses
 import io
-import mmap
 import os
 import reprlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,8 @@ from gddim.nn import NCSNpp, NCSNppConfig
 from gddim.pickles import Calls, Thing, unpickle
 from gddim.samplers import Heun
 from gddim.sde import VE, VP
-from gddim.torch_reader import CALLS, Tensor, arrays, empty
+from gddim.storage import mapped
+from gddim.torch_reader import CALLS, Tensor, Window, arrays, empty
 
 LAYERS = {"norm_in": "norm0", "conv_in": "conv0", "time": "affine", "norm_out": "norm1", "conv_out": "conv1",
           "shortcut": "skip", "attention.norm": "norm2", "attention.query": "qkv.0", "attention.key": "qkv.1",
@@ -48,8 +49,7 @@ PICKLED: Calls = {
 def read_edm(file: io.BufferedReader, source: Any) -> Published:
     """The averaged network of a snapshot. Raises `UserError` for another kind of network, and whatever bytes lead to."""
     size = os.fstat(file.fileno()).st_size
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        tree = unpickle(mapped, PICKLED, size)
+    tree = unpickle(Window(mapped(Path(file.name))), PICKLED, size)
     outer = tree.get("ema") if isinstance(tree, dict) else None
     model = _part(outer, "_modules").get("model")
     options = _part(model, "_init_kwargs")
