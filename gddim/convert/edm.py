@@ -28,6 +28,11 @@ LAYERS = {"norm_in": "norm0", "conv_in": "conv0", "time": "affine", "norm_out": 
           "shortcut": "skip", "attention.norm": "norm2", "attention.query": "qkv.0", "attention.key": "qkv.1",
           "attention.value": "qkv.2", "attention.out": "proj"}  # fmt: skip
 NETS = {"SongUNet": "ncsnpp", "DhariwalUNet": "adm"}
+KNOWN = {
+    *("img_resolution", "in_channels", "out_channels", "label_dim", "augment_dim", "model_channels", "channel_mult"),
+    *("channel_mult_emb", "num_blocks", "attn_resolutions", "dropout", "label_dropout", "embedding_type"),
+    *("channel_mult_noise", "encoder_type", "decoder_type", "resample_filter"),
+}
 EMBEDDINGS = {"fourier": "fourier_linear", "positional": "positional"}
 
 
@@ -55,6 +60,8 @@ def read_edm(file: io.BufferedReader, source: Any) -> Published:
     options = _part(model, "_init_kwargs")
     if outer is None or model is None or model.name not in NETS:
         raise UserError(f"its ema is not a network of {' or '.join(NETS)} in a preconditioner")
+    if unknown := sorted(map(str, options.keys() - KNOWN)) or model.state.get("_init_args"):
+        raise UserError(f"its {model.name} has options that are not known: {_shown(unknown)}")
     config = _song(options) if model.name == "SongUNet" else _dhariwal(options)
     found = _adapted(arrays(dict(_tensors(model)), size), config)
     channels, side = _whole(options, "in_channels"), _whole(options, "img_resolution")
