@@ -20,6 +20,10 @@ class UserError(ValueError):
     """
 
 
+class MissingWeights(UserError):
+    """Weights that only an evaluation needs are not there."""
+
+
 @contextlib.contextmanager
 def from_extra(name: Literal["train", "eval"]) -> Iterator[None]:
     """Around the import of what an extra of this package brings: without it, one `UserError` names the extra.

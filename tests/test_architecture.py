@@ -51,7 +51,9 @@ IMPORTS = {
         *("evaluation", "averages", "compact", "checksums", "nn", "weights"),
     },
     "loading": {"sde", "samplers", "model", "parallel", "experiment"},
-    "export": {"checkpoint", "compact", "parallel", "storage", "weights", "evaluation", "experiment", "loading"},
+    "export": {
+        *("checkpoint", "compact", "parallel", "samplers", "storage", "weights", "evaluation", "experiment", "loading")
+    },
     "generate": {"data", "evaluation", "experiment", "loading", "parallel", "samplers", "sde", "storage"},
     "convert": {  # it writes a run
         *(

@@ -5,6 +5,7 @@ import io
 import math
 import re
 from collections.abc import Iterable
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from gddim.errors import from_extra
@@ -81,6 +82,8 @@ def label_in_words(label: str) -> str:
     sampler, *rest = sampler.split(", ")
     sampler, _, grid = sampler.partition("@")
     name, *options = sampler.split(":")
+    if name == "table":  # told by the file's name, not by where it lies
+        name, options = f"learned table {PurePath(':'.join(options)).stem}", []
     options += [*([f"{grid} grid"] if grid else []), *rest]
     spelled = (f"order {o}" if o.isdecimal() else o.replace("lam=", "λ=").replace("=", " = ") for o in options)
     return ", ".join([_SAMPLERS.get(name, name), *spelled, *([_local(process)] if process else [])])

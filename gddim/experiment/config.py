@@ -12,6 +12,7 @@ from jaxtyping import Float, Int32, PRNGKeyArray
 
 from gddim.averages import LONGEST
 from gddim.data import LABEL, classes_of, cond_of
+from gddim.experiment.fitting import Fitting
 from gddim.experiment.network import Model, NetConfig, require, told_classes
 from gddim.experiment.options import SPELLED, UNGROUPED, tyro
 from gddim.experiment.words import Process, Sampler, TimeGrid, spell_process
@@ -80,7 +81,7 @@ class Training:
     report_every: int = field(default=100, metadata=MAY_CHANGE)
     """Steps between two reports of loss, gradient norm, learning rate and images/s."""
     show_every: int = field(default=0, metadata=MAY_CHANGE)
-    """Steps between two grids of samples in TensorBoard; 0: none."""
+    """Steps between two pictures of samples, in TensorBoard and as training/STEP.png in the workdir; 0: none."""
     save_every: int = field(default=10_000, metadata=MAY_CHANGE)
     """Steps between two checkpoints."""
     keep: int = field(default=3, metadata=MAY_CHANGE)
@@ -132,7 +133,7 @@ class Sampling:
     )
     """gddim[:ORDER][:data|:residual][:free|:corrector][:lam=λ][:data_std=…], cholesky[:ORDER], em[:lam=λ], heun, sscs,
     rk45[:rtol=…][:atol=…], ipndm[:ORDER], dpm[:ORDER], unipc[:ORDER][:bh1], or afs:SAMPLER, its first step analytic;
-    any of them on a grid of its own, as gddim:3:data:free@band."""
+    any of them on a grid of its own, as gddim:3:data:free@band; or table:FILE, which fit wrote."""
     process: Annotated[Process, tyro.conf.arg(name="process", prefix_name=False)] = field(
         default=None, metadata={UNGROUPED: True, SPELLED: spell_process}
     )
@@ -253,6 +254,7 @@ class Experiment:
     train: Training = field(default=Training(), metadata=MAY_CHANGE_AFTER)
     sampling: Sampling = field(default=Sampling(), metadata=MAY_CHANGE)
     eval: Evaluation = field(default=Evaluation(), metadata=MAY_CHANGE)
+    fit: Fitting = field(default=Fitting(), metadata=MAY_CHANGE | LATER)
     mesh: MeshConfig = field(default_factory=MeshConfig, metadata=MAY_CHANGE)
     rule: tyro.conf.Suppress[Rule] = field(default=default_rule, metadata=MAY_CHANGE)
     """Where each array of the state lives on the mesh, by its path: a function, to be given in the experiment's file."""

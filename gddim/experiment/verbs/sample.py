@@ -10,12 +10,14 @@ from etils import epath
 from gddim.errors import progress
 from gddim.evaluation.figures import label_in_words, process_in_words
 from gddim.evaluation.page import write_page
-from gddim.experiment.checkpoints import restore_ema
+from gddim.experiment.checkpoints import checkpoint_digest, restore_ema
 from gddim.experiment.drawing import draw_samples, follow
 from gddim.experiment.outputs import check_names, write_figure, write_npz
 from gddim.experiment.pictures import film, gallery, rows, trajectory
 from gddim.experiment.plan import Plan
 from gddim.experiment.workdir import describe
+from gddim.parallel import tell
+from gddim.samplers import LearnedTable
 from gddim.samplers.words import sampler_name
 from gddim.sde.words import process_name
 
@@ -29,6 +31,8 @@ def sample(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
     check_names(workdir, *SAMPLES)
     params, step = restore_ema(plan, workdir, step)
     model = plan.model(params)
+    if isinstance(sampling.sampler, LearnedTable) and (line := sampling.sampler.foreign(checkpoint_digest(params))):
+        tell(line)
     sde = experiment.through(sampling.process)
     origin = {"experiment": experiment.name, "step": step, **describe(sampling)}
     drawn = [(time.perf_counter(), 0)]
