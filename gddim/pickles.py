@@ -24,9 +24,9 @@ _CONSTANTS = {
 
 @runtime_checkable
 class Readable(Protocol):
-    """Bytes with a position, as of an open file or a memory map."""
+    """Bytes with a position; those that `read` gives as a memoryview are not copied."""
 
-    def read(self, count: int = ..., /) -> bytes: ...
+    def read(self, count: int, /) -> bytes | memoryview: ...
 
     def readline(self) -> bytes: ...
 

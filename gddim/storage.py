@@ -63,10 +63,10 @@ def mapped(path: os.PathLike[str]) -> memoryview:
 def let_go(array: np.ndarray) -> None:
     """Of a file that is mapped and of which an array is a part, keep nothing in memory until it is looked at again."""
     base: object = array
-    while isinstance(base, np.ndarray):
-        base = base.base
+    while (inner := getattr(base, "base", None)) is not None:
+        base = inner
     if isinstance(base, memoryview) and isinstance(base.obj, mmap.mmap):
-        base.obj.madvise(mmap.MADV_DONTNEED)
+        base.obj.madvise(mmap.MADV_DONTNEED)  # whatever else was looked at, too
 
 
 def is_local(path: os.PathLike[str]) -> bool:

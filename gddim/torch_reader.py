@@ -6,7 +6,6 @@ A checkpoint is a pickle that describes tensors, read as data (see `gddim.pickle
 import contextlib
 import io
 import math
-import mmap
 import os
 import zipfile
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ import numpy as np
 
 from gddim.errors import UserError
 from gddim.pickles import Calls, Name, Thing, unpickle
+from gddim.storage import mapped
 
 _DTYPES = {
     "FloatStorage": np.dtype("<f4"),
@@ -31,6 +31,36 @@ _DTYPES = {
     "BoolStorage": np.dtype("?"),
 }
 _MAGIC = 0x1950A86A20F9469CFC6C  # first value of a checkpoint from before PyTorch 1.6, and of a storage within a pickle
+
+
+LEAST = 2**12
+
+
+class Window:
+    """Bytes, read as those of a file are; what is long is no copy."""
+
+    def __init__(self, content: bytes | memoryview):
+        self._content, self._at = memoryview(content), 0
+
+    def read(self, count: int) -> bytes | memoryview:
+        found = self._content[self._at : self._at + count]
+        self._at += len(found)
+        return bytes(found) if len(found) < LEAST else found
+
+    def readline(self) -> bytes:
+        """Up to the end of a line, or of the longest that a name can be."""
+        line = bytes(self._content[self._at : self._at + LEAST])
+        line = line[: line.find(b"\n") + 1 or None]
+        self._at += len(line)
+        return line
+
+    def tell(self) -> int:
+        return self._at
+
+    def part(self, count: int) -> memoryview:
+        """What comes next, without a look at it."""
+        self._at += count
+        return self._content[self._at - count : self._at]
 
 
 class Storage:
@@ -112,8 +142,7 @@ def torch_tree(file: io.BufferedReader, calls: Calls | None = None) -> Any:
     """What `torch.save` wrote, its tensors as `Tensor`; `calls` as in `unpickle`, beside those that make tensors."""
     size, known = os.fstat(file.fileno()).st_size, {**CALLS, **(calls or {})}
     if not zipfile.is_zipfile(file):
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            return _read_stream(mapped, known, size)
+        return _read_stream(Window(mapped(Path(file.name))), known, size)
     archive = zipfile.ZipFile(file)  # open as long as the file is
     members = {member.filename: member for member in archive.infolist()}
     stored = all(member.compress_type == zipfile.ZIP_STORED for member in members.values())
@@ -124,7 +153,7 @@ def torch_tree(file: io.BufferedReader, calls: Calls | None = None) -> Any:
     if f"{root}byteorder" in members and archive.read(f"{root}byteorder") != b"little":
         raise UserError("its numbers are big-endian")
 
-    return unpickle(io.BytesIO(archive.read(index)), known, size, _Storages({}, partial(_member, archive, root)))
+    return unpickle(Window(archive.read(index)), known, size, _Storages({}, partial(_member, archive, root)))
 
 
 def _member(archive: zipfile.ZipFile, root: str, storage: Storage) -> np.ndarray:
@@ -134,11 +163,8 @@ def _member(archive: zipfile.ZipFile, root: str, storage: Storage) -> np.ndarray
     return np.frombuffer(archive.read(member), storage.dtype)
 
 
-def _read_stream(file: io.BytesIO | mmap.mmap, calls: Calls, size: int, content: bytes | None = None) -> Any:
-    """The form before PyTorch 1.6: five pickles, then the storages in the order of the fifth, each after its length.
-
-    Of a file whose `content` stays in memory the numbers are no copy.
-    """
+def _read_stream(file: Window, calls: Calls, size: int) -> Any:
+    """The form before PyTorch 1.6: five pickles, then the storages in the order of the fifth, each after its length."""
     if unpickle(file, {}, size) != _MAGIC:
         raise UserError("neither a zip archive nor PyTorch's older form")
     unpickle(file, {}, size)
@@ -153,12 +179,11 @@ def _read_stream(file: io.BytesIO | mmap.mmap, calls: Calls, size: int, content:
         start = file.tell()
         if start + storage.size > size:
             raise UserError(f"storage {key:.40} ends after {size - start} bytes of {storage.size}")
-        storage.find = partial(_numbers, file.read(storage.size) if content is None else memoryview(content)[start:])
-        file.seek(start + storage.size)
+        storage.find = partial(_numbers, file.part(storage.size))
     return tree
 
 
-def _numbers(raw: bytes | memoryview, storage: Storage) -> np.ndarray:
+def _numbers(raw: memoryview, storage: Storage) -> np.ndarray:
     return np.frombuffer(raw, storage.dtype, storage.count)
 
 
@@ -183,9 +208,9 @@ class _Storages(NamedTuple):
 
 def _nested(content: Any) -> Storage:
     """A storage that was pickled as the bytes of a file of its own."""
-    if not isinstance(content, bytes):
+    if not isinstance(content, bytes | memoryview):
         raise UserError("a storage within the pickle is not bytes")
-    storage = _read_stream(io.BytesIO(content), {}, len(content), content)
+    storage = _read_stream(Window(content), {}, len(content))
     if not isinstance(storage, Storage):
         raise UserError("a storage within the pickle is something else")
     return storage

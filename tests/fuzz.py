@@ -1,21 +1,28 @@
 """A program: readers of checkpoints against mutations of a file, without the checks of types that tests run under, which
 take most of the time.
 
-    python fuzz.py FILE COUNT SEED
+    python fuzz.py FILE COUNT SEED      EDM's .pkl, a .pth, flax's .msgpack, a .safetensors of ours, or diffusers' in its folder
 
 Every mutation must be read, or refused in one line. Prints how many were refused, and by how many bytes the memory grew.
 """
 
 import os
 import resource
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 
+import equinox as eqx
+import jax
 import numpy as np
+from etils import epath
 
+from gddim import load, weights
+from gddim.convert.flax import assign, read_state
 from gddim.convert.recognition import parse
 from gddim.errors import UserError
+from gddim.nn import NCSNppConfig
 
 
 def mutated(content: bytes, rng: np.random.Generator) -> bytes:
@@ -41,11 +48,32 @@ def mutated(content: bytes, rng: np.random.Generator) -> bytes:
     return bytes(data)
 
 
+def published(path: Path, build: bool) -> None:
+    found = parse(path)
+    if build:  # which takes a second
+        found.model  # noqa: B018
+
+
+def flax(path: Path, build: bool) -> None:
+    state = read_state(path)
+    if build:
+        plain = {"embedding": "positional", "fir": False, "progressive_input": "none"}
+        told, channels = ({}, 6) if "fourier" in path.name else (plain, 3)
+        config = NCSNppConfig(width=16, blocks=1, **told)  # pyright: ignore[reportArgumentType]
+        shapes = eqx.filter_eval_shape(config.build, (32, 32, channels), channels, jax.random.key(0))
+        assign(state, shapes, "ema", path)
+
+
+def ours(path: Path, build: bool) -> None:
+    load(path) if build else weights.read(epath.Path(path))
+
+
 def refused(path: Path, build: bool) -> bool:
+    kinds = {".msgpack": flax, ".safetensors": ours}
+    folder = path.parent if path.name == "diffusion_pytorch_model.safetensors" else path
+    read = published if folder != path else kinds.get(path.suffix, published)
     try:
-        found = parse(path)
-        if build:  # which takes a second
-            found.model  # noqa: B018
+        read(folder, build)
     except UserError as error:
         if "\n" in str(error):
             raise AssertionError("not one line") from error
@@ -64,6 +92,8 @@ def main() -> None:
         setattr(os, name, forbidden)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / source.name
+        if source.name == "diffusion_pytorch_model.safetensors":
+            shutil.copytree(source.parent, folder, dirs_exist_ok=True)
         path.write_bytes(content)
         refused(path, build=True)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

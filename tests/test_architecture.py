@@ -27,7 +27,7 @@ IMPORTS = {
     "guidance": {"sde", "denoiser"},
     "nn": {"settings"},
     "samplers": {"sde"},
-    "torch_reader": {"pickles"},
+    "torch_reader": {"pickles", "storage"},
     "train": {"averages", "logs"},
     "compact": {"safetensors", "storage"},
     "weights": {"compact", "safetensors", "storage"},

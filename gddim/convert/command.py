@@ -7,9 +7,10 @@ SOURCE is recognised by what is in it:
   a folder of diffusers' UNet2DModel, as of DDPM on CIFAR-10
   a training state of gDDIM, in flax's msgpack format: with --experiment NAME, as in python -m experiments.NAME
 Nothing in it is imported or run. What a file does not tell is taken for what was published with such files; options of an
-experiment may say it, as --sde.beta-max 10 or --net.fir, or --net.width 64 where a state of gDDIM differs from its
-experiment. A run of such a state is one that python -m experiments.NAME samples, evaluates and trains on, with fresh moments
-of Adam. A network of one field (EDM's, score_sde's, diffusers') samples through every process; those of CLD through CLD.
+experiment may say it, as --sde.beta-max 10, --net.fir, --net.no-rescale where skip_rescale was False, or --net.width 64 where
+a state of gDDIM differs from its experiment. A run of such a state is one that python -m experiments.NAME samples, evaluates
+and trains on, with fresh moments of Adam. A network of one field (EDM's, score_sde's, diffusers') samples through every
+process; those of CLD through CLD.
 """
 
 from __future__ import annotations

@@ -27,7 +27,40 @@ WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 FIXED = {"act_fn": ("silu",), "mid_block_scale_factor": (1,), "time_embedding_type": ("positional",),
          "downsample_type": ("conv",), "upsample_type": ("conv",), "center_input_sample": (False,),
          "class_embed_type": (None,), "num_class_embeds": (None,), "add_attention": (True,),
-         "resnet_time_scale_shift": ("default",), "downsample_padding": (1, 0), "attn_norm_num_groups": (None,)}  # fmt: skip
+         "resnet_time_scale_shift": ("default",),
+         "mid_block_type": ("UNetMidBlock2D",), "downsample_padding": (1, 0), "attn_norm_num_groups": (None,)}  # fmt: skip
+READ = (
+    "sample_size",
+    "in_channels",
+    "out_channels",
+    "down_block_types",
+    "up_block_types",
+    "block_out_channels",
+    "layers_per_block",
+    "dropout",
+    "freq_shift",
+    "flip_sin_to_cos",
+    "norm_num_groups",
+    "norm_eps",
+    "attention_head_dim",
+    "time_embedding_dim",
+    "num_train_timesteps",
+)  # the last of a learned embedding alone
+OF_VP = (
+    "DDPM",
+    "DDIM",
+    "PNDM",
+    "DPMSolverMultistep",
+    "DPMSolverSinglestep",
+    "DEISMultistep",
+    "UniPCMultistep",
+    "EulerDiscrete",
+    "EulerAncestralDiscrete",
+    "HeunDiscrete",
+    "LMSDiscrete",
+    "KDPM2Discrete",
+    "KDPM2AncestralDiscrete",
+)
 JSON_LIMIT = 2**21  # bytes, which Python makes thirty times as many of
 
 
@@ -58,6 +91,8 @@ def _config(given: dict[str, Any]) -> tuple[NCSNppConfig, int, int]:
     for name, accepted in FIXED.items():
         if (value := given.get(name, accepted[0])) not in accepted[-1:]:
             raise UserError(f"its {name} is {value!s:.40}; read is {accepted[-1]}")
+    if unknown := [name for name in given if name not in READ and name not in FIXED and not name.startswith("_")]:
+        raise UserError(f"its config.json has options that are not known: {', '.join(unknown):.200}")
     outputs, side, channels = given["block_out_channels"], given["sample_size"], given["in_channels"]
     down, up = given["down_block_types"], given["up_block_types"]
     known = ("DownBlock2D", "AttnDownBlock2D")
@@ -84,6 +119,7 @@ def _config(given: dict[str, Any]) -> tuple[NCSNppConfig, int, int]:
         groups=given.get("norm_num_groups", 32),
         eps=float(given.get("norm_eps", 1e-5)),
         head=given.get("attention_head_dim", 8) or 0,
+        hidden=given.get("time_embedding_dim") or 0,
     )
     return config, channels, side
 
@@ -94,6 +130,11 @@ def _betas(folder: Path) -> np.ndarray:
     found = next((_json(place) for place in places if place.is_file()), {})
     if (predicts := found.get("prediction_type", "epsilon")) != "epsilon":
         raise UserError(f"its prediction_type is {predicts!s:.40}; read is epsilon")
+    kind = str(found.get("_class_name", "DDPMScheduler")).removesuffix("Scheduler")
+    if kind not in OF_VP or found.get("rescale_betas_zero_snr") or found.get("use_flow_sigmas"):
+        raise UserError(
+            f"its scheduler is {kind:.40}, or with flow sigmas or betas rescaled: read are {', '.join(OF_VP)}"
+        )
     if (betas := found.get("trained_betas")) is not None:
         return np.asarray(betas, np.float64)
     first, last = float(found.get("beta_start", 1e-4)), float(found.get("beta_end", 0.02))

@@ -6,9 +6,9 @@ DDPM++ or NCSN++, DhariwalUNet ADM.
 
 import dataclasses
 import io
-import mmap
 import os
 import reprlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,12 +21,18 @@ from gddim.nn import NCSNpp, NCSNppConfig
 from gddim.pickles import Calls, Thing, unpickle
 from gddim.samplers import Heun
 from gddim.sde import VE, VP
-from gddim.torch_reader import CALLS, Tensor, arrays, empty
+from gddim.storage import mapped
+from gddim.torch_reader import CALLS, Tensor, Window, arrays, empty
 
 LAYERS = {"norm_in": "norm0", "conv_in": "conv0", "time": "affine", "norm_out": "norm1", "conv_out": "conv1",
           "shortcut": "skip", "attention.norm": "norm2", "attention.query": "qkv.0", "attention.key": "qkv.1",
           "attention.value": "qkv.2", "attention.out": "proj"}  # fmt: skip
 NETS = {"SongUNet": "ncsnpp", "DhariwalUNet": "adm"}
+KNOWN = {
+    *("img_resolution", "in_channels", "out_channels", "label_dim", "augment_dim", "model_channels", "channel_mult"),
+    *("channel_mult_emb", "num_blocks", "attn_resolutions", "dropout", "label_dropout", "embedding_type"),
+    *("channel_mult_noise", "encoder_type", "decoder_type", "resample_filter"),
+}
 EMBEDDINGS = {"fourier": "fourier_linear", "positional": "positional"}
 
 
@@ -48,13 +54,14 @@ PICKLED: Calls = {
 def read_edm(file: io.BufferedReader, source: Any) -> Published:
     """The averaged network of a snapshot. Raises `UserError` for another kind of network, and whatever bytes lead to."""
     size = os.fstat(file.fileno()).st_size
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        tree = unpickle(mapped, PICKLED, size)
+    tree = unpickle(Window(mapped(Path(file.name))), PICKLED, size)
     outer = tree.get("ema") if isinstance(tree, dict) else None
     model = _part(outer, "_modules").get("model")
     options = _part(model, "_init_kwargs")
     if outer is None or model is None or model.name not in NETS:
         raise UserError(f"its ema is not a network of {' or '.join(NETS)} in a preconditioner")
+    if unknown := sorted(map(str, options.keys() - KNOWN)) or model.state.get("_init_args"):
+        raise UserError(f"its {model.name} has options that are not known: {_shown(unknown)}")
     config = _song(options) if model.name == "SongUNet" else _dhariwal(options)
     found = _adapted(arrays(dict(_tensors(model)), size), config)
     channels, side = _whole(options, "in_channels"), _whole(options, "img_resolution")

@@ -15,6 +15,7 @@ from gddim.errors import UserError, from_extra, place
 from gddim.nn import NCSNpp
 
 M = TypeVar("M")
+BINARY = {0xC4: 1, 0xC5: 2, 0xC6: 4}  # bytes of the length of so many bytes, by what comes before it, in msgpack
 
 WEIGHTS = {"ema": ("params_ema",), "raw": ("optimizer", "target")}
 BLOCK = {"norm_in": "GroupNorm_0", "conv_in": "Conv_0", "time": "Dense_0", "norm_out": "GroupNorm_1",
@@ -37,11 +38,10 @@ def read_state(path: epath.PathLike) -> dict[Any, Any]:
     """A flax msgpack file as nested dictionaries of NumPy arrays, by hand: neither flax nor pickle is involved."""
     path = place(path)
     try:
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            state = _join(_unpacked(file, path.stat().length))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-    try:
-        state = _join(_unpacked(content))
     except Exception as error:  # whatever msgpack and NumPy make of bytes that are not theirs
         raise UserError(f"{path} is no flax msgpack file, or not all of it: {error!r:.200}") from error
     if not isinstance(state, dict):
@@ -113,11 +113,12 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield f"{prefix}{name}", value
 
 
-def _unpacked(content: bytes) -> Any:
+def _unpacked(file: Any, size: int) -> Any:
+    """What a file holds; of its bytes no more than an array at a time are in memory twice."""
     with from_extra("train"):
         import msgpack
 
-    left = 2**18 + len(content) // 100  # entries, each of a byte or more, and a hundred bytes here
+    left = 2**18 + size // 100  # entries, each of a byte or more, and a hundred bytes here
 
     def counted(value: Any) -> Any:
         nonlocal left
@@ -127,7 +128,12 @@ def _unpacked(content: bytes) -> Any:
         return value
 
     hooks: dict[str, Any] = {"ext_hook": _extension, "object_hook": counted, "list_hook": counted}
-    return msgpack.unpackb(content, **hooks, strict_map_key=False, max_array_len=2**16, max_map_len=2**16)
+    lengths = {"max_buffer_size": size, "max_array_len": 2**16, "max_map_len": 2**16}
+    unpacker = msgpack.Unpacker(file, read_size=min(size, 2**20), strict_map_key=False, **hooks, **lengths)
+    found = unpacker.unpack()
+    if unpacker.tell() != size:
+        raise ValueError(f"{size - unpacker.tell()} bytes after its end")
+    return found
 
 
 def _extension(code: int, data: bytes) -> Any:
@@ -138,11 +144,15 @@ def _extension(code: int, data: bytes) -> Any:
         raise ValueError(f"extension type {code}")
     if code == 2:
         return complex(*msgpack.unpackb(data))
-    shape, name, values = msgpack.unpackb(data)
-    dtype = jnp.dtype(name)  # knows bfloat16
-    if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(values):
-        raise ValueError(f"{len(values)} bytes for an array {shape} of {name}")
-    return np.frombuffer(values, dtype).reshape(shape)
+    head = msgpack.Unpacker()
+    head.feed(data[:1024])
+    parts, shape, name = head.read_array_header(), head.unpack(), head.unpack()
+    start, dtype = head.tell(), jnp.dtype(name)  # knows bfloat16
+    start += 1 + BINARY[data[start]]  # the length of the values, which are the rest, and no copy
+    told, values = int.from_bytes(data[head.tell() + 1 : start]), len(data) - start
+    if parts != 3 or dtype.hasobject or not math.prod(shape) * dtype.itemsize == values == told:
+        raise ValueError(f"{values} bytes for an array {shape} of {name}")
+    return np.frombuffer(data, dtype, offset=start).reshape(shape)
 
 
 def _join(tree: Any) -> Any:

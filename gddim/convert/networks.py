@@ -9,6 +9,7 @@ import numpy as np
 
 from gddim.errors import UserError
 from gddim.nn import NCSNpp
+from gddim.storage import let_go
 
 M = TypeVar("M")
 SHOWN = 20  # parameters of a checkpoint that does not fit
@@ -83,7 +84,11 @@ def fill(model: M, names: Names, found: dict[str, Any], source: Any) -> M:
     leaves, structure = jax.tree.flatten(model)
 
     def loaded(each: dict[str, tuple[int, ...]], leaf: Any) -> jax.Array:  # one at a time: none is held twice
-        return jnp.asarray(np.stack([np.asarray(found[name], np.float32) for name in each]).reshape(leaf.shape))
+        made = np.empty((len(each), *next(iter(each.values()))), np.float32)
+        for i, name in enumerate(each):
+            made[i] = found[name]
+            let_go(found[name])
+        return jax.device_put(made.reshape(leaf.shape))  # which copies nothing on a CPU
 
     return jax.tree.unflatten(structure, [loaded(*pair) for pair in zip(names, leaves, strict=True)])
 
@@ -104,8 +109,10 @@ def _check(wanted: dict[str, tuple[int, ...]], found: dict[str, Any], source: An
             lines.append(f"shape: {name} is {shape}, the network's {wanted[name]}")
         elif not (isinstance(value, np.ndarray) and jnp.issubdtype(kind, jnp.floating)):
             lines.append(f"type: {name} is {kind}, not floating")
-        elif not np.isfinite(value.astype(np.float32)).all():
-            lines.append(f"values: {name} is not finite")
+        else:
+            if not np.isfinite(value.astype(np.float32)).all():
+                lines.append(f"values: {name} is not finite")
+            let_go(value)
     if lines:
         more = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
         told = " ".join(

@@ -28,6 +28,7 @@ LAYERS = {"norm_in": "GroupNorm_0", "conv_in": "Conv_0", "time": "Dense_0", "nor
 ATTENTION = {"norm": "GroupNorm_0", "query": "NIN_0", "key": "NIN_1", "value": "NIN_2", "out": "NIN_3"}
 ATTEND_AT = 16  # the height of images with attention in the published configurations
 SIGMA_MAX = 50.0  # CIFAR-10's, of a file that does not tell it
+RESCALED = "; its sums divided by √2, as published, which it does not tell either (--net.no-rescale)"
 FIXED = ("sigmas", "all_modules.0.W")  # are in no average
 SUB_VP = ("subvp", "sub_vp", "sub-vp")  # as names of published files have it
 Process = Literal["vp", "subvp"]
@@ -102,7 +103,7 @@ def read_score_sde(state: State, source: Any, process: Process | None = None) ->
         told = f"{'sub-VP' if sub else 'VP'}, which the file does not tell from {'VP' if sub else 'sub-VP'} (--process)"
     data = Elsewhere((state.side, state.side, state.outputs))
     experiment = Experiment("score_sde", sde, config, data, model, sampling=sampling)
-    return Published(source, experiment, found, names, state.step, f"score_sde's, taken for one of {told}")
+    return Published(source, experiment, found, names, state.step, f"score_sde's, taken for one of {told}{RESCALED}")
 
 
 def shapes_of(found: dict[str, np.ndarray], size: int | None = None) -> tuple[NCSNppConfig, int, int, int]:

@@ -55,6 +55,7 @@ class Block(eqx.Module):
     fir: bool = eqx.field(static=True)
     dropout: float = eqx.field(static=True)
     style: Style = eqx.field(static=True)
+    scale: float = eqx.field(static=True)
 
     def __init__(
         self,
@@ -76,8 +77,9 @@ class Block(eqx.Module):
         self.shortcut = Conv(inputs, outputs, 1, draw=draw) if projected else None
         self.attention = None
         if attend:
-            self.attention = Attention(config.norm(outputs), config.heads(outputs), style.scale, draw=draw)
+            self.attention = Attention(config.norm(outputs), config.heads(outputs), config.scale, draw=draw)
         self.resample, self.fir, self.dropout, self.style = resample, config.fir, config.dropout, style
+        self.scale = config.scale
 
     @property
     def count(self) -> int:
@@ -100,7 +102,7 @@ class Block(eqx.Module):
         if keep is not None:
             h = jnp.where(keep, h / (1 - self.dropout), 0)
         h = self.conv_out(h)
-        x = (h + (x if self.shortcut is None else self.shortcut(x))) * self.style.scale
+        x = (h + (x if self.shortcut is None else self.shortcut(x))) * self.scale
         return x if self.attention is None else self.attention(x)
 
 

@@ -52,6 +52,8 @@ class NCSNppConfig:
     style: Literal["ncsnpp", "ddpm", "adm"] = field(default="ncsnpp", metadata=LATER)
     """Of the blocks: NCSN++'s; DDPM's, which resamples by convolutions between them; ADM's, which the noise level scales and
     shifts. The latter two also attend after every block of an attending level on the way up, and divide no sums by √2."""
+    rescale: bool = field(default=True, metadata=LATER)
+    """Divide the sum of a branch and its shortcut by √2, in style ncsnpp (score_sde's skip_rescale)."""
     classes: int = field(default=0, metadata=LATER)
     """Classes of the data, of which the network is told one as `cond["label"]`; 0: as many as the data have."""
     features: int = field(default=0, metadata=LATER)
@@ -108,6 +110,11 @@ class NCSNppConfig:
     def hidden_features(self) -> int:
         """Of the noise level, as the blocks see them."""
         return self.hidden or 4 * self.width
+
+    @property
+    def scale(self) -> float:
+        """Of the sum of a branch and its shortcut."""
+        return STYLES[self.style].scale if self.rescale else 1.0
 
     def norm(self, channels: int) -> GroupNorm:
         """A normalisation of so many channels."""
@@ -258,7 +265,7 @@ class NCSNpp(eqx.Module):
                 else:
                     h = single(stage.resample, h)
                 if stage.progressive is not None:
-                    h = pyramid = (self._progress(pyramid, stage.progressive) + h) * math.sqrt(0.5)
+                    h = pyramid = (self._progress(pyramid, stage.progressive) + h) * self.config.scale
                 skips.append(h)
         for block in self.middle:
             h = single(block, h)

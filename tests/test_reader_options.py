@@ -1,0 +1,77 @@
+"""Options of published networks: each is read, can be told, or is refused in one line; none is passed over."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+from checkpoint_files import (
+    diffusers_folder,
+    edm_net,
+    edm_tree,
+    options_of,
+    pickled,
+    refused,
+    score_sde_state,
+    write_zip,
+)
+
+from gddim import convert
+from gddim.nn import NCSNppConfig
+from gddim.nn.blocks import Block
+from gddim.nn.layers import Draw
+
+TINY = NCSNppConfig(width=4, multipliers=(1, 2), blocks=1, attention=(16,))
+
+
+def test_sums_are_divided_by_the_square_root_of_two_or_not(tmp_path):
+    """skip_rescale, which no file tells: a block, its attention and the input on its way down."""
+    x, time = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(8, 8, 8), (16,)]))
+    for attend in (False, True):
+        blocks = [
+            Block(8, 8, dataclasses.replace(TINY, rescale=rescale), draw=Draw(jax.random.key(2)), attend=attend)
+            for rescale in (True, False)
+        ]
+        # with fresh parameters the branches are nothing: what is left is the shortcut
+        divided, plain = (np.asarray(block(x, time)) for block in blocks)
+        np.testing.assert_allclose(plain, divided * math.sqrt(2) ** (1 + attend), atol=1e-5)
+
+
+def test_the_command_is_told_that_sums_are_not_divided(tmp_path, capsys):
+    net = TINY.build((32, 32, 3), 3, jax.random.key(0))
+    path = write_zip(tmp_path / "x.pth", *score_sde_state(net, np.geomspace(30, 0.01, 9)))
+    assert "(--net.no-rescale)" in convert.read(path).told
+    assert convert.main([str(path), str(tmp_path / "run"), "--net.no-rescale"]) == 0
+    assert '"rescale": false' in (tmp_path / "run" / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"skip_scale": 1.0}, "options that are not known: ['skip_scale']"),
+        ({"num_heads": 2}, "options that are not known: ['num_heads']"),
+    ],
+)
+def test_options_of_edm_that_are_not_known_are_refused(tmp_path, options, said):
+    config, net = edm_net()
+    path = tmp_path / "x.pkl"
+    path.write_bytes(pickled(edm_tree(net, "SongUNet", options_of(config, 16, **options), sigma_data=0.5), 4))
+    assert said in refused(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "schedule", "said"),
+    [
+        ({"mystery": 1}, {}, "options that are not known: mystery"),
+        ({"mid_block_type": None}, {}, "its mid_block_type is None"),
+        ({}, {"_class_name": "ScoreSdeVeScheduler"}, "its scheduler is ScoreSdeVe"),
+        ({}, {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "its scheduler is FlowMatchEulerDiscrete"),
+        ({}, {"rescale_betas_zero_snr": True}, "betas rescaled"),
+    ],
+)
+def test_options_of_diffusers_that_are_not_read_are_refused(tmp_path, options, schedule, said):
+    folder = diffusers_folder(tmp_path / "unet", edm_net(style="ddpm", groups=4)[1], **options)
+    (folder / "scheduler_config.json").write_text(json.dumps(schedule))
+    assert said in refused(folder)
