@@ -15,15 +15,15 @@ from collections.abc import Sequence
 from typing import Annotated, Literal, NoReturn, get_args
 
 import jax
-import tyro
 
 from gddim.data import check_labels, classes_of
-from gddim.errors import MissingWeights, UserError, place, printable
+from gddim.errors import MissingWeights, UserError, from_extra, place, printable
 from gddim.experiment.checkpoints import borrow, trained
 from gddim.experiment.compiled import keep_programs, kept_programs
 from gddim.experiment.config import Experiment, require
+from gddim.experiment.fitting import fitted_by
 from gddim.experiment.measure import cells, check_measurable
-from gddim.experiment.options import REGISTRY, UNGROUPED, explain, options
+from gddim.experiment.options import REGISTRY, UNGROUPED, explain, options, tyro
 from gddim.experiment.outputs import check_names
 from gddim.experiment.plan import Plan
 from gddim.experiment.revival import as_trained, objects
@@ -32,6 +32,7 @@ from gddim.experiment.snapshots import check_rebuildable
 from gddim.experiment.verbs.dry_run import dry_run
 from gddim.experiment.verbs.encode import encode
 from gddim.experiment.verbs.evaluate import evaluate
+from gddim.experiment.verbs.fit import fit_table
 from gddim.experiment.verbs.likelihood import likelihood
 from gddim.experiment.verbs.sample import SAMPLES, sample
 from gddim.experiment.verbs.train import Preempted, run_training
@@ -57,8 +58,8 @@ from gddim.train import Diverged
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 RUN = ("train", "sample", "evaluate")  # what the verb run stands for
-AFTERWARDS = {"sample": sample, "evaluate": evaluate, "likelihood": likelihood, "encode": encode}
-Verb = Literal["run", "train", "sample", "evaluate", "likelihood", "encode"]
+AFTERWARDS = {"sample": sample, "evaluate": evaluate, "likelihood": likelihood, "encode": encode, "fit": fit_table}
+Verb = Literal["run", "train", "sample", "evaluate", "likelihood", "encode", "fit"]
 EPILOGUE = """Exit status: 0 done; 1 failed, or the loss was not finite; 2 a wrong option, value or path,
 nothing written; 75 stopped by SIGTERM, Ctrl-C or train.minutes, the state saved, so that the same command continues;
 134 another process of the job was lost, continue likewise. VERB --help tells what that verb needs, --help all there is;
@@ -72,7 +73,7 @@ class Command:
     verb: Annotated[Verb, tyro.conf.Positional]
     """train: to the last step, continuing the run in the workdir; sample: write samples and pictures of them;
     evaluate: write the table of distances; run: these three; likelihood: tell the bits per dimension of held-out data;
-    encode: held-out data to latents and back."""
+    encode: held-out data to latents and back; fit: learn a table for sampling.nfe calls through --process."""
     workdir: str
     """Folder of the run, local or gs://…; made where there is none."""
     experiment: Annotated[Experiment, tyro.conf.arg(name="")] = dataclasses.field(metadata={UNGROUPED: True})
@@ -143,6 +144,8 @@ def _nowhere(command: Command) -> bool:
 
 
 def _parse(experiment: Experiment, argv: Sequence[str]) -> Command:
+    with from_extra("train"):
+        import tyro
     if experiment.model.predicts != "eps" and "--model.predicts eps" in " ".join(argv).replace("=", " "):
         experiment = experiment.predicting_eps()
     default = Command("run", default_workdir(experiment), experiment)
@@ -201,6 +204,11 @@ def execute(command: Command) -> None:
             return
 
         # What could fail later is looked at now.
+        if training:
+            with from_extra("train"):
+                import grain  # noqa: F401
+                import orbax.checkpoint  # noqa: F401
+                import tensorboardX  # noqa: F401
         if not training and not known:
             raise UserError(f"--workdir {workdir} holds no run: train it first")
         shipped = found if found and found[0] == experiment.weights else None
@@ -211,6 +219,8 @@ def execute(command: Command) -> None:
             experiment.drawn_classes(experiment.sampling)
         if measured:
             cells(experiment)
+        if "fit" in verbs:
+            fitted_by(experiment, workdir)
         source = experiment.data.train() if training else None
         if source is not None:
             check_labels(experiment.data, source, "the data")

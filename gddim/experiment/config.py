@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jaxtyping import Float, Int32, PRNGKeyArray
 
 from gddim.averages import LONGEST
 from gddim.data import LABEL, classes_of, cond_of
+from gddim.experiment.fitting import Fitting
 from gddim.experiment.network import Model, NetConfig, require, told_classes
-from gddim.experiment.options import SPELLED, UNGROUPED
+from gddim.experiment.options import SPELLED, UNGROUPED, tyro
 from gddim.experiment.words import Process, Sampler, TimeGrid, spell_process
 from gddim.loss import AbstractObjective, LogNormalNoise, ScoreMatching
 from gddim.model import Denoiser, EpsModel, VelocityModel
@@ -133,7 +133,7 @@ class Sampling:
     )
     """gddim[:ORDER][:data|:residual][:free|:corrector][:lam=λ][:data_std=…], cholesky[:ORDER], em[:lam=λ], heun, sscs,
     rk45[:rtol=…][:atol=…], ipndm[:ORDER], dpm[:ORDER], unipc[:ORDER][:bh1], or afs:SAMPLER, its first step analytic;
-    any of them on a grid of its own, as gddim:3:data:free@band."""
+    any of them on a grid of its own, as gddim:3:data:free@band; or table:FILE, which fit wrote."""
     process: Annotated[Process, tyro.conf.arg(name="process", prefix_name=False)] = field(
         default=None, metadata={UNGROUPED: True, SPELLED: spell_process}
     )
@@ -254,6 +254,7 @@ class Experiment:
     train: Training = field(default=Training(), metadata=MAY_CHANGE_AFTER)
     sampling: Sampling = field(default=Sampling(), metadata=MAY_CHANGE)
     eval: Evaluation = field(default=Evaluation(), metadata=MAY_CHANGE)
+    fit: Fitting = field(default=Fitting(), metadata=MAY_CHANGE | LATER)
     mesh: MeshConfig = field(default_factory=MeshConfig, metadata=MAY_CHANGE)
     rule: tyro.conf.Suppress[Rule] = field(default=default_rule, metadata=MAY_CHANGE)
     """Where each array of the state lives on the mesh, by its path: a function, to be given in the experiment's file."""

@@ -61,6 +61,14 @@ def given(model: Any, cond: PyTree) -> ProcessModel:
     return (_GivenData if isinstance(model, DataModel) else _Given)(model, cond)
 
 
+def start(
+    sde: AbstractLinearSDE, shape: tuple[int, ...], key: Key[Array, ""], i: Int[Array, ""]
+) -> tuple[Float[Array, "*state"], Key[Array, ""]]:
+    """The state at the horizon that sample i begins with, and the key of its noise."""
+    prior_key, noise_key = jax.random.split(jax.random.fold_in(key, i))
+    return sde.sample_prior(prior_key, (*shape[:-1], sde.k, shape[-1])), noise_key
+
+
 @eqx.filter_jit
 def sample_numbered(
     model: ProcessModel,
@@ -79,8 +87,7 @@ def sample_numbered(
     key = seed if jnp.issubdtype(seed.dtype, jax.dtypes.prng_key) else jax.random.key(seed)
 
     def one(i: Array, cond: PyTree) -> Samples:
-        prior_key, noise_key = jax.random.split(jax.random.fold_in(key, i))
-        u = sde.sample_prior(prior_key, (*shape[:-1], sde.k, shape[-1]))
+        u, noise_key = start(sde, shape, key, i)
         u, count, way = solver(given(model, cond), u, noise_key, path)
         return Samples(sde.project(u), jnp.asarray(count), way)
 

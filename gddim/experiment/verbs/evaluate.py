@@ -12,10 +12,12 @@ from gddim.evaluation.classes import Labelled, classes_in_words, classify
 from gddim.evaluation.page import REPORT, check_page, write_page
 from gddim.evaluation.report import plot, table
 from gddim.evaluation.sweep import RESULTS, read_rows, sweep
-from gddim.experiment.checkpoints import restore_ema
+from gddim.experiment.checkpoints import checkpoint_digest, restore_ema
 from gddim.experiment.drawing import draw_samples
 from gddim.experiment.measure import Measure, cells
 from gddim.experiment.plan import Plan
+from gddim.parallel import tell
+from gddim.samplers import LearnedTable
 from gddim.storage import write_whole
 
 
@@ -25,6 +27,9 @@ def evaluate(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
     check_page(workdir / REPORT)
     params, step = restore_ema(plan, workdir, step)
     measure = Measure(plan, workdir)
+    for sampler in settings.samplers:
+        if isinstance(sampler, LearnedTable) and (line := sampler.foreign(checkpoint_digest(params))):
+            tell(line)
     rows = sweep(
         measure.evaluator(params, step), cells(experiment), workdir, measure.floor, keep_samples=settings.keep_samples
     )
