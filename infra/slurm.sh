@@ -5,9 +5,16 @@
 #
 # What a site needs (--partition, --account, --gpus-per-node, …) is given to sbatch, whose options come before the script and
 # override the lines below; on nodes of N GPUs other than 8, give both --gpus-per-node=N and --ntasks-per-node=N, since a
-# task takes one GPU, and --cpus-per-task at most the node's cores divided by N. The workdir and the checkout must be on a file system that all nodes share. A run that is preempted
-# or reaches its time limit saves, ends with status 75 and is requeued, and SLURM itself requeues a job whose node fails; any
-# other failure ends the job.
+# task takes one GPU, and --cpus-per-task at most the node's cores divided by N. On a cluster of CPUs:
+#
+#     JAX_PLATFORMS=cpu GDDIM_EXTRAS=test sbatch --nodes=4 --gpus-per-node=0 --ntasks-per-node=1 --cpus-per-task=64 \
+#         infra/slurm.sh python -m …
+#
+# The workdir and the checkout must be on a file system that all nodes share. A run that is preempted or reaches its time
+# limit saves, ends with status 75 and is requeued; one that has lost a task (killed, or silent for half a minute) ends with
+# 134 or 137 and is requeued to go on from its last checkpoint, while the job has had fewer than 10 restarts of any kind.
+# SLURM itself requeues a job whose node fails; any other failure ends the job. `scancel --signal=TERM JOB` makes it save
+# and be requeued, `scancel JOB` save (for as long as the site's KillWait allows) and end.
 # `infra/slurm.sh --dry-run COMMAND` prints the commands of a job and runs none.
 #
 #SBATCH --job-name=gddim
@@ -42,14 +49,24 @@ if [ ! -x "$run" ] || [ $# -eq 0 ]; then
 fi
 
 export GDDIM_EXTRAS=${GDDIM_EXTRAS:-cuda}
-export JAX_PLATFORMS=cuda,cpu # a node without a working driver is an error, not a slow run
-trap : TERM                   # the steps get the signal and save; this script waits for them
+# On GPUs a node without a working driver is an error, not a slow run; sbatch hands over what its caller has set.
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu}
+trap : TERM # the steps get the signal and save; this script waits for them
 
 do_or_print "$run" true || exit # the environment, once, before every task looks for it
+# JAX ends with 134 the tasks that are left, whether another one was killed (137) or failed by itself, and srun tells only
+# their highest status. So a task that fails by itself sees to it that the job is not requeued.
+# shellcheck disable=SC2016 # for the tasks' shell
+task='trap : TERM; "$@"; s=$?; [[ $s =~ ^(0|75|134|137)$ ]] || scontrol update JobId="$SLURM_JOB_ID" Requeue=0; exit $s'
 # A task that ends first leaves the others time to finish the save that they share.
-do_or_print srun --kill-on-bad-exit=0 --wait=300 "$run" "$@"
+do_or_print srun --kill-on-bad-exit=0 --wait=300 bash -c "$task" infra/slurm.sh "$run" "$@"
 status=$?
-if [ "$status" -eq 75 ]; then
+case $status in
+75) again=1 ;;
+134 | 137) again=$((${SLURM_NTASKS:-1} > 1 && ${SLURM_RESTART_COUNT:-0} < 10)) ;;
+*) again=0 ;;
+esac
+if [ "$again" = 1 ] && [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" != COMPLETING ]; then # not cancelled
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

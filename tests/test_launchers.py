@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from programs import ODD, executable
 
 from gddim.parallel import EXIT_LOST, EXIT_PREEMPTED
 
@@ -36,16 +37,9 @@ def dry_run(*words: str) -> str:
     return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
-def executable(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    path.chmod(0o755)
-    return path
-
-
 def test_all_agree_on_the_status_of_a_preempted_run():
     assert {tpu.PREEMPTED, gpu.PREEMPTED} == {EXIT_PREEMPTED}
-    assert f'"$status" -eq {EXIT_PREEMPTED} ' in (ROOT / "infra" / "slurm.sh").read_text()
+    assert f"\n{EXIT_PREEMPTED}) again=1 ;;\n{EXIT_LOST} | 137) " in (ROOT / "infra" / "slurm.sh").read_text()
     assert tpu.ABORTED == EXIT_LOST
     assert f"values: [{EXIT_PREEMPTED}, {EXIT_LOST}]" in (ROOT / "infra" / "jobset.yaml").read_text()
 
@@ -243,34 +237,7 @@ def test_gke_refuses_by_name(words):
     assert re.match(r"gke.py: error: (name|--topology) ", done.stderr.splitlines()[-1])
 
 
-# SLURM and one machine
-
-
-@pytest.mark.parametrize(("status", "requeued"), [(0, False), (75, True), (1, False), (137, False)])
-def test_slurm_requeues_only_what_was_preempted(tmp_path, status, requeued):
-    log = tmp_path / "log"
-    executable(tmp_path / "infra" / "run", f'#!/bin/sh\necho run "$GDDIM_EXTRAS $*" >>{log}\n')
-    executable(tmp_path / "bin" / "srun", f'#!/bin/sh\necho srun "$*" >>{log}\nexit {status}\n')
-    executable(tmp_path / "bin" / "scontrol", f'#!/bin/sh\necho scontrol "$*" >>{log}\n')
-    env = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "17"}
-    assert subprocess.run([ROOT / "infra" / "slurm.sh", "python", "-m", "x"], env=env).returncode == status
-    srun = f"srun --kill-on-bad-exit=0 --wait=300 {tmp_path}/infra/run python -m x"
-    assert log.read_text().splitlines() == ["run cuda true", srun, *["scontrol requeue 17"] * requeued]
-
-
-ODD = ["python", "a  b", "x;y", "$HOME", "it's"]  # words that a shell would take apart
-
-
-def test_slurm_dry_run_and_refusal(tmp_path):
-    done = subprocess.run(["infra/slurm.sh", "--dry-run", *ODD], cwd=ROOT, capture_output=True, text=True)
-    first, second = done.stdout.splitlines()
-    assert shlex.split(first) == [f"{ROOT}/infra/run", "true"]
-    assert shlex.split(second)[-len(ODD) - 1 :] == [f"{ROOT}/infra/run", *ODD]
-    shell = f"srun() {{ printf '%s\\n' \"$@\"; }}; {second}"
-    again = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True)
-    assert again.stdout.splitlines()[-len(ODD) :] == ODD
-    done = subprocess.run([ROOT / "infra" / "slurm.sh", "python"], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+# One machine
 
 
 def machine(folder: Path, script: str) -> list[str]:
