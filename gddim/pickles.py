@@ -102,7 +102,7 @@ def unpickle(file: Readable, calls: Calls, size: int, persistent: Callable[..., 
                 stack.append(Name(f"{module} {attribute}"))
             case "REDUCE" | "NEWOBJ":
                 arguments, function = _of(stack.pop(), tuple), stack.pop()
-                left -= sum(map(getsizeof, arguments))  # of which a call may make a copy, as often as it is called
+                left -= sum(map(_held, arguments))  # of which a call may make a copy, as often as it is called
                 stack.append(_call(calls, function, arguments))
             case "BINPERSID" if persistent is not None:
                 stack.append(persistent(*_of(stack.pop(), tuple)))
@@ -118,6 +118,11 @@ def unpickle(file: Readable, calls: Calls, size: int, persistent: Callable[..., 
             case other:
                 raise UserError(f"opcode {other} at byte {position} is not one that a checkpoint needs")
     raise UserError("the pickle has no end")
+
+
+def _held(value: Any) -> int:
+    """Bytes of an argument, those of a file's own that it is a view of included."""
+    return value.nbytes if isinstance(value, memoryview) else getsizeof(value)
 
 
 def _since_mark(stack: list[Any]) -> list[Any]:
