@@ -17,6 +17,10 @@ class UserError(ValueError):
     """
 
 
+class MissingWeights(UserError):
+    """Weights that only an evaluation needs are not there."""
+
+
 def place(text: str) -> "epath.Path":
     """The path that a command line names, local or in a bucket. Raises `UserError` without the package for the latter."""
     from etils import epath

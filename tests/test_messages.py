@@ -264,7 +264,7 @@ def test_a_run_that_could_not_be_evaluated_does_not_begin(shards_without_the_hel
     assert "lacks test" in refused(capsys, on_shards, f"--workdir={workdir}")
     monkeypatch.setenv("GDDIM_DATA", str(tmp_path))
     monkeypatch.setenv("HOME", str(tmp_path))
-    said = refused(capsys, cld_digits.EXPERIMENT, f"--workdir={workdir}", "--eval.features=inception")
+    said = refused(capsys, cld_digits.EXPERIMENT, f"--workdir={workdir}", "--eval.features=inception", "--eval.every=5")
     assert "no Inception weights: put " in said
     assert not workdir.exists()
 

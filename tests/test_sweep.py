@@ -262,11 +262,11 @@ def test_a_sweep_stopped_inside_a_cell_goes_on_there_and_gives_the_same_table(
     drawn = []
     features = Statistics.of
 
-    def of(x: np.ndarray, space: Any, first: int, origin: dict) -> Statistics:
+    def of(x: np.ndarray, space: Any, first: int, origin: dict, labels: Any) -> Statistics:
         drawn.append(first)
         if len(drawn) in (5, 20):
             raise Killed
-        return features(x, space, first, origin)
+        return features(x, space, first, origin, labels)
 
     monkeypatch.setattr(Statistics, "of", staticmethod(of))
     for _ in range(2):

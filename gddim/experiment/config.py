@@ -83,7 +83,7 @@ class Training:
     report_every: int = field(default=100, metadata=MAY_CHANGE)
     """Steps between two reports of loss, gradient norm, learning rate and images/s."""
     show_every: int = field(default=0, metadata=MAY_CHANGE)
-    """Steps between two grids of samples in TensorBoard; 0: none."""
+    """Steps between two pictures of samples, in TensorBoard and as training/STEP.png in the workdir; 0: none."""
     save_every: int = field(default=10_000, metadata=MAY_CHANGE)
     """Steps between two checkpoints."""
     keep: int = field(default=3, metadata=MAY_CHANGE)

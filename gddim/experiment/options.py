@@ -89,7 +89,7 @@ def explain(argv: Sequence[str], known: dict[str, Any], verbs: Sequence[str]) ->
         if name not in known:
             _refuse(name, list(known))
         kind = known[name]
-        if _is_flag(kind):
+        if is_flag(kind):
             if equals:
                 raise UserError(f"{word}: {name} takes no value")
             continue
@@ -190,7 +190,8 @@ def _many(kind: Any) -> bool:
     return get_origin(kind) in (tuple, list, set, frozenset, Sequence)
 
 
-def _is_flag(kind: Any) -> bool:
+def is_flag(kind: Any) -> bool:
+    """Whether an option of this type takes no value."""
     return kind is bool or (get_origin(kind) is Annotated and get_args(kind)[0] is bool)
 
 
