@@ -46,7 +46,7 @@ def drawn(run: Path, *words: str) -> np.ndarray:
 
 @pytest.mark.parametrize(("process", "strengths"), [("vp", (0.1, 0.6)), ("cld", (0.1,))])
 def test_of_white_data_samples_keep_what_the_noise_left(run, files, process, strengths, capsys):
-    """The flow of N(0, s²) scales `x₀ + σn` by `s/√(s² + σ²) = √(1 − strength)`; that of CLD turns it, too, where it is long."""
+    """The flow of N(0, s²) scales `x₀ + σn` by `s/√(s² + σ²) = √(1 − strength)`; that of CLD also turns it."""
     given = np.repeat(IMAGES / 127.5 - 1, 4, axis=0)
     for strength in strengths:
         x = drawn(run, f"--process={process}", "--sampling.nfe=12", "--from", *files, f"--strength={strength}")

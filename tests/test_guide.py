@@ -111,6 +111,18 @@ def test_evaluations_are_counted_where_guidance_acts():
     assert len(solver.times) == solver.nfe == 6
 
 
+def test_guidance_costs_two_evaluations_and_nothing_else():
+    model = dataclasses.replace(LABELLED, net=dataclasses.replace(COLOUR.net, width=16)).build(jax.random.key(0))
+    y, label = jnp.ones((8, 8, 3)), {"label": jnp.int32(1)}
+
+    def flops(denoise) -> float:
+        return jax.jit(lambda y, label: denoise(y, 0.5, label)).lower(y, label).compile().cost_analysis()["flops"]
+
+    assert flops(ClassifierFree(model.denoiser, 2.0)) < 2.05 * flops(model.denoiser)
+    assert flops(Autoguidance(model.denoiser, model.denoiser, 2.0)) < 2.05 * flops(model.denoiser)
+    assert flops(ClassifierFree(model.denoiser, 1.0)) < 1.01 * flops(model.denoiser)
+
+
 def test_a_table_tells_guided_rows_apart(run):
     for words in ([], ["--guide.scale=2"], ["--guide.scale=2", "--guide.checkpoint=1"], ["--guide.scale=2"]):
         assert status_of(LABELLED, "evaluate", f"--workdir={run}", *words) == 0

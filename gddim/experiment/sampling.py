@@ -29,7 +29,7 @@ class Guide:
 
     scale: float = 1.0
     """1: none; more is sharper, and less varied; 0 is the worse network. It is the same one told no class (classifier-free
-    guidance, of a run with --data.labels --train.label-dropout 0.1), or, with checkpoint or ema, that (autoguidance)."""
+    guidance, of a run trained with labels and label dropout), or, with checkpoint or ema, that (autoguidance)."""
     interval: tuple[float, ...] = ()
     """LOW HIGH: guidance acts where the noise has a standard deviation σ in (LOW, HIGH], data being in [-1, 1]."""
     checkpoint: int | None = None
