@@ -99,7 +99,7 @@ def _generate(options: argparse.Namespace) -> str:
     if (guide := settings.guide).by_worse:
         worse = find(place(options.source), guide.checkpoint or options.step, guide.ema or "ema", mesh=mesh).model
         away = guide.away_from(worse)
-        how["guide"] = lambda D: Autoguidance(D, away.worse, away.scale, away.interval)
+        how["guide"] = lambda D: Autoguidance(D, worse.denoiser, away.scale, away.interval)
     model = Loaded(found.model, shape, settings, mesh, found.classes, found.label_dropout)
     through, _ = model.through(**how)
     told = {

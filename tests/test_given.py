@@ -91,6 +91,7 @@ def test_images_of_other_sizes_are_brought_to_that_of_the_data(run, tmp_path):
         (["sample", "--from", "FILE", "--strength=0"], "strength must be in (0, 1], not 0"),
         (["sample", "--from", "FILE", "--strength=1e-9"], "strength 1e-09: that is time "),
         (["sample", "--from", "FILE", "FILE", "--sampling.samples=1"], "--from: 2 images, and sampling.samples is 1"),
+        (["sample", "--from"], "--from needs files"),
         (["sample", "--strength=0.7"], "--strength is of sample --from FILE"),
         (["encode", "--from", "FILE", "--sampler=gddim:2"], "1 records are given, encode needs at least 2"),
         (["evaluate", "--from", "FILE"], "--from is of the verbs sample and encode, not of evaluate"),

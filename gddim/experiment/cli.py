@@ -180,6 +180,8 @@ def _parse(experiment: Experiment, argv: Sequence[str]) -> Command:
         raise UserError(f"{unknown[0]} is no option; see --help")
     if command.restore != Restoration() and command.verb != "restore":
         raise UserError(f"--task, --mask and --restore are of the verb restore, not of {command.verb}")
+    if "--from" in argv and not command.from_:
+        raise UserError("--from needs files")
     if command.from_ and command.verb not in ("sample", "encode"):
         raise UserError(f"--from is of the verbs sample and encode, not of {command.verb}")
     if command.strength != Command.strength and not (command.verb == "sample" and command.from_):

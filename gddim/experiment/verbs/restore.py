@@ -13,7 +13,7 @@ from etils import epath
 from jaxtyping import Float
 from tqdm import tqdm
 
-from gddim.data import LABEL, data_alone, to_unit, x0_and_cond
+from gddim.data import LABEL, classes_of, data_alone, to_unit, x0_and_cond
 from gddim.denoiser import Through
 from gddim.evaluation.figures import label_in_words
 from gddim.evaluation.metrics import psnr, ssim
@@ -55,7 +55,7 @@ def restore(plan: Plan, workdir: epath.Path, settings: Restoration, step: int | 
     records, cond = x0_and_cond(source[np.arange(count)])
     truth, seed = to_unit(jnp.asarray(records)), jax.random.key(sampling.seed)
     if cond is not None and sampling.classes:  # or each record's own
-        cond = {LABEL: np.asarray(sampling.class_of(np.arange(count), experiment.data.classes))}
+        cond = {LABEL: np.asarray(sampling.class_of(np.arange(count), classes_of(experiment.data)))}
     b = jax.vmap(denoise.operator)(truth)
     b = to_host(b + settings.noise * jax.random.normal(jax.random.fold_in(seed, 2**31), b.shape))
     n = count * settings.samples
