@@ -19,17 +19,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
-from tqdm import tqdm
 
 from gddim.data import to_uint8
-from gddim.errors import UserError, place, printable
+from gddim.errors import UserError, from_extra, place, printable, progress
 from gddim.evaluation.figures import KEY, encode, label_in_words
 from gddim.experiment.pictures import gallery
 from gddim.experiment.sampling import Guide
 from gddim.experiment.trained import find, parse_average
 from gddim.guidance import Autoguidance
-from gddim.loading import Loaded
+from gddim.loading import loaded
 from gddim.parallel import check_backend, make_mesh, round_up, to_host
+from gddim.samplers.solver import TableSolver
 from gddim.samplers.words import sampler_name
 from gddim.sde.words import process_name
 from gddim.storage import check_empty, write_whole
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", metavar="OUT", help="a new or empty folder")
     parser.add_argument("--seeds", default="0-63", help="numbers and ranges, as 0-63 or 1,5,9 (0-63)")
     parser.add_argument("--process", help="to draw through, as vp, cld:gamma=0.1 (that of the run)")
-    parser.add_argument("--sampler", help="as gddim:3:data, em, heun (that of the run)")
+    parser.add_argument("--sampler", help="as gddim:3:data, em, heun, table:NAME (that of the run)")
     parser.add_argument("--nfe", type=int, help="network calls a sample (those of the run)")
     parser.add_argument("--step", type=int, help="of the checkpoint (the newest)")
     for field in dataclasses.fields(Guide):
@@ -84,6 +84,9 @@ def _generate(options: argparse.Namespace) -> str:
     if options.batch < 1:
         raise UserError(f"--batch must be at least 1, not {options.batch}")
     check_empty(out)
+    with from_extra("eval"):
+        import matplotlib  # noqa: F401
+        import PIL  # noqa: F401
     mesh = make_mesh()
     found = find(place(options.source), options.step, parse_average(options.weights), mesh=mesh)
     shape, settings = tuple(found.experiment.data.shape), found.experiment.sampling
@@ -100,21 +103,21 @@ def _generate(options: argparse.Namespace) -> str:
         worse = find(place(options.source), guide.checkpoint or options.step, guide.ema or "ema", mesh=mesh).model
         away = guide.away_from(worse)
         how["guide"] = lambda D: Autoguidance(D, worse.denoiser, away.scale, away.interval)
-    model = Loaded(found.model, shape, settings, mesh, found.classes, found.label_dropout)
-    through, _ = model.through(**how)
+    model = dataclasses.replace(loaded(found, mesh), settings=settings)
+    through, solver = model.through(**how)
     told = {
         "name": found.experiment.name,
         "checkpoint": found.about.get("checkpoint"),
         "step": found.about.get("step"),
         "process": process_name(through.sde),
         "sampler": how.get("sampler") or sampler_name(settings.sampler),
-        "nfe": how.get("nfe") or settings.nfe,
+        "nfe": how.get("nfe") or (solver.nfe if isinstance(solver, TableSolver) else settings.nfe),
         **({"guide": str(guide)} if guide.acts else {}),
     }
     size = round_up(options.batch, mesh.size)  # always so many, for a program of another size rounds otherwise
     draw = jax.jit(lambda model, seeds: to_uint8(model.sample_seeds(seeds, **how)))
     drawn = []
-    for first in tqdm(range(0, len(seeds), size), unit="batch", disable=None):
+    for first in progress(range(0, len(seeds), size), unit="batch"):
         some = seeds[first : first + size]
         images = to_host(draw(model, jnp.asarray(np.resize(some, size), jnp.uint32)))[: len(some)]
         for seed, image in zip(some, images, strict=True):

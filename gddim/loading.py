@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int, Key, PyTree, ScalarLike, UInt32
 from gddim.errors import UserError, place
 from gddim.guidance import UNTOLD, Guidance, guided
 from gddim.model import seen_through
-from gddim.parallel import batch_sharding, round_up
-from gddim.samplers import AbstractSampler
+from gddim.parallel import batch_sharding, check_backend, round_up
+from gddim.samplers import AbstractSampler, LearnedTable, count_calls
 from gddim.samplers.base import to_data
 from gddim.samplers.method import check_methods
 from gddim.samplers.numbered import sample_numbered
@@ -45,6 +45,10 @@ class Loaded(eqx.Module):
     """Of the data, of which samples are; 0: none."""
     label_dropout: float = eqx.field(default=0.0, static=True)
     """The share of the data that it was told no class of, in training."""
+    checkpoint: str | None = eqx.field(default=None, static=True)
+    """The digest of the parameters."""
+    tables: str | None = eqx.field(default=None, static=True)
+    """The folder of the tables that were fitted to the network."""
 
     @property
     def sde(self) -> AbstractLinearSDE:
@@ -86,7 +90,8 @@ class Loaded(eqx.Module):
 
         `n`: how many, numbers 0, 1, …; or the numbers themselves. Sample i depends on the parameters, the process, the
         sampler, the calls, the key and i alone, to rounding.
-        `sampler`: a sampler, or its word as `"gddim:3:data"`; `nfe`: the network calls of each; `process`: what they are drawn
+        `sampler`: a sampler, or its word as `"gddim:3:data"`, or `"table:NAME"`, one of those that were fitted to the network;
+        `nfe`: the network calls of each; `process`: what they are drawn
         through, a process or its word as `"cld:gamma=0.1"`. Without them, those of the run.
         `key`: without it that of the run's `sampling.seed`, so that its samples are those of the command line.
         `classes`: of each, whole numbers `(n,)`, −1 for none, where the run has classes; without it those of the run in turn.
@@ -125,8 +130,13 @@ class Loaded(eqx.Module):
         """The network seen through a process, perhaps guided, and the solver that draws from it. Arguments, and what is
         refused, as in `sample`.
         """
+        sampler = parse_sampler(sampler, self.tables) if isinstance(sampler, str) else sampler
+        if isinstance(sampler, LearnedTable):
+            nfe = nfe or count_calls(sampler, 1, self.settings.last)
+            if line := sampler.foreign(self.checkpoint):
+                warnings.warn(line, stacklevel=3)
         given = {
-            "sampler": parse_sampler(sampler) if isinstance(sampler, str) else sampler,
+            "sampler": sampler,
             "process": parse_process(process) if isinstance(process, str) else process,
             "nfe": nfe,
         }
@@ -185,10 +195,17 @@ def load(
     `sde`, `net`, `data`: the process, the network's configuration or the data set, where the run was given one of your own.
 
     Raises `UserError` for a source that is none of these, a step or an average that it lacks, parameters that are not those
-    of its network, and, naming it, an object that it was given in Python.
+    of its network, an accelerator asked for that JAX does not find, and, naming it, an object that it was given in Python.
     """
     from gddim.experiment.trained import find  # here, so that importing gddim does not import all that trains
 
+    check_backend()
     found = find(place(str(source)), step, weights, dtype, mesh, sde, net, data)
+    return loaded(found, mesh)
+
+
+def loaded(found: Any, mesh: jax.sharding.Mesh | None = None) -> Loaded:
+    """What `gddim.experiment.trained.find` found, to draw from."""
     shape, settings = tuple(found.experiment.data.shape), found.experiment.sampling
-    return Loaded(found.model, shape, settings, mesh, found.classes, found.label_dropout)
+    told = found.about.get("checkpoint"), found.tables
+    return Loaded(found.model, shape, settings, mesh, found.classes, found.label_dropout, *told)

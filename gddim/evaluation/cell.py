@@ -28,7 +28,7 @@ from gddim.samplers.base import ProcessModel
 from gddim.samplers.method import Method, check_methods
 from gddim.samplers.numbered import sample_numbered
 from gddim.samplers.solver import AbstractSolver, sharing
-from gddim.samplers.words import OnGrid, sampler_name
+from gddim.samplers.words import LearnedTable, OnGrid, sampler_name
 from gddim.sde import AbstractLinearSDE
 from gddim.sde.words import process_name
 
@@ -50,7 +50,7 @@ class Cell:
     def describe(self) -> Row:
         """As JSON, but for the process; a sampler that chooses its own steps has one cell, whatever its budget."""
         method, sampler = self.method, self.method.sampler
-        power = None if isinstance(sampler, OnGrid) else method.power
+        power = None if isinstance(sampler, OnGrid | LearnedTable) else method.power
         return {
             "sampler": sampler_name(sampler), "nfe": method.budget, "samples": self.samples, "seed": self.seed,
             "power": power, "t_min": method.t_min, "last": method.last, "parameters": stable_repr(sampler),

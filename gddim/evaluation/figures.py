@@ -5,7 +5,10 @@ import io
 import math
 import re
 from collections.abc import Iterable
+from pathlib import PurePath
 from typing import Any, NamedTuple
+
+from gddim.errors import from_extra
 
 SUFFIXES = (".png", ".svg", ".pdf")
 KEY = "gddim"  # of what a PNG tells about itself
@@ -79,6 +82,8 @@ def label_in_words(label: str) -> str:
     sampler, *rest = sampler.split(", ")
     sampler, _, grid = sampler.partition("@")
     name, *options = sampler.split(":")
+    if name == "table":  # told by the file's name, not by where it lies
+        name, options = f"learned table {PurePath(':'.join(options)).stem}", []
     options += [*([f"{grid} grid"] if grid else []), *rest]
     spelled = (f"order {o}" if o.isdecimal() else o.replace("lam=", "λ=").replace("=", " = ") for o in options)
     return ", ".join([_SAMPLERS.get(name, name), *spelled, *([_local(process)] if process else [])])
@@ -129,9 +134,10 @@ def _lighter(color: str, share: float) -> tuple[float, ...]:
 
 def new_figure(rows: int, columns: int, size: tuple[float, float], title: str = "") -> tuple[Any, list[Any]]:
     """A figure that needs no display and no global state, and its axes in reading order."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with from_extra("eval"):
+        from matplotlib import rc_context
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     with rc_context(STYLE):
         figure = Figure(figsize=size, dpi=200, layout="constrained")
@@ -159,7 +165,8 @@ def encode(figure: Any, suffix: str, description: str = "") -> bytes:
 def description_in(content: bytes, suffix: str) -> str:
     """The description in a file that `encode` made; some exception for another."""
     if suffix == ".png":
-        from PIL import Image
+        with from_extra("eval"):
+            from PIL import Image
 
         with Image.open(io.BytesIO(content)) as image:
             return image.info[KEY]

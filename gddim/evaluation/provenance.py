@@ -34,7 +34,9 @@ def stable_repr(value: Any) -> str:
     if not dataclasses.is_dataclass(value):
         return repr(value)
     fields = (
-        f"{field.name}={stable_repr(getattr(value, field.name))}" for field in dataclasses.fields(value) if field.init
+        f"{field.name}={stable_repr(getattr(value, field.name))}"
+        for field in dataclasses.fields(value)
+        if field.init and field.repr
     )
     return f"{type(value).__name__}({', '.join(fields)})"
 

@@ -15,18 +15,18 @@ from collections.abc import Sequence
 from typing import Annotated, Literal, NoReturn, get_args
 
 import jax
-import tyro
 
 from gddim.data import check_labels, classes_of
-from gddim.errors import MissingWeights, UserError, place, printable
+from gddim.errors import MissingWeights, UserError, from_extra, place, printable
 from gddim.experiment.checkpoints import borrow, trained
 from gddim.experiment.compiled import keep_programs, kept_programs
 from gddim.experiment.config import Experiment, require
 from gddim.experiment.drawing import Start
+from gddim.experiment.fitting import fitted_by
 from gddim.experiment.given import given_data
 from gddim.experiment.guiding import check_guide
 from gddim.experiment.measure import cells, check_measurable
-from gddim.experiment.options import REGISTRY, UNGROUPED, explain, options
+from gddim.experiment.options import REGISTRY, UNGROUPED, explain, options, tyro
 from gddim.experiment.outputs import check_names
 from gddim.experiment.plan import Plan
 from gddim.experiment.restoration import Restoration, check_restoration
@@ -36,6 +36,7 @@ from gddim.experiment.snapshots import check_rebuildable
 from gddim.experiment.verbs.dry_run import dry_run
 from gddim.experiment.verbs.encode import encode
 from gddim.experiment.verbs.evaluate import evaluate
+from gddim.experiment.verbs.fit import fit_table
 from gddim.experiment.verbs.likelihood import likelihood
 from gddim.experiment.verbs.restore import restore
 from gddim.experiment.verbs.sample import SAMPLES, sample
@@ -62,8 +63,10 @@ from gddim.train import Diverged
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 RUN = ("train", "sample", "evaluate")  # what the verb run stands for
-AFTERWARDS = {"sample": sample, "evaluate": evaluate, "likelihood": likelihood, "encode": encode, "restore": restore}
-Verb = Literal["run", "train", "sample", "evaluate", "likelihood", "encode", "restore"]
+AFTERWARDS = {
+    "sample": sample, "evaluate": evaluate, "likelihood": likelihood, "encode": encode, "restore": restore, "fit": fit_table,
+}  # fmt: skip
+Verb = Literal["run", "train", "sample", "evaluate", "likelihood", "encode", "restore", "fit"]
 EPILOGUE = """Exit status: 0 done; 1 failed, or the loss was not finite; 2 a wrong option, value or path,
 nothing written; 75 stopped by SIGTERM, Ctrl-C or train.minutes, the state saved, so that the same command continues;
 134 another process of the job was lost, continue likewise. VERB --help tells what that verb needs, --help all there is;
@@ -77,7 +80,8 @@ class Command:
     verb: Annotated[Verb, tyro.conf.Positional]
     """train: to the last step, continuing the run in the workdir; sample: write samples and pictures of them;
     evaluate: write the table of distances; run: these three; likelihood: tell the bits per dimension of held-out data;
-    encode: held-out data to latents and back; restore: held-out images from what --task measures of them."""
+    encode: held-out data to latents and back; restore: held-out images from what --task measures of them;
+    fit: learn a table for sampling.nfe calls through --process."""
     workdir: str
     """Folder of the run, local or gs://…; made where there is none."""
     experiment: Annotated[Experiment, tyro.conf.arg(name="")] = dataclasses.field(metadata={UNGROUPED: True})
@@ -156,6 +160,8 @@ def _nowhere(command: Command) -> bool:
 
 
 def _parse(experiment: Experiment, argv: Sequence[str]) -> Command:
+    with from_extra("train"):
+        import tyro
     if experiment.model.predicts != "eps" and "--model.predicts eps" in " ".join(argv).replace("=", " "):
         experiment = experiment.predicting_eps()
     default = Command("run", default_workdir(experiment), experiment)
@@ -222,6 +228,11 @@ def execute(command: Command) -> None:
             return
 
         # What could fail later is looked at now.
+        if training:
+            with from_extra("train"):
+                import grain  # noqa: F401
+                import orbax.checkpoint  # noqa: F401
+                import tensorboardX  # noqa: F401
         if not training and not known:
             raise UserError(f"--workdir {workdir} holds no run: train it first")
         shipped = found if found and found[0] == experiment.weights else None
@@ -240,6 +251,8 @@ def execute(command: Command) -> None:
         start = None if given is None else Start.of(experiment, given, command.strength)
         if start is not None and len(start.data) > (most := experiment.sampling.samples) and command.verb == "sample":
             raise UserError(f"--from: {len(start.data)} images, and sampling.samples is {most}: give at least as many")
+        if "fit" in verbs:
+            fitted_by(experiment, workdir)
         source = experiment.data.train() if training else None
         if source is not None:
             check_labels(experiment.data, source, "the data")

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-import tyro
 from jaxtyping import Int32, PRNGKeyArray
 
 from gddim.averages import LONGEST
 from gddim.data import LABEL, classes_of, cond_of
+from gddim.experiment.fitting import Fitting
 from gddim.experiment.network import Model, NetConfig, require, told_augmentation, told_classes
-from gddim.experiment.options import SPELLED
+from gddim.experiment.options import SPELLED, tyro
 from gddim.experiment.sampling import Sampling
 from gddim.experiment.words import Process, Sampler, spell_process
 from gddim.loss import AbstractObjective, LogNormalNoise, ScoreMatching
@@ -187,6 +187,7 @@ class Experiment:
     train: Training = field(default=Training(), metadata=MAY_CHANGE_AFTER)
     sampling: Sampling = field(default=Sampling(), metadata=MAY_CHANGE)
     eval: Evaluation = field(default=Evaluation(), metadata=MAY_CHANGE)
+    fit: Fitting = field(default=Fitting(), metadata=MAY_CHANGE | LATER)
     mesh: MeshConfig = field(default_factory=MeshConfig, metadata=MAY_CHANGE)
     rule: tyro.conf.Suppress[Rule] = field(default=default_rule, metadata=MAY_CHANGE)
     """Where each array of the state lives on the mesh, by its path: a function, to be given in the experiment's file."""

@@ -89,7 +89,7 @@ def draw_samples(
         numbers, cond, begin = jax.device_put((rows, cond, begin), batch_sharding(mesh))
         seed = jnp.asarray(sampling.seed)
         given = None if begin is None or start is None else (to_unit(begin), jnp.asarray(start.time, jnp.float32))
-        found, count, _ = sample_numbered(model, solver, experiment.data.shape, seed, numbers, cond=cond, start=given)
+        found, count, _ = sample_numbered(model, solver, experiment.data.shape, seed, numbers, cond=cond, begin=given)
         parts.append(to_host(to_uint8(found) if found.ndim == 4 else found))
         calls.append(to_host(count))
         progress(min(first + size, n))

@@ -35,7 +35,7 @@ def check_guide(experiment: Experiment, workdir: epath.Path, verbs: Collection[s
     guide.check()
     if not guide.acts:
         return
-    for verb in ("likelihood", "encode"):
+    for verb in ("likelihood", "encode", "fit"):
         require(verb not in verbs, f"guide.scale {guide.scale:g}: {verb} is of the network alone: give --guide.scale 1")
     check_denoiser(experiment, f"guide.scale {guide.scale:g}")
     if guide.by_worse:

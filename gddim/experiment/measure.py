@@ -24,6 +24,9 @@ from gddim.experiment.config import Evaluation, Experiment, require
 from gddim.experiment.plan import Plan
 from gddim.guidance import Guidance
 from gddim.parallel import batch_sharding, round_up
+from gddim.samplers import AbstractSampler, LearnedTable
+from gddim.samplers.words import sampler_name
+from gddim.sde import AbstractLinearSDE
 
 PERIODIC = 5_000  # samples of an evaluation while training, at the most
 
@@ -43,13 +46,24 @@ def cells(experiment: Experiment) -> list[Cell]:
         for sde in experiment.evaluated()
         for nfe in settings.nfe
         for sampler in settings.samplers
+        if _meets(sampler, sde, nfe - (sampling.last != "none"))
         for seed in range(sampling.seed, sampling.seed + settings.seeds)
     ]
+    drawn = [cell.method.sampler for cell in found]
+    for sampler in settings.samplers:
+        if isinstance(sampler, LearnedTable) and sampler not in drawn:
+            of = f"{sampler.about['process']} at {sampler.nfe(1)} calls"
+            raise UserError(f"{sampler_name(sampler)} is of {of}, which is no cell of --eval.processes and --eval.nfe")
     check([*found, *([periodic_cell(experiment)] if settings.every else [])], experiment.sde)
     shape = experiment.data.shape
     if settings.features == "inception" and not (len(shape) == 3 and shape[-1] in (1, 3)):
         raise UserError(f"Inception features need images of 1 or 3 channels, not {shape}: give --eval.features pixels")
     return found
+
+
+def _meets(sampler: AbstractSampler, sde: AbstractLinearSDE, nfe: int) -> bool:
+    """Whether a sampler has a cell of a process and calls: a learned table has those of its own alone."""
+    return not isinstance(sampler, LearnedTable) or (sampler.of(sde) and sampler.nfe(1) == nfe)
 
 
 def periodic_cell(experiment: Experiment) -> Cell:

@@ -8,12 +8,18 @@ import inspect
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
-
-import tyro
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from gddim.errors import UserError
 from gddim.sde import AbstractLinearSDE
+
+if TYPE_CHECKING:
+    import tyro
+else:
+    try:
+        import tyro
+    except ImportError:
+        from gddim.experiment import marks as tyro
 
 UNGROUPED = "ungrouped"
 """Key in the metadata of a field whose options, and entry in a configuration, stand in no group of their own."""

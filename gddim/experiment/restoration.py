@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 
 import equinox as eqx
 import numpy as np
-import tyro
 from jaxtyping import Array, ArrayLike, PyTree
 
 from gddim import measurements
@@ -17,7 +16,7 @@ from gddim.data.decoding import decoded
 from gddim.errors import UserError, place
 from gddim.experiment.config import Experiment, require
 from gddim.experiment.guiding import check_denoiser
-from gddim.experiment.options import UNGROUPED
+from gddim.experiment.options import UNGROUPED, tyro
 from gddim.guidance import Measured
 from gddim.measurements import Operator
 from gddim.sde import AbstractLinearSDE

@@ -8,12 +8,11 @@ from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jaxtyping import Float
 
 from gddim.averages import LONGEST
 from gddim.experiment.network import require
-from gddim.experiment.options import SPELLED, UNGROUPED
+from gddim.experiment.options import SPELLED, UNGROUPED, tyro
 from gddim.experiment.words import Process, Sampler, TimeGrid, spell_process
 from gddim.guidance import EVERYWHERE, Guidance
 from gddim.samplers import Grid, Method
@@ -80,7 +79,7 @@ class Sampling:
     )
     """gddim[:ORDER][:data|:residual][:free|:corrector][:lam=λ][:data_std=…], cholesky[:ORDER], em[:lam=λ], heun, sscs,
     rk45[:rtol=…][:atol=…], ipndm[:ORDER], dpm[:ORDER], unipc[:ORDER][:bh1], or afs:SAMPLER, its first step analytic;
-    any of them on a grid of its own, as gddim:3:data:free@band."""
+    any of them on a grid of its own, as gddim:3:data:free@band; or table:FILE, which fit wrote."""
     process: Annotated[Process, tyro.conf.arg(name="process", prefix_name=False)] = field(
         default=None, metadata={UNGROUPED: True, SPELLED: spell_process}
     )

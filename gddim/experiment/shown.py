@@ -8,9 +8,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-import tyro
-
-from gddim.experiment.options import is_flag
+from gddim.experiment.options import is_flag, tyro
 
 T = TypeVar("T")
 
@@ -34,6 +32,7 @@ NEEDED = {
     "likelihood": AFTERWARDS,
     "encode": AFTERWARDS | {"from_"},
     "restore": AFTERWARDS | {"restore"},
+    "fit": AFTERWARDS | {"fit"},
 }
 """Fields of a command and its experiment, by verb; every verb takes all others, too."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
@@ -17,6 +18,7 @@ from gddim.data import classes_of
 from gddim.errors import UserError
 from gddim.experiment.checkpoints import checkpoint_digest
 from gddim.experiment.config import Experiment
+from gddim.experiment.fitting import SOLVERS
 from gddim.experiment.revival import revived
 from gddim.experiment.snapshots import placed, rebuild
 from gddim.experiment.workdir import check_release, read_config
@@ -46,6 +48,8 @@ class Trained(NamedTuple):
     params: PyTree
     config: dict[str, Any]
     about: dict[str, Any]
+    tables: str
+    """The folder of the tables that were fitted to it."""
 
     @property
     def classes(self) -> int:
@@ -95,7 +99,14 @@ def find(
         params, about = _of_run(path, experiment, shapes, step, average, config)
     if mesh is None:  # committed to no device, so that they go where what they meet is
         params = jax.tree.map(lambda x: jax.numpy.asarray(jax.device_get(x)), params)
-    return Trained(experiment, eqx.combine(params, static), params, config, about)
+    return Trained(experiment, eqx.combine(params, static), params, config, about, os.fspath(tables_of(path)))
+
+
+def tables_of(path: epath.Path) -> epath.Path:
+    """The folder of the tables that are fitted to what a workdir, a file or a hub's folder holds."""
+    if path.name == HUB:
+        return path.parent / SOLVERS
+    return path.with_suffix(f".{SOLVERS}") if path.suffix == ".safetensors" else path / SOLVERS
 
 
 def _of_run(

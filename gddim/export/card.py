@@ -13,6 +13,7 @@ from gddim.evaluation.report import table
 from gddim.evaluation.sweep import RESULTS, read_rows
 from gddim.experiment.outputs import origin_of
 from gddim.experiment.workdir import OBJECTS, RECORDS
+from gddim.samplers import load_table
 from gddim.weights import Weights
 
 UNSTATED = "not stated: ask whoever trained it"
@@ -35,6 +36,12 @@ def results(run: epath.Path, weights: Weights) -> str:
     rows = read_rows(path) if run.is_dir() and path.exists() else []
     rows = [row for row in rows if row["provenance"].get("checkpoint") == weights.about.get("checkpoint")]
     return table(rows) if rows else ""
+
+
+def tables(folder: epath.Path, weights: Weights) -> list[epath.Path]:
+    """The files of the tables that were fitted to the very parameters that are exported."""
+    found = sorted(folder.glob("*.npz")) if folder.exists() else []
+    return [path for path in found if load_table(path).about["network"] == weights.about.get("checkpoint")]
 
 
 def card(weights: Weights, file: str, image: str | None, results: str, note: str = "") -> str:

@@ -1,7 +1,8 @@
 """`python -m gddim.export RUN FILE.safetensors`: a trained network in one file, with a page about it beside it.
 
 RUN is the workdir of a run, or such a file. FILE is read by `gddim.load` and `python -m gddim.generate`; what its arrays are
-stands in experiments/weights/README.md. FILE.md beside it tells of the network, with the run's picture and table of it.
+stands in experiments/weights/README.md. FILE.md beside it tells of the network, with the run's picture and table of it, and
+FILE.solvers has the tables that were fitted to it: --sampler table:NAME.
 
     python -m gddim.export RUN --hub-layout DIR      config.json, model.safetensors and README.md, as hubs have them
     python -m gddim.export RUN --stablehlo FILE      a sampler as one program for CPU, CUDA and TPU, without this package:
@@ -19,12 +20,12 @@ import sys
 
 from etils import epath
 
-from gddim.errors import UserError, place, printable
-from gddim.experiment.trained import HUB, find, parse_average
-from gddim.export.card import card, front_matter, picture, results
+from gddim.errors import UserError, from_extra, place, printable
+from gddim.experiment.trained import HUB, find, parse_average, tables_of
+from gddim.export.card import card, front_matter, picture, results, tables
 from gddim.export.model import exported, portable
 from gddim.export.state import MOMENTS, export_state
-from gddim.loading import Loaded
+from gddim.loading import loaded
 from gddim.parallel import check_backend
 from gddim.storage import check_empty, write_whole
 from gddim.weights import DTYPES, Weights, encode
@@ -92,7 +93,7 @@ def _model(options: argparse.Namespace) -> list[str]:
         raise UserError(f"give FILE{SUFFIX}, --hub-layout DIR or --stablehlo FILE")
     if file is not None and file.suffix != SUFFIX:
         raise UserError(f"{file} must end with {SUFFIX}; a folder is for --state or --hub-layout")
-    beside = [] if file is None else [file, file.with_suffix(".md"), file.with_suffix(".png")]
+    beside = [] if file is None else [file, file.with_suffix(".md"), file.with_suffix(".png"), tables_of(file)]
     for path in (*beside, *([] if program is None else [program])):
         if path.exists():
             raise UserError(f"{path} is there already, and is not overwritten: name another file")
@@ -102,16 +103,20 @@ def _model(options: argparse.Namespace) -> list[str]:
     if how and program is None:
         raise UserError(f"--{next(iter(how))} is of --stablehlo, the program that draws samples")
     found = find(run, options.step, parse_average(options.weights))
-    model = Loaded(found.model, tuple(found.experiment.data.shape), found.experiment.sampling, None, found.classes)
+    model = loaded(found)
     if program is not None:
         model.through(**how)  # what cannot be is refused before anything is written
+        with from_extra("eval"):
+            import flatbuffers  # noqa: F401
     weights, lines = exported(found, options.dtype, options.licence), []
     about = f"step {weights.about['step']}, {weights.about['parameters']:,} parameters in {options.dtype}"
+    fitted = tables(epath.Path(found.tables), weights)
     content, table, image = encode(weights), results(run, weights), picture(run, weights)
     if file is not None:
         _with_page(
             file, file.with_suffix(".md"), file.with_suffix(".png"), "", content, weights, table, image, options.note
         )
+        _with_tables(tables_of(file), fitted)
         lines.append(f"{file}: {about}, {len(content):,} bytes; {file.with_suffix('.md').name} tells of it")
     if hub is not None:
         head = front_matter(weights.licence)
@@ -119,11 +124,17 @@ def _model(options: argparse.Namespace) -> list[str]:
         _with_page(
             hub / HUB, hub / "README.md", hub / "samples.png", head, content, weights, table, image, options.note
         )
+        _with_tables(tables_of(hub), fitted)
         lines.append(f"{hub}: {about}, as a hub's repository")
     if program is not None:
         write_whole(program, portable(model, **how))
         lines.append(f"{program}: a sampler; jax.export.deserialize(bytes).call(seeds), of seeds (b,) uint32, runs it")
     return lines
+
+
+def _with_tables(folder: epath.Path, fitted: list[epath.Path]) -> None:
+    for path in fitted:
+        write_whole(folder / path.name, path.read_bytes())
 
 
 def _with_page(

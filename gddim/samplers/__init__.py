@@ -13,6 +13,8 @@ from gddim.samplers.grids import log_snr_grid as log_snr_grid
 from gddim.samplers.grids import power_grid as power_grid
 from gddim.samplers.grids import two_phase_grid as two_phase_grid
 from gddim.samplers.grids import uniform_grid as uniform_grid
+from gddim.samplers.learned import LearnedTable as LearnedTable
+from gddim.samplers.learned import load_table as load_table
 from gddim.samplers.method import Method as Method
 from gddim.samplers.peers import IPNDM as IPNDM
 from gddim.samplers.peers import AnalyticStart as AnalyticStart

@@ -159,6 +159,13 @@ def _uniform_in(
 ) -> np.ndarray:
     """Times uniform in a rising function of r, `(steps + 1,)`. Raises `ValueError` where it is not finite at an end."""
     t_max, t_min, steps = _range(t_max, t_min, steps)
+    return spaced(clock, sde, t_max, t_min, np.linspace(0, 1, steps + 1))
+
+
+def spaced(
+    clock: Callable[[np.ndarray], np.ndarray], sde: AbstractLinearSDE, t_max: float, t_min: float, shares: np.ndarray
+) -> np.ndarray:
+    """The times at these shares, rising from 0 to 1, of the way from `t_max` to `t_min` as a rising function of r has it."""
 
     def level(t: np.ndarray) -> np.ndarray:
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -167,8 +174,8 @@ def _uniform_in(
     ends = level(np.array([t_max, t_min]))
     if not np.all(np.isfinite(ends)):
         raise ValueError(f"the log signal-to-noise ratio is not finite on [{t_min}, {t_max}]; raise t_min")
-    target = np.linspace(ends[0], ends[1], steps + 1)
-    low, high = np.full(steps + 1, t_min), np.full(steps + 1, t_max)
+    target = ends[0] + shares * (ends[1] - ends[0])
+    low, high = np.full(len(shares), t_min), np.full(len(shares), t_max)
     for _ in range(80):  # bisection: r rises with t
         middle = (low + high) / 2
         below = level(middle) < target

@@ -61,6 +61,14 @@ def given(model: Any, cond: PyTree) -> ProcessModel:
     return (_GivenData if isinstance(model, DataModel) else _Given)(model, cond)
 
 
+def start(
+    sde: AbstractLinearSDE, shape: tuple[int, ...], key: Key[Array, ""], i: Int[Array, ""]
+) -> tuple[Float[Array, "*state"], Key[Array, ""]]:
+    """The state at the horizon that sample i begins with, and the key of its noise."""
+    prior_key, noise_key = jax.random.split(jax.random.fold_in(key, i))
+    return sde.sample_prior(prior_key, (*shape[:-1], sde.k, shape[-1])), noise_key
+
+
 @eqx.filter_jit
 def sample_numbered(
     model: ProcessModel,
@@ -70,25 +78,25 @@ def sample_numbered(
     indices: Int[Array, " b"],
     path: bool = False,
     cond: PyTree = None,
-    start: tuple[Float[Array, "b ..."], Float[Array, ""]] | None = None,
+    begin: tuple[Float[Array, "b ..."], Float[Array, ""]] | None = None,
 ) -> Samples:
     """The samples of these numbers, for data of `shape = (*dims, C)`, of a seed or its key. Sharded as `indices` are.
 
     `cond`: what conditions each, a tree of arrays with a sample a row, or None.
-    `start`: data `(b, *dims, C)`, and the time to which they are noised, at which the solver starts; None: the prior.
+    `begin`: data `(b, *dims, C)`, and the time to which they are noised, at which the solver starts; None: the prior.
     """
     sde = model.sde
     key = seed if jnp.issubdtype(seed.dtype, jax.dtypes.prng_key) else jax.random.key(seed)
 
     def one(i: Array, cond: PyTree, x: Array | None) -> Samples:
-        prior_key, noise_key = jax.random.split(jax.random.fold_in(key, i))
-        of_state = (*shape[:-1], sde.k, shape[-1])
-        if x is None or start is None:
-            u = sde.sample_prior(prior_key, of_state)
+        if x is None or begin is None:
+            u, noise_key = start(sde, shape, key, i)
         else:
-            u = sde.perturb(sde.lift(x), start[1], jax.random.normal(prior_key, of_state, x.dtype))
+            eps_key, noise_key = jax.random.split(jax.random.fold_in(key, i))
+            u = sde.lift(x)
+            u = sde.perturb(u, begin[1], jax.random.normal(eps_key, u.shape, u.dtype))
         u, count, way = solver(given(model, cond), u, noise_key, path)
         return Samples(sde.project(u), jnp.asarray(count), way)
 
     over = Path(None, 1, 1, 1) if path else None  # pyright: ignore[reportArgumentType]
-    return jax.vmap(one, out_axes=Samples(0, 0, over))(indices, cond, start and start[0])  # pyright: ignore[reportArgumentType]
+    return jax.vmap(one, out_axes=Samples(0, 0, over))(indices, cond, begin and begin[0])  # pyright: ignore[reportArgumentType]

@@ -20,6 +20,7 @@ from gddim.samplers.grids import (
     two_phase_grid,
     uniform_grid,
 )
+from gddim.samplers.learned import LearnedTable, load_table
 from gddim.samplers.peers import IPNDM, AnalyticStart, DPMSolver, UniPC
 from gddim.samplers.solver import AbstractSampler, AbstractSolver, AbstractTableSampler, count_calls
 from gddim.sde import VP, AbstractLinearSDE
@@ -36,15 +37,25 @@ _WORDS = {
 ACCEPTED = (
     "gddim[:ORDER][:data|:residual][:free|:corrector][:lam=λ][:data_std=…], cholesky[:ORDER], em[:lam=λ], heun, sscs, "
     "rk45[:rtol=…][:atol=…], ipndm[:ORDER], dpm[:ORDER] (DPM-Solver++), unipc[:ORDER][:bh1], "
-    "or afs:SAMPLER, whose first step is analytic; any of them @GRID; for example gddim:3:data:free@band or em:lam=1"
+    "or afs:SAMPLER, whose first step is analytic; any of them @GRID; or table:FILE, which fit wrote; for example "
+    "gddim:3:data:free@band or em:lam=1"
 )
 
 
-def parse_sampler(text: str) -> AbstractSampler:
-    """The sampler that a word such as `gddim:3:data` names, or, with its grid, `gddim:3:data:free@band`.
+TABLE = "table:"  # a file's name follows
+
+
+def parse_sampler(text: str, tables: str | None = None) -> AbstractSampler:
+    """The sampler that a word such as `gddim:3:data` names, or, with its grid, `gddim:3:data:free@band`; or `table:FILE`, or
+    `table:NAME` of the folder `tables`.
 
     Raises `UserError` that lists what is accepted.
     """
+    before, table, file = text.strip().partition(TABLE)
+    if table and before:
+        raise UserError(f"sampler {text!r}: a table is whole as it is; accepted are {ACCEPTED}")
+    if table:
+        return load_table(file, tables)
     text, on, grid = text.partition("@")
     if on:
         return OnGrid(parse_sampler(text), parse_grid(grid))
@@ -90,6 +101,8 @@ def sampler_name(sampler: AbstractSampler) -> str:
     """The shortest word that `parse_sampler` reads as this sampler; the `repr` of one that has no word."""
     if isinstance(sampler, OnGrid):
         return f"{sampler_name(sampler.sampler)}@{sampler.grid}"
+    if isinstance(sampler, LearnedTable):
+        return f"{TABLE}{sampler.file}"
     if isinstance(sampler, AnalyticStart) and sampler.data_std == 0.5:
         return f"afs:{sampler_name(sampler.sampler)}"
     name = next((name for name, form in _FORMS.items() if isinstance(sampler, form)), None)
@@ -117,6 +130,8 @@ def steps_for(sampler: AbstractSampler, nfe: int, last: Last = "none") -> int:
     least = count_calls(sampler, 1, last)
     if nfe < least:
         raise UserError(f"nfe: {nfe} given, but {sampler_name(sampler)} with last={last} makes at least {least} calls")
+    if (most := count_calls(sampler, nfe + 1, last)) < nfe:
+        raise UserError(f"nfe: {nfe} given, but {sampler_name(sampler)} with last={last} makes {most} calls, no more")
     return max(steps for steps in range(1, nfe + 2) if count_calls(sampler, steps, last) <= nfe)
 
 
@@ -213,6 +228,6 @@ def laid_out(sampler: AbstractSampler, grid: Grid | None, power: float | None) -
     """The sampler on a grid that is told, unless it brings its own, or chooses its steps; that of `BEST` gives way."""
     if sampler == BEST and (grid or power):
         sampler = BEST.sampler
-    if grid is None or isinstance(sampler, OnGrid) or sampler.nfe(1) is None:
+    if grid is None or isinstance(sampler, OnGrid | LearnedTable) or sampler.nfe(1) is None:
         return sampler
     return OnGrid(sampler, grid)

@@ -12,11 +12,13 @@ from gddim.evaluation.classes import Labelled, classes_in_words, classify
 from gddim.evaluation.page import REPORT, check_page, write_page
 from gddim.evaluation.report import plot, table
 from gddim.evaluation.sweep import RESULTS, read_rows, sweep
-from gddim.experiment.checkpoints import restore_ema
+from gddim.experiment.checkpoints import checkpoint_digest, restore_ema
 from gddim.experiment.drawing import draw_samples
 from gddim.experiment.guiding import restore_guide
 from gddim.experiment.measure import Measure, cells
 from gddim.experiment.plan import Plan
+from gddim.parallel import tell
+from gddim.samplers import LearnedTable
 from gddim.storage import write_whole
 
 
@@ -27,6 +29,9 @@ def evaluate(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
     params, step = restore_ema(plan, workdir, step)
     guide = restore_guide(plan, workdir, step)
     measure = Measure(plan, workdir)
+    for sampler in settings.samplers:
+        if isinstance(sampler, LearnedTable) and (line := sampler.foreign(checkpoint_digest(params))):
+            tell(line)
     rows = sweep(
         measure.evaluator(params, step, *guide), cells(experiment), workdir, measure.floor, settings.keep_samples
     )

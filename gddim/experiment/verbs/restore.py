@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jaxtyping import Float
-from tqdm import tqdm
 
 from gddim.data import LABEL, classes_of, data_alone, to_unit, x0_and_cond
 from gddim.denoiser import Through
+from gddim.errors import progress
 from gddim.evaluation.figures import label_in_words
 from gddim.evaluation.metrics import psnr, ssim
 from gddim.evaluation.page import write_page
@@ -61,7 +61,7 @@ def restore(plan: Plan, workdir: epath.Path, settings: Restoration, step: int | 
     n = count * settings.samples
     size = round_up(min(sampling.batch, n), plan.mesh.size)
     parts, made = [], []
-    with tqdm(total=n, unit="img", disable=None) as bar:
+    with progress(total=n, unit="img") as bar:
         for first in range(0, n, size):
             numbers = np.arange(first, first + size, dtype=np.int32)
             of = np.minimum(numbers, n - 1) // settings.samples

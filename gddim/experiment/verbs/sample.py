@@ -9,18 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from gddim.data import to_uint8, to_unit
+from gddim.errors import progress
 from gddim.evaluation.figures import label_in_words, process_in_words
 from gddim.evaluation.page import write_page
-from gddim.experiment.checkpoints import restore_ema
+from gddim.experiment.checkpoints import checkpoint_digest, restore_ema
 from gddim.experiment.drawing import Start, draw_samples, follow
 from gddim.experiment.guiding import restore_guide
 from gddim.experiment.outputs import check_names, write_figure, write_npz
 from gddim.experiment.pictures import film, gallery, rows, trajectory
 from gddim.experiment.plan import Plan
 from gddim.experiment.workdir import describe
+from gddim.parallel import tell
+from gddim.samplers import LearnedTable
 from gddim.samplers.words import sampler_name
 from gddim.sde.words import process_name
 
@@ -37,6 +39,8 @@ def sample(plan: Plan, workdir: epath.Path, step: int | None = None, start: Star
     params, step = restore_ema(plan, workdir, step)
     guidance, _ = restore_guide(plan, workdir, step)
     model = plan.model(params)
+    if isinstance(sampling.sampler, LearnedTable) and (line := sampling.sampler.foreign(checkpoint_digest(params))):
+        tell(line)
     sde = experiment.through(sampling.process)
     origin = {"experiment": experiment.name, "step": step, **describe(sampling)}
     if start is not None:
@@ -44,13 +48,13 @@ def sample(plan: Plan, workdir: epath.Path, step: int | None = None, start: Star
         origin["start"] = {"data": digest, "time": start.time}
     drawn = [(time.perf_counter(), 0)]
     classes = experiment.drawn_classes(sampling)
-    with tqdm(total=sampling.samples if classes is None else len(classes), unit="img", disable=None) as bar:
+    with progress(total=sampling.samples if classes is None else len(classes), unit="img") as bar:
 
-        def progress(n: int) -> None:
+        def advance(n: int) -> None:
             bar.update(n - bar.n)
             drawn.append((time.perf_counter(), n))
 
-        data, calls = draw_samples(experiment, plan.mesh, model, sampling, progress, guidance, start)
+        data, calls = draw_samples(experiment, plan.mesh, model, sampling, advance, guidance, start)
     compiled = len(drawn) > 2  # the first batch waits for the compiler
     (began, before), (ended, after) = drawn[int(compiled)], drawn[-1]
     rate = f"{(after - before) / (ended - began):.4g} images/s" + ("" if compiled else ", compilation included")
