@@ -8,6 +8,7 @@ of the batch alone: OUT/000007.png is the same whatever other seeds were asked f
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import json
 import re
@@ -23,7 +24,9 @@ from gddim.data import to_uint8
 from gddim.errors import UserError, from_extra, place, printable, progress
 from gddim.evaluation.figures import KEY, encode, label_in_words
 from gddim.experiment.pictures import gallery
+from gddim.experiment.sampling import Guide
 from gddim.experiment.trained import find, parse_average
+from gddim.guidance import Autoguidance
 from gddim.loading import loaded
 from gddim.parallel import check_backend, make_mesh, round_up, to_host
 from gddim.samplers.solver import TableSolver
@@ -60,6 +63,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sampler", help="as gddim:3:data, em, heun, table:NAME (that of the run)")
     parser.add_argument("--nfe", type=int, help="network calls a sample (those of the run)")
     parser.add_argument("--step", type=int, help="of the checkpoint (the newest)")
+    for field in dataclasses.fields(Guide):
+        kind = {"interval": {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}, "checkpoint": {"type": int}}
+        text = "guidance, as the option of the same name of an experiment's sample"
+        parser.add_argument(f"--guide.{field.name}", **kind.get(field.name, {"type": float}), help=text)
     parser.add_argument("--weights", help="ema, raw or a length σ_rel (what the run samples with)")
     parser.add_argument("--batch", type=int, default=16, help="pictures at a time, over all devices (16)")
     options = parser.parse_args(arguments)
@@ -88,7 +95,15 @@ def _generate(options: argparse.Namespace) -> str:
             f"{options.source} draws records {shape}, no pictures: gddim.load and .sample give them as arrays"
         )
     how = {name: getattr(options, name) for name in ("sampler", "process", "nfe") if getattr(options, name) is not None}
-    model = loaded(found, mesh)
+    given: dict[str, Any] = {field.name: getattr(options, f"guide.{field.name}") for field in dataclasses.fields(Guide)}
+    if given := {name: tuple(x) if isinstance(x, list) else x for name, x in given.items() if x is not None}:
+        settings = dataclasses.replace(settings, guide=Guide(**given))
+        settings.guide.check()
+    if (guide := settings.guide).by_worse:
+        worse = find(place(options.source), guide.checkpoint or options.step, guide.ema or "ema", mesh=mesh).model
+        away = guide.away_from(worse)
+        how["guide"] = lambda D: Autoguidance(D, worse.denoiser, away.scale, away.interval)
+    model = dataclasses.replace(loaded(found, mesh), settings=settings)
     through, solver = model.through(**how)
     told = {
         "name": found.experiment.name,
@@ -97,6 +112,7 @@ def _generate(options: argparse.Namespace) -> str:
         "process": process_name(through.sde),
         "sampler": how.get("sampler") or sampler_name(settings.sampler),
         "nfe": how.get("nfe") or (solver.nfe if isinstance(solver, TableSolver) else settings.nfe),
+        **({"guide": str(guide)} if guide.acts else {}),
     }
     size = round_up(options.batch, mesh.size)  # always so many, for a program of another size rounds otherwise
     draw = jax.jit(lambda model, seeds: to_uint8(model.sample_seeds(seeds, **how)))
@@ -108,6 +124,7 @@ def _generate(options: argparse.Namespace) -> str:
             write_whole(out / f"{seed:06d}.png", _png(image, told | {"seed": seed}))
         drawn.append(images)
     by = f"{label_in_words(told['sampler'])}, {told['process']}, at most {told['nfe']} network calls"
+    by += f", guided by {guide}" if guide.acts else ""
     title = f"{told['name']}, step {told['step']}, seeds {options.seeds}\n{by}"
     grid = gallery(np.concatenate(drawn)[:MOST], title)
     write_whole(out / "grid.png", encode(grid, ".png", json.dumps(told | {"seeds": seeds[:MOST]})))

@@ -21,16 +21,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, Float, PyTree
 
-from gddim.denoiser import Through
+from gddim.denoiser import Through, reduction
 from gddim.sde.base import AbstractLinearSDE
 from gddim.sde.linalg import Array
 
 EVERYWHERE = (0.0, np.inf)
+UNTOLD = (
+    "the network was trained without label dropout and never saw the data without a class: what classifier-free guidance leads "
+    "away from is then no denoiser of all the data, and the samples lose what makes them likely"
+)
+"""A warning of what is lost."""
 
 
 def guided(model: Any, change: Callable[[Any], Any], cond: PyTree = None) -> Through:
-    """A model with its denoiser changed, as the `eps_fn(u, t)` of its process, under the condition `cond`."""
-    return Through(model.sde, eqx.Partial(change(model.denoiser), cond=cond))
+    """A model with its denoiser changed, as the `eps_fn(u, t)` of its process, under the condition `cond`, or, without,
+    under that of each call, `eps_fn(u, t, cond)`."""
+    denoise = change(model.denoiser)
+    return Through(model.sde, denoise if cond is None else eqx.Partial(denoise, cond=cond))
 
 
 class ClassifierFree(eqx.Module):
@@ -83,6 +90,34 @@ class Autoguidance(eqx.Module):
         alone = lambda: self.denoise(y, sigma, cond, **kwargs)
         both = lambda: (alone(), self.worse(y, sigma, cond, **kwargs))
         return _extrapolated(alone, both, self.scale, self.interval, sigma)
+
+
+class Guidance(eqx.Module):
+    """What guides the samples of a run, a function from models to a model: at scale 1 from each to itself.
+
+    `scale`, `interval`: as in `ClassifierFree`.
+    `worse`: the denoiser of `Autoguidance`; without one guidance is classifier-free.
+    """
+
+    scale: float = eqx.field(default=1.0, static=True, converter=float)
+    interval: tuple[float, float] = eqx.field(default=EVERYWHERE, static=True)
+    worse: Callable[..., Array] | None = None
+
+    def __call__(self, model: Any) -> Any:
+        if self.scale == 1:
+            return model
+        how = self.scale, self.interval
+        return guided(model, lambda D: Autoguidance(D, self.worse, *how) if self.worse else ClassifierFree(D, *how))
+
+    def evaluations(
+        self, sde: AbstractLinearSDE, calls: float | int, times: Float[np.ndarray, " n"] | None = None
+    ) -> float | int:
+        """How often a sample evaluates a network in so many calls: twice in each in which guidance acts, which those at
+        known `times` tell; of others, at most."""
+        if self.scale == 1 or times is None or self.interval == EVERYWHERE:
+            return calls * (1 if self.scale == 1 else 2)
+        sigma = jax.vmap(lambda t: jnp.ravel(reduction(sde, t, jnp.float32)[0])[0])(jnp.asarray(times, jnp.float32))
+        return calls + int(jnp.sum((self.interval[0] < sigma) & (sigma <= self.interval[1])))
 
 
 def _extrapolated(
@@ -185,8 +220,28 @@ class Measured(eqx.Module):
                 covariance = moved = lambda v: v
         seen = lambda z: self.operator(covariance(back(z))) + self.noise_std**2 * z
         gap = jnp.asarray(self.measurement, y.dtype) - self.operator(found)
-        z, _ = jax.scipy.sparse.linalg.cg(seen, gap, maxiter=self.iterations)
-        return found + moved(back(z))
+        return found + moved(back(_solved(seen, gap, self.iterations)))
+
+
+def _solved(matrix: Callable[[Array], Array], b: Array, iterations: int) -> Array:
+    """`matrix⁻¹ b` by conjugate gradients, which end where the matrix is not positive along their direction.
+
+    That of an exact denoiser is positive definite; along a direction in which a trained one's is not they would diverge.
+    """
+
+    def step(state: tuple[Array, ...]) -> tuple[Array, ...]:
+        count, _, z, rest, direction, size = state
+        moved = matrix(direction)
+        curvature = jnp.vdot(direction, moved)
+        goes = curvature > 0
+        length = jnp.where(goes, size / jnp.where(goes, curvature, 1), 0)
+        z, rest = z + length * direction, rest - length * moved
+        after = jnp.vdot(rest, rest)
+        return count + 1, goes & (after > 1e-10 * start), z, rest, rest + after / size * direction, after
+
+    start = jnp.vdot(b, b)
+    begin = jnp.array(0), start > 0, jnp.zeros_like(b), b, b, start
+    return jax.lax.while_loop(lambda state: state[1] & (state[0] < iterations), step, begin)[2]
 
 
 def _within(sigma: Array, std: float) -> Array:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree, ScalarLike, UInt32
 
 from gddim.errors import UserError, place
+from gddim.guidance import UNTOLD, Guidance, guided
 from gddim.model import seen_through
 from gddim.parallel import batch_sharding, check_backend, round_up
 from gddim.samplers import AbstractSampler, LearnedTable, count_calls
@@ -42,6 +43,8 @@ class Loaded(eqx.Module):
     """Over which samples are split."""
     classes: int = eqx.field(default=0, static=True)
     """Of the data, of which samples are; 0: none."""
+    label_dropout: float = eqx.field(default=0.0, static=True)
+    """The share of the data that it was told no class of, in training."""
     checkpoint: str | None = eqx.field(default=None, static=True)
     """The digest of the parameters."""
     tables: str | None = eqx.field(default=None, static=True)
@@ -81,6 +84,7 @@ class Loaded(eqx.Module):
         process: AbstractLinearSDE | str | None = None,
         key: Key[Array, ""] | None = None,
         classes: Any = None,
+        guide: float | int | Callable[[Any], Any] | None = None,
     ) -> Float[Array, "n *dims C"]:
         """Samples `(n, *dims, C)` in the scale of the data: images in [-1, 1], not clipped.
 
@@ -91,10 +95,12 @@ class Loaded(eqx.Module):
         through, a process or its word as `"cld:gamma=0.1"`. Without them, those of the run.
         `key`: without it that of the run's `sampling.seed`, so that its samples are those of the command line.
         `classes`: of each, whole numbers `(n,)`, −1 for none, where the run has classes; without it those of the run in turn.
+        `guide`: the scale of classifier-free guidance; or any function from denoisers to a denoiser, as
+        `lambda D: gddim.guidance.Autoguidance(D, worse.denoiser, 2.0)` with another loaded network.
 
         Raises `UserError` for a word that is none, too few calls, and a process that the network does not serve.
         """
-        model, solver = self.through(sampler=sampler, nfe=nfe, process=process)
+        model, solver = self.through(sampler=sampler, nfe=nfe, process=process, guide=guide)
         numbers = jnp.arange(n) if isinstance(n, int) else n
         key = jax.random.key(self.settings.seed) if key is None else key
         spread = self._spread(numbers)
@@ -119,9 +125,10 @@ class Loaded(eqx.Module):
         sampler: AbstractSampler | str | None = None,
         nfe: int | None = None,
         process: AbstractLinearSDE | str | None = None,
+        guide: float | int | Callable[[Any], Any] | None = None,
     ) -> tuple[Any, AbstractSolver]:
-        """The network seen through a process, and the solver that draws from it. Arguments, and what is refused, as in
-        `sample`.
+        """The network seen through a process, perhaps guided, and the solver that draws from it. Arguments, and what is
+        refused, as in `sample`.
         """
         sampler = parse_sampler(sampler, self.tables) if isinstance(sampler, str) else sampler
         if isinstance(sampler, LearnedTable):
@@ -137,6 +144,14 @@ class Loaded(eqx.Module):
         model = self.model if how.process is None else seen_through(self.model, how.process)
         method = how.method(model.sde)
         check_methods([method], model.sde)
+        if callable(guide):
+            return guided(model, guide), method.solver(model.sde)
+        guidance = how.guide.away_from() if guide is None else Guidance(guide)
+        if guidance.scale != 1 and not self.classes:
+            raise UserError(f"guide {guidance.scale:g}: this run knows no classes; train one with --data.labels")
+        if guidance.scale != 1 and not self.label_dropout:
+            warnings.warn(UNTOLD, stacklevel=2)
+        model = guidance(model)
         return model, method.solver(model.sde)
 
     def _cond(self, numbers: Array, classes: Array | None = None) -> PyTree:
@@ -192,4 +207,5 @@ def load(
 def loaded(found: Any, mesh: jax.sharding.Mesh | None = None) -> Loaded:
     """What `gddim.experiment.trained.find` found, to draw from."""
     shape, settings = tuple(found.experiment.data.shape), found.experiment.sampling
-    return Loaded(found.model, shape, settings, mesh, found.classes, found.about.get("checkpoint"), found.tables)
+    told = found.about.get("checkpoint"), found.tables
+    return Loaded(found.model, shape, settings, mesh, found.classes, found.label_dropout, *told)

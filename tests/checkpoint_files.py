@@ -159,7 +159,9 @@ def edm_tree(net, kind: str, options: dict, outer: str = "EDMPrecond", **state) 
         found.pop("map_label.bias", None)
         weight = found["map_layer0.weight"]
         found["map_layer0.weight"] = np.roll(weight, weight.shape[1] // 2, axis=1)
-    found["map_augment.weight"] = np.ones((net.config.level_features, 9), np.float32)
+        if net.config.augment:
+            weight = found["map_augment.weight"]
+            found["map_augment.weight"] = np.roll(weight, len(weight) // 2, axis=0)
     for name, value in found.items():
         *folders, leaf = name.split(".")
         inner = modules
@@ -211,6 +213,7 @@ def score_sde_state(net, sigmas=None) -> tuple[dict, dict[str, bytes]]:
 def options_of(config, side, **more):
     return {
         "img_resolution": side, "in_channels": 3, "out_channels": 3, "label_dim": config.classes,
+        "augment_dim": config.augment,
         "model_channels": config.width, "channel_mult": list(config.multipliers), "num_blocks": config.blocks,
         "attn_resolutions": list(config.attention), **more,
     }  # fmt: skip

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 import gddim
-from gddim.data import ArraySource, identity
+from gddim.data import ArraySource, classes_of, identity
 from gddim.experiment import Experiment, Model, Sampling, Training
 from gddim.experiment.checkpoints import checkpoints, items_of
 from gddim.experiment.plan import Plan
@@ -50,10 +50,32 @@ COLOUR = Experiment(
 )
 
 
+class Nought(eqx.Module):
+    """0, of which a preconditioned denoiser is exact."""
+
+    weight: jax.Array
+
+    def __call__(self, x, level, cond=None, *, key=None):
+        return 0 * self.weight * x
+
+
+@dataclasses.dataclass(frozen=True)
+class NoughtConfig:
+    width: int = 1
+
+    def build(self, in_shape, out_channels, key):
+        return Nought(jnp.ones(()))
+
+
+WHITE = dataclasses.replace(COLOUR, net=NoughtConfig(), sampling=dataclasses.replace(COLOUR.sampling, nfe=8))
+
+
 def make_run(workdir: Path, experiment: Experiment = COLOUR, steps: tuple[int, ...] = (1, 2), **config: Any) -> Path:
     """A run of an experiment with other parameters at each step, and others again that are not averaged."""
     plan, folder = Plan(experiment), epath.Path(workdir)
-    told = describe(experiment) | {RECORDS: identity(experiment.data.train(), None), OBJECTS: objects(experiment)}
+    records, classes = identity(experiment.data.train(), None), classes_of(experiment.data)
+    records |= {"classes": classes} if classes else {}
+    told = describe(experiment) | {RECORDS: records, OBJECTS: objects(experiment)}
     with contextlib.closing(checkpoints(experiment, folder)) as saved:
         for step in steps:
             state = eqx.tree_at(lambda s: s.step, plan.init(), jnp.asarray(step, jnp.int32))

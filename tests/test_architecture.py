@@ -25,6 +25,7 @@ IMPORTS = {
     "loss": {"sde"},
     "model": {"sde", "denoiser"},
     "guidance": {"sde", "denoiser"},
+    "measurements": {"sde"},
     "nn": {"settings"},
     "samplers": {"sde"},
     "torch_reader": {"pickles", "storage"},
@@ -33,12 +34,15 @@ IMPORTS = {
     "weights": {"compact", "safetensors", "storage"},
     "laws": {"sde"},
     "check": {"sde", "samplers", "laws", "parallel"},
-    "evaluation": {"sde", "samplers", "model", "data", "parallel", "storage", "logs", "torch_reader"},
+    "evaluation": {"sde", "samplers", "model", "guidance", "data", "parallel", "storage", "logs", "torch_reader"},
     "experiment": {
         *(
             "sde",
             "samplers",
             "model",
+            "guidance",
+            "denoiser",
+            "measurements",
             "loss",
             "train",
             "data",
@@ -50,11 +54,11 @@ IMPORTS = {
         ),
         *("evaluation", "averages", "compact", "checksums", "nn", "weights"),
     },
-    "loading": {"sde", "samplers", "model", "parallel", "experiment"},
+    "loading": {"sde", "samplers", "model", "guidance", "parallel", "experiment"},
     "export": {
         *("checkpoint", "compact", "parallel", "samplers", "storage", "weights", "evaluation", "experiment", "loading")
     },
-    "generate": {"data", "evaluation", "experiment", "loading", "parallel", "samplers", "sde", "storage"},
+    "generate": {"data", "evaluation", "experiment", "guidance", "loading", "parallel", "samplers", "sde", "storage"},
     "convert": {  # it writes a run
         *(
             "nn",

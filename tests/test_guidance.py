@@ -167,6 +167,9 @@ def test_of_gaussian_data_the_posterior_is_exact_through_every_process(name, gau
     spread = np.sqrt(np.diag(covariance))
     assert np.abs((x.mean(0) - mean) / spread).max() < 4.5 / n**0.5 + 0.03
     assert np.abs(np.cov(x.T) - covariance).max() < 5 * covariance.max() / n**0.5 + 0.02 * covariance.max()
+    near = Measured(of_gaussian(*gaussian, basis), half, b, NOISE, by="pseudoinverse", iterations=40, basis=basis)
+    off = np.linalg.norm(draw(sde, near, n).mean(0) - mean)
+    assert off < 0.1 * np.linalg.norm(mean), "within 10 %, of data that are not white"
     replaced = Measured(of_gaussian(*gaussian, basis), half, b, NOISE, by="replacement", basis=basis)
     bias = np.abs((draw(sde, replaced, n).mean(0) - mean) / spread).max()
     assert bias > 0.3, "replacement is biased, and this test would see it"

@@ -64,7 +64,7 @@ WRONG = {
     "--lr 1e-3": "unknown option --lr; accepted: --train.learning-rate, ",
     "--sampling.sampler=heun": "unknown option --sampling.sampler; accepted: --sampler; see --help",
     "--steps 3": "unknown option --steps; accepted: --train.steps, --fit.steps; see --help",
-    "--train.samples=3": "unknown option --train.samples; accepted: --sampling.samples, --eval.samples; see --help",
+    "--train.samples=3": "unknown option --train.samples; accepted: --sampling.samples, --eval.samples, --restore.samples; ",
     "--mesh.fdsp=2": "unknown option --mesh.fdsp; accepted: --mesh.fsdp, ",
     "--eval.nfe 10,20": "--eval.nfe 10,20: separate by spaces: --eval.nfe 10 20",
     "--eval.nfe 10, 20": "--eval.nfe 10, 20: separate by spaces: --eval.nfe 10 20",

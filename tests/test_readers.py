@@ -25,7 +25,7 @@ from gddim.convert import edm, score_sde
 from gddim.nn import NCSNppConfig
 
 
-@pytest.mark.parametrize("changes", [{}, {"classes": 3}, {"style": "adm"}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"classes": 3, "augment": 9}, {"style": "adm", "augment": 9}], ids=str)
 def test_an_edm_file_is_read_as_it_was_written(tmp_path, changes):
     adm = changes.get("style") == "adm"
     if adm:

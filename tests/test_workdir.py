@@ -20,7 +20,7 @@ TRAIN = {"steps", "minutes", "accumulate", "fused", "keep", *EVERY}
 def test_a_run_goes_on_with_whatever_changes_no_gradient():
     free = may_change(RUN)
     top = {name for name in free if "." not in name}
-    assert top == {"sampling", "sampler", "process", "eval", "mesh", "rule", "weights"}
+    assert top == {"sampling", "sampler", "process", "guide", "fit", "eval", "mesh", "rule", "weights"}
     inner = {name for name in free if name.partition(".")[0] not in top}
     assert inner == {f"train.{name}" for name in TRAIN} | {
         *("net.remat", "net.scan_blocks", "data.path", "data.skip_damaged")

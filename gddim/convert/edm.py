@@ -118,6 +118,7 @@ def _song(given: dict[str, Any]) -> NCSNppConfig:
         progressive_input="averaged" if encoder == "residual" and len(filters) == 2 else
         ("residual" if encoder == "residual" else "none"),
         classes=_whole(given, "label_dim", 0),
+        augment=_whole(given, "augment_dim", 0),
         features=width * _whole(given, "channel_mult_noise", 1),
         hidden=width * _whole(given, "channel_mult_emb", 4),
     )  # fmt: skip
@@ -136,6 +137,7 @@ def _dhariwal(given: dict[str, Any]) -> NCSNppConfig:
         progressive_input="none",
         style="adm",
         classes=_whole(given, "label_dim", 0),
+        augment=_whole(given, "augment_dim", 0),
         hidden=width * _whole(given, "channel_mult_emb", 4),
         eps=1e-5,
         head=64,
@@ -183,19 +185,20 @@ def _tensors(module: Thing) -> list[tuple[str, Tensor]]:
 
 
 def _adapted(found: dict[str, np.ndarray], config: NCSNppConfig) -> dict[str, np.ndarray]:
-    """In our layout: queries, keys and values apart; without the filters and what augmentation alone needs."""
+    """In our layout: queries, keys and values apart; without the filters."""
     made: dict[str, np.ndarray] = {}
     for name, value in found.items():
         *_, module, leaf = f".{name}".split(".")
-        if leaf == "resample_filter" or module == "map_augment":
+        if leaf == "resample_filter":
             continue
         if module == "qkv" and value.shape[0] % (3 * (heads := config.heads(max(value.shape[0] // 3, 1)))) == 0:
             split = value.reshape(heads, -1, 3, *value.shape[1:2])  # of a kernel (3C, C, 1, 1), or a bias (3C,)
             for i in range(3):
                 part = split[:, :, i].reshape(-1, *value.shape[1:2])
                 made[f"{name.removesuffix(leaf)}{i}.{leaf}"] = ours(part)
-        elif name == "map_layer0.weight" and config.style == "adm":  # cosines first
-            made[name] = np.roll(ours(value), len(value.T) // 2, axis=0)
+        elif config.style == "adm" and name in ("map_layer0.weight", "map_augment.weight"):  # cosines first
+            axis = int(module == "map_augment")
+            made[name] = np.roll(ours(value), value.T.shape[axis] // 2, axis=axis)
         else:
             made[name] = ours(value[..., 0, 0] if module == "proj" and value.ndim == 4 else value)
     if config.style == "adm" and config.classes:
@@ -207,6 +210,7 @@ def names(net: NCSNpp) -> Names:
     """The parameters as EDM names them, queries, keys and values as if they were apart."""
     side, song = net.in_shape[0], net.config.style == "ncsnpp"
     tops = {"frequencies": "map_noise.freqs", "time.0": "map_layer0", "time.1": "map_layer1", "label": "map_label",
+            "augment": "map_augment.weight",
             "conv_in": f"enc.{side}x{side}_conv", "norm_out": f"dec.{side}x{side}_aux_norm" if song else "out_norm",
             "conv_out": f"dec.{side}x{side}_aux_conv" if song else "out_conv"}  # fmt: skip
 

@@ -37,7 +37,8 @@ def parts(net: NCSNpp) -> Iterator[Part]:
     """All of a network."""
     if net.frequencies is not None:
         yield Part("frequencies", 0, "top", 0, 0, "layer")
-    for place in ("time.0", "time.1", *(["label"] if net.label is not None else []), "conv_in"):
+    given = [place for place in ("label", "augment") if getattr(net, place) is not None]
+    for place in ("time.0", "time.1", *given, "conv_in"):
         yield Part(place, 0, "top", 0, 0, "layer")
     yield from _levels(net, "down")
     for i, block in enumerate(net.middle):

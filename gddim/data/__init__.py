@@ -24,6 +24,7 @@ A source is anything with `shape`, `dtype`, `flip`, a length, and `source[indice
 """
 
 from gddim.data.arrays import ArrayFile
+from gddim.data.augmentation import AUGMENT, NUMBERS, augmented
 from gddim.data.content import identity
 from gddim.data.folders import CelebA, ImageFolder, holds_images, whole_images
 from gddim.data.images import random_flip, to_uint8, to_unit
@@ -47,9 +48,11 @@ from gddim.data.sources import (
 )
 
 __all__ = [
+    "AUGMENT",
     "CIFAR10",
     "DATA",
     "LABEL",
+    "NUMBERS",
     "SVHN",
     "ArrayFile",
     "ArraySource",
@@ -62,6 +65,7 @@ __all__ = [
     "Records",
     "Shards",
     "Source",
+    "augmented",
     "batch_indices",
     "batches",
     "check_labels",

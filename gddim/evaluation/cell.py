@@ -21,6 +21,7 @@ from gddim.errors import UserError
 from gddim.evaluation.features import FeatureSpace
 from gddim.evaluation.provenance import hardware, software, stable_repr
 from gddim.evaluation.statistics import CLASSES, Statistics, compare, features_of
+from gddim.guidance import Guidance
 from gddim.model import seen_through
 from gddim.parallel import agree, to_host
 from gddim.samplers.base import ProcessModel
@@ -91,6 +92,8 @@ class Evaluator:
     sharding: jax.sharding.Sharding | None = None
     classes: int = 0
     """Of a model that is told them: sample i is of class i mod classes, as many of each."""
+    guidance: Guidance = dataclasses.field(default_factory=Guidance)
+    """What guides the model."""
 
     def __post_init__(self) -> None:
         self.reference.check_space(self.space.name, self.shape)
@@ -132,7 +135,7 @@ class Evaluator:
         found, calls, before = _resume(state, origin)
         first = found.count if found else 0
         advance(first)
-        model = seen_through(self.model, cell.sde) if cell.sde else self.model
+        model = self.guidance(seen_through(self.model, cell.sde) if cell.sde else self.model)
         solver = sharing(cell.method.solver(model.sde))
         began = saved = time.perf_counter()
         rate = _Rate(began)
@@ -157,7 +160,8 @@ class Evaluator:
                 saved = time.perf_counter()
         assert found is not None
         measured = {
-            "nfe": calls / cell.samples,
+            "nfe": (nfe := calls / cell.samples),
+            **self._evaluations(model.sde, solver, nfe),
             "seconds": before + time.perf_counter() - began,
             "images_per_second": rate.value(),
             "devices": hardware(),
@@ -166,6 +170,11 @@ class Evaluator:
 
     def _labels(self, numbers: Int32[np.ndarray, " n"]) -> Int32[np.ndarray, " n"] | None:
         return numbers % np.int32(self.classes) if self.classes else None
+
+    def _evaluations(self, sde: AbstractLinearSDE, solver: AbstractSolver, nfe: float) -> Row:
+        """How often a guided sample evaluates a network in its calls."""
+        found = self.guidance.evaluations(sde, nfe, getattr(solver, "times", None))
+        return {"evaluations": found} if found != nfe else {}
 
     def _ahead(
         self, cell: Cell, model: ProcessModel, solver: AbstractSolver, first: int

@@ -225,6 +225,31 @@ class ScoreSums:
         return float(scores.mean()), float(scores.std())
 
 
+def psnr(x: Float[np.ndarray, "*dims"], truth: Float[np.ndarray, "*dims"]) -> float:
+    """Peak signal-to-noise ratio in dB of data in [−1, 1], `10 log₁₀(4 / mean (x − truth)²)`; 100 at most."""
+    return float(10 * np.log10(4 / max(np.mean((np.asarray(x, np.float64) - truth) ** 2), 4e-10)))
+
+
+def ssim(x: Float[np.ndarray, "h w c"], truth: Float[np.ndarray, "h w c"]) -> float:
+    """Structural similarity of images in [−1, 1] (Wang et al. 2004): 1 for the same, the mean over windows and channels.
+
+    Windows are Gaussian, 11 pixels wide and of standard deviation 1.5, or as wide as smaller images allow.
+    """
+    sides = [min(11, side - 1 + side % 2) for side in x.shape[:2]]
+    weights = [np.exp(-((np.arange(n) - n // 2) ** 2) / (2 * 1.5**2)) for n in sides]
+    kernel = np.multiply.outer(*(w / w.sum() for w in weights))
+
+    def mean(image: np.ndarray) -> np.ndarray:
+        windows = np.lib.stride_tricks.sliding_window_view(image, tuple(sides), (0, 1))
+        return np.einsum("abcij,ij->abc", windows, kernel)
+
+    x, y = np.asarray(x, np.float64), np.asarray(truth, np.float64)
+    mx, my, c1, c2 = mean(x), mean(y), (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    vx, vy, covariance = mean(x * x) - mx**2, mean(y * y) - my**2, mean(x * y) - mx * my
+    found = (2 * mx * my + c1) * (2 * covariance + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
+    return float(found.mean())
+
+
 def inception_score(probabilities: Features, splits: int = 10) -> tuple[float, float]:
     """Inception Score (Salimans et al. 2016) of class probabilities: mean and standard deviation over splits."""
     if not 1 <= splits <= len(probabilities):

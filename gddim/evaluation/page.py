@@ -52,6 +52,7 @@ _PICTURES = {  # by section: files without suffix, and what they show
         "interpolations": "Between the latents of pairs of held-out data.",
     },
 }
+_RESTORED = "Held-out data, what was measured of them, and samples given that."
 
 
 def write_page(folder: epath.Path, rows: Sequence[Row] | None = None, out: epath.Path | None = None) -> None:
@@ -81,6 +82,7 @@ def page(folder: epath.Path, rows: Sequence[Row]) -> str:
         "Results": [*([_figure(encode(chart(rows), ".svg"), "svg+xml", "")] if found else []), *map(_results, found)],
         "Trajectories": shown["Trajectories"],
         "Latents": shown["Latents"],
+        "Restored": [_picture(folder, path.stem, _RESTORED) for path in sorted(folder.glob("restored-*.png"))],
         "Likelihood": [_facts(_read(folder, "likelihood.json") | {"experiment": None})],
         "Classes": [_facts(_read(folder, "classes.json"))],
         "Training": [_curve(read_scalars(folder / "tensorboard", "train/loss"))],

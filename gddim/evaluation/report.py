@@ -96,7 +96,8 @@ class Group(NamedTuple):
         """The name of the run, its step, and the process in words."""
         name, step = (self.provenance.get(key) for key in ("experiment", "step"))
         run = ", ".join([name, *([f"step {step}"] if step is not None else [])]) + ": " if name else ""
-        return run + processes_in_words(self.processes)
+        guide = self.provenance.get("guide")
+        return run + processes_in_words(self.processes) + (f", guided by {guide}" if guide else "")
 
     @property
     def against(self) -> str:
@@ -193,6 +194,9 @@ def about(group: Group) -> list[str]:
         found.append(f"Mean ± standard deviation over {len(group.seeds)} seeds.")
     elif errors := [words for error, words in ERRORS.values() if any(error in row["metrics"] for row in group.rows)]:
         found.append(f"{', '.join(errors)}.")
+    costs = {(row["measured"]["nfe"], row["measured"].get("evaluations")) for row in group.rows}
+    if told := [f"{n:g} at NFE {nfe:g}" for nfe, n in sorted(costs, key=lambda cost: cost[0]) if n]:
+        found.append(f"Network evaluations a sample, two in a call that is guided: {', '.join(told)}.")
     return found
 
 

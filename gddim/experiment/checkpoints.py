@@ -48,15 +48,18 @@ def checkpoint_digest(params: PyTree) -> str:
     return hashlib.sha256(json.dumps(checksums(jax.tree.leaves(params))).encode()).hexdigest()[:16]
 
 
-def restore_ema(plan: Plan, workdir: epath.Path, step: int | None = None) -> tuple[PyTree, int]:
+def restore_ema(
+    plan: Plan, workdir: epath.Path, step: int | None = None, ema: float | None = None
+) -> tuple[PyTree, int]:
     """The averaged parameters of a checkpoint, the newest whole one if no step is given, and its step.
 
-    With `sampling.ema` those of that length, rebuilt. Those of `weights` where the run has no checkpoint.
+    With a length `ema`, by default `sampling.ema`, those of that, rebuilt. Those of `weights` where the run has no checkpoint.
     """
+    ema = plan.experiment.sampling.ema if ema is None else ema
     if shipped := _shipped(plan.experiment, workdir):
         return placed(plan.shapes.ema, shipped.arrays, str(plan.experiment.weights)), shipped.about["step"]
-    if plan.experiment.sampling.ema:
-        return rebuild(plan.shapes.ema, workdir, plan.experiment.sampling.ema, step)
+    if ema:
+        return rebuild(plan.shapes.ema, workdir, ema, step)
     with contextlib.closing(checkpoints(plan.experiment, workdir)) as saved:
         items, step = saved.restore({"ema": plan.shapes.ema}, step)
     return items["ema"], step

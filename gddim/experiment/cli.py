@@ -21,11 +21,15 @@ from gddim.errors import MissingWeights, UserError, from_extra, place, printable
 from gddim.experiment.checkpoints import borrow, trained
 from gddim.experiment.compiled import keep_programs, kept_programs
 from gddim.experiment.config import Experiment, require
+from gddim.experiment.drawing import Start
 from gddim.experiment.fitting import fitted_by
+from gddim.experiment.given import given_data
+from gddim.experiment.guiding import check_guide
 from gddim.experiment.measure import cells, check_measurable
 from gddim.experiment.options import REGISTRY, UNGROUPED, explain, options, tyro
 from gddim.experiment.outputs import check_names
 from gddim.experiment.plan import Plan
+from gddim.experiment.restoration import Restoration, check_restoration
 from gddim.experiment.revival import as_trained, objects
 from gddim.experiment.shown import COMPLETION, NEEDED, completion, needed
 from gddim.experiment.snapshots import check_rebuildable
@@ -34,6 +38,7 @@ from gddim.experiment.verbs.encode import encode
 from gddim.experiment.verbs.evaluate import evaluate
 from gddim.experiment.verbs.fit import fit_table
 from gddim.experiment.verbs.likelihood import likelihood
+from gddim.experiment.verbs.restore import restore
 from gddim.experiment.verbs.sample import SAMPLES, sample
 from gddim.experiment.verbs.train import Preempted, run_training
 from gddim.experiment.workdir import (
@@ -58,8 +63,10 @@ from gddim.train import Diverged
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 RUN = ("train", "sample", "evaluate")  # what the verb run stands for
-AFTERWARDS = {"sample": sample, "evaluate": evaluate, "likelihood": likelihood, "encode": encode, "fit": fit_table}
-Verb = Literal["run", "train", "sample", "evaluate", "likelihood", "encode", "fit"]
+AFTERWARDS = {
+    "sample": sample, "evaluate": evaluate, "likelihood": likelihood, "encode": encode, "restore": restore, "fit": fit_table,
+}  # fmt: skip
+Verb = Literal["run", "train", "sample", "evaluate", "likelihood", "encode", "restore", "fit"]
 EPILOGUE = """Exit status: 0 done; 1 failed, or the loss was not finite; 2 a wrong option, value or path,
 nothing written; 75 stopped by SIGTERM, Ctrl-C or train.minutes, the state saved, so that the same command continues;
 134 another process of the job was lost, continue likewise. VERB --help tells what that verb needs, --help all there is;
@@ -73,10 +80,18 @@ class Command:
     verb: Annotated[Verb, tyro.conf.Positional]
     """train: to the last step, continuing the run in the workdir; sample: write samples and pictures of them;
     evaluate: write the table of distances; run: these three; likelihood: tell the bits per dimension of held-out data;
-    encode: held-out data to latents and back; fit: learn a table for sampling.nfe calls through --process."""
+    encode: held-out data to latents and back; restore: held-out images from what --task measures of them;
+    fit: learn a table for sampling.nfe calls through --process."""
     workdir: str
     """Folder of the run, local or gs://…; made where there is none."""
     experiment: Annotated[Experiment, tyro.conf.arg(name="")] = dataclasses.field(metadata={UNGROUPED: True})
+    restore: Restoration = dataclasses.field(default=Restoration())
+    """What is measured of held-out images, and how they are restored."""
+    from_: Annotated[tuple[str, ...], tyro.conf.arg(name="from")] = ()
+    """Files of images, or .npy and .npz of records: sample draws from them, noised, encode takes them for the held-out ones,
+    and shows what lies between them."""
+    strength: float = 0.5
+    """Of sample --from: the share of noise in the variance of what samples start with, 1 being noise alone."""
     step: int | None = None
     """Checkpoint that is sampled, evaluated, …; without it the newest whole one."""
     peak_flops: float | None = None
@@ -89,6 +104,7 @@ class Command:
     """Settings that are the run's, and not what the experiment's file says."""
 
     def __post_init__(self):
+        require(0 < self.strength <= 1, f"strength must be in (0, 1], not {self.strength:g}")
         require(self.peak_flops is None or self.peak_flops > 0, f"peak_flops must be > 0, not {self.peak_flops}")
 
 
@@ -168,6 +184,14 @@ def _parse(experiment: Experiment, argv: Sequence[str]) -> Command:
     if unknown:
         explain(argv, dict(options(default)), get_args(Verb))
         raise UserError(f"{unknown[0]} is no option; see --help")
+    if command.restore != Restoration() and command.verb != "restore":
+        raise UserError(f"--task, --mask and --restore are of the verb restore, not of {command.verb}")
+    if "--from" in argv and not command.from_:
+        raise UserError("--from needs files")
+    if command.from_ and command.verb not in ("sample", "encode"):
+        raise UserError(f"--from is of the verbs sample and encode, not of {command.verb}")
+    if command.strength != Command.strength and not (command.verb == "sample" and command.from_):
+        raise UserError("--strength is of sample --from FILE")
     if command.step is not None and command.verb in ("run", "train"):
         raise UserError("--step is for what follows training; training continues from the newest checkpoint")
     return command
@@ -214,11 +238,19 @@ def execute(command: Command) -> None:
         shipped = found if found and found[0] == experiment.weights else None
         if shipped and command.step is not None:
             raise UserError(f"--step {command.step}: {experiment.weights} holds one set of parameters")
-        if drawn is not None and ("sample" in verbs or shown):
+        if "restore" in verbs:
+            check_restoration(experiment, command.restore)
+        if drawn is not None and ({"sample", "restore"} & {*verbs} or shown):
             check_methods([experiment.sampling.method(drawn)], drawn)
             experiment.drawn_classes(experiment.sampling)
+        if shown or measured or set(verbs) & AFTERWARDS.keys():
+            check_guide(experiment, workdir, verbs)
         if measured:
             cells(experiment)
+        given = given_data(command.from_, tuple(experiment.data.shape)) if command.from_ else None
+        start = None if given is None else Start.of(experiment, given, command.strength)
+        if start is not None and len(start.data) > (most := experiment.sampling.samples) and command.verb == "sample":
+            raise UserError(f"--from: {len(start.data)} images, and sampling.samples is {most}: give at least as many")
         if "fit" in verbs:
             fitted_by(experiment, workdir)
         source = experiment.data.train() if training else None
@@ -268,9 +300,10 @@ def execute(command: Command) -> None:
             on_main(lambda: stack.enter_context(reserved(workdir, training=False, wait=True)))
         if jax.distributed.is_initialized():
             stack.enter_context(ending_on_sigterm())
+        told = {"sample": {"start": start}, "encode": {"given": given}, "restore": {"settings": command.restore}}
         for verb in verbs:
             if verb in AFTERWARDS:
-                AFTERWARDS[verb](plan, workdir, command.step)
+                AFTERWARDS[verb](plan, workdir, step=command.step, **told.get(verb, {}))
 
 
 def _end(status: int, message: str, perhaps_lost: bool = False) -> NoReturn:

@@ -6,23 +6,22 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int32, PRNGKeyArray
+from jaxtyping import Int32, PRNGKeyArray
 
 from gddim.averages import LONGEST
 from gddim.data import LABEL, classes_of, cond_of
 from gddim.experiment.fitting import Fitting
-from gddim.experiment.network import Model, NetConfig, require, told_classes
-from gddim.experiment.options import SPELLED, UNGROUPED, tyro
-from gddim.experiment.words import Process, Sampler, TimeGrid, spell_process
+from gddim.experiment.network import Model, NetConfig, require, told_augmentation, told_classes
+from gddim.experiment.options import SPELLED, tyro
+from gddim.experiment.sampling import Sampling
+from gddim.experiment.words import Process, Sampler, spell_process
 from gddim.loss import AbstractObjective, LogNormalNoise, ScoreMatching
 from gddim.model import Denoiser, EpsModel, VelocityModel
 from gddim.parallel import MeshConfig, Rule, default_rule
-from gddim.samplers import GDDIM, CholeskyMultistep, EulerMaruyama, Grid, Method
-from gddim.samplers.words import BEST, laid_out
+from gddim.samplers import GDDIM, CholeskyMultistep, EulerMaruyama
 from gddim.sde import AbstractLinearSDE
-from gddim.sde.base import last_time, positions
+from gddim.sde.base import positions
 from gddim.sde.words import process_name
 from gddim.settings import LATER, MAY_CHANGE, MAY_CHANGE_AFTER
 
@@ -61,6 +60,9 @@ class Training:
     label_dropout: float = field(default=0.0, metadata=LATER)
     """Share of the labels that a step leaves out, so that the network also learns the data without a class (-1): for
     classifier-free guidance, 0.1 is usual."""
+    augment: float = field(default=0.0, metadata=LATER)
+    """Probability of each of EDM's geometric transformations of an image, of which the network is told, as 0.12; they mirror
+    images at random, too. For long trainings on few images. 0: none."""
     learning_rate: float = 2e-4
     """Peak of Adam's learning rate."""
     warmup: int = 5_000
@@ -105,6 +107,7 @@ class Training:
         require(0 <= self.minutes < math.inf, f"minutes must be at least 0, not {self.minutes}")
         for name in ("ema", "beta1", "label_dropout"):
             require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), not {getattr(self, name)}")
+        require(0 <= self.augment <= 1, f"augment must be in [0, 1], not {self.augment}")
         for sigma in self.ema_profiles:
             require(0 < sigma <= LONGEST, f"ema_profiles must lie in (0, {LONGEST:.3f}], not {sigma}")
         require(len(set(self.ema_profiles)) == len(self.ema_profiles), "ema_profiles: give each length once")
@@ -122,76 +125,6 @@ class Training:
         """What was given of the law of ln σ."""
         given = {"mean": self.sigma_mean, "std": self.sigma_std}
         return {name: value for name, value in given.items() if value is not None}
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How samples are drawn: by `sample`, for the grids while training, and where an evaluation does not say."""
-
-    sampler: Annotated[Sampler, tyro.conf.arg(name="sampler", prefix_name=False)] = field(
-        default=BEST, metadata={UNGROUPED: True}
-    )
-    """gddim[:ORDER][:data|:residual][:free|:corrector][:lam=λ][:data_std=…], cholesky[:ORDER], em[:lam=λ], heun, sscs,
-    rk45[:rtol=…][:atol=…], ipndm[:ORDER], dpm[:ORDER], unipc[:ORDER][:bh1], or afs:SAMPLER, its first step analytic;
-    any of them on a grid of its own, as gddim:3:data:free@band; or table:FILE, which fit wrote."""
-    process: Annotated[Process, tyro.conf.arg(name="process", prefix_name=False)] = field(
-        default=None, metadata={UNGROUPED: True, SPELLED: spell_process}
-    )
-    """What they are drawn through: own, or, by a network that predicts the data, or the ε of one field, vp, cosine, subvp, ve,
-    flow, cld, psld, langevin or module:object, each with its parameters (cld:gamma=0.1, langevin:order=4)."""
-    nfe: int = 50
-    """Network calls a sample, the last step's included."""
-    samples: int = 64
-    """Number of samples."""
-    batch: int = 64
-    """How many at a time, over all devices. Another number is another program of XLA's, and changes samples by rounding:
-    up to 0.3 % of 8-bit pixels were seen to differ, by one level."""
-    power: float | None = None
-    """Times are uniform in t^(1/power), those of the process, for samplers that bring no grid; without it 2, for ve 7."""
-    grid: TimeGrid = field(default=None, metadata={SPELLED: lambda grid: grid and str(grid)})
-    """Another layout of the times, of every sampler that brings none: power[:POWER], band[:LO:HI] (in standard deviations
-    of the data), karras[:RHO], log-snr, two-phase[:SHARE:FRACTION:POWER] or uniform."""
-    t_min: float | None = None
-    """Time of the process at which the sampler stops; without it 0.001 of the horizon, for ve 0.002 of its 80."""
-    last: Literal["none", "euler", "data"] = "none"
-    """One more network call, from t_min to 0: an Euler step of the reverse SDE without noise, or the predicted data."""
-    seed: int = 0
-    """Sample i depends on the checkpoint, the process, the sampler, this and i."""
-    classes: tuple[int, ...] = field(default=(), metadata=LATER)
-    """Those that samples are of, one after another in turn, by a run with --data.labels: without it all of the data; -1 is
-    none, which train.label-dropout has the network learn. Sample i depends on its class, too."""
-    per_class: int = field(default=0, metadata=LATER)
-    """Samples of each class, whose pictures are a row, in place of sampling.samples; 0: none such."""
-    ema: float = 0.0
-    """Length σ_rel of the average that is sampled after training, rebuilt from the run's snapshots up to the step, at the
-    last of them (train.snapshot_every); 0: the average that training keeps."""
-
-    def method(self, sde: AbstractLinearSDE) -> Method:
-        """How, whichever and however many samples of a process."""
-        power = sde.grid_power if self.power is None else self.power
-        t_min = sde.grid_end * sde.horizon if self.t_min is None else self.t_min
-        return Method(laid_out(self.sampler, self.grid, self.power), self.nfe, power, t_min, self.last)
-
-    def class_of(self, numbers: Any, classes: int) -> Any:
-        """The class of each sample, by their numbers, int32, of a run with so many classes."""
-        each = jnp.asarray(self.classes or range(classes), jnp.int32)
-        return each[numbers // max(self.per_class, 1) % len(each)]
-
-    def flow_grid(self, sde: AbstractLinearSDE, steps: int) -> Float[np.ndarray, " n"]:
-        """Times between which the probability flow goes both ways: they begin where something is left of the data."""
-        method = self.method(sde)
-        return (self.grid or Grid("power", (method.power,)))(sde, last_time(sde), method.t_min, steps)
-
-    def __post_init__(self):
-        for name in ("nfe", "samples", "batch"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("power", "t_min"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{name} must be > 0, not {value}")
-        require(self.per_class >= 0, f"per_class must be at least 0, not {self.per_class}")
-        require(self.power is None or self.grid is None, "give grid or power, not both")
-        require(0 <= self.seed < 2**31, f"seed must be in [0, 2³¹), not {self.seed}")
-        require(0 <= self.ema <= LONGEST, f"ema must lie in [0, {LONGEST:.3f}], not {self.ema}")
 
 
 @dataclass(frozen=True)
@@ -345,4 +278,6 @@ class Experiment:
         """The model with fresh parameters. Raises `UserError` for a spectrum, or classes, of other data."""
         share, labelled = self.train.label_dropout, LABEL in (cond_of(self.data) or {})
         require(not share or labelled, f"train.label_dropout {share}: the data are without labels: give --data.labels")
-        return self.model.build(self.sde, told_classes(self.net, self.data), tuple(self.data.shape), key)
+        shape = tuple(self.data.shape)
+        net = told_augmentation(told_classes(self.net, self.data), self.train.augment, shape)
+        return self.model.build(self.sde, net, shape, key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -10,13 +11,51 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from gddim.data import LABEL, to_uint8
-from gddim.experiment.config import Experiment, Sampling
+from gddim.data import LABEL, to_uint8, to_unit
+from gddim.experiment.config import Experiment, Sampling, require
+from gddim.guidance import Guidance
 from gddim.model import seen_through
 from gddim.parallel import batch_sharding, round_up, to_host
 from gddim.samplers import GDDIM
 from gddim.samplers.base import ProcessModel
+from gddim.samplers.grids import time_at
 from gddim.samplers.numbered import sample_numbered
+
+
+class Calls(NamedTuple):
+    """What a sample costs, on average."""
+
+    made: float
+    """Calls of the network, batched as they are."""
+    evaluations: float
+    """Evaluations of a network: twice as many in calls that are guided."""
+
+    def __str__(self) -> str:
+        more = "" if self.made == self.evaluations else f" ({self.evaluations:g} network evaluations)"
+        return f"{self.made:g}{more}"
+
+
+class Start(NamedTuple):
+    """Given data, noised, at which samples start in place of noise alone."""
+
+    data: Shaped[np.ndarray, "m ..."]
+    """As the data set would hold them."""
+    time: float
+    """To which they are noised."""
+
+    @staticmethod
+    def of(experiment: Experiment, data: Shaped[np.ndarray, "m ..."], strength: float) -> Start:
+        """Of a share of noise in the variance of `x₀ + σn`, 1 being noise alone, whichever the process and the sampler.
+
+        Raises `UserError` for so little of it that there is no step to make.
+        """
+        sde, sigma = experiment.through(experiment.sampling.process), np.inf
+        if strength < 1:
+            sigma = experiment.model.rms * (strength / (1 - strength)) ** 0.5
+        time, least = time_at(sde, sigma), experiment.sampling.method(sde).t_min
+        stops = f"samplers stop at {least:g} (sampling.t_min)"
+        require(time > least, f"strength {strength:g}: that is time {time:.2g}, and {stops}")
+        return Start(data, time)
 
 
 def draw_samples(
@@ -25,15 +64,20 @@ def draw_samples(
     model: ProcessModel,
     sampling: Sampling,
     progress: Callable[[int], object] = lambda count: None,
-) -> tuple[Shaped[np.ndarray, "n ..."], float]:
-    """Samples 0, …, n − 1 as the data set would hold them (images in uint8), and the mean number of network calls.
+    guidance: Guidance | None = None,
+    start: Start | None = None,
+) -> tuple[Shaped[np.ndarray, "n ..."], Calls]:
+    """Samples 0, …, n − 1 as the data set would hold them (images in uint8), and the network calls of one.
 
     Where the run has classes, n and each sample's class are those of `Experiment.drawn_classes`.
 
-    `progress` is called with how many are there.
+    `progress` is called with how many are there; `guidance` is that of `sampling`, with its worse network;
+    with a `start` samples are of given data, each of one after another as many.
     """
     sde = experiment.through(sampling.process)
-    model, solver = seen_through(model, sde), sampling.method(sde).solver(sde)
+    guidance = guidance or sampling.guide.away_from()
+    method = replace(sampling.method(sde), start=None if start is None else start.time)
+    model, solver = guidance(seen_through(model, sde)), method.solver(sde)
     classes = experiment.drawn_classes(sampling)
     n = sampling.samples if classes is None else len(classes)
     size = round_up(min(sampling.batch, n), mesh.size)
@@ -41,13 +85,16 @@ def draw_samples(
     for first in range(0, n, size):
         rows = np.arange(first, first + size, dtype=np.int32)
         cond = None if classes is None else {LABEL: classes[np.minimum(rows, n - 1)]}
-        numbers, cond = jax.device_put((rows, cond), batch_sharding(mesh))
+        begin = None if start is None else start.data[np.minimum(rows, n - 1) * len(start.data) // n]
+        numbers, cond, begin = jax.device_put((rows, cond, begin), batch_sharding(mesh))
         seed = jnp.asarray(sampling.seed)
-        found, count, _ = sample_numbered(model, solver, experiment.data.shape, seed, numbers, cond=cond)
+        given = None if begin is None or start is None else (to_unit(begin), jnp.asarray(start.time, jnp.float32))
+        found, count, _ = sample_numbered(model, solver, experiment.data.shape, seed, numbers, cond=cond, begin=given)
         parts.append(to_host(to_uint8(found) if found.ndim == 4 else found))
         calls.append(to_host(count))
         progress(min(first + size, n))
-    return np.concatenate(parts)[:n], float(np.mean(np.concatenate(calls)))
+    made = float(np.mean(np.concatenate(calls)))
+    return np.concatenate(parts)[:n], Calls(made, guidance.evaluations(sde, made, getattr(solver, "times", None)))
 
 
 class Paths(NamedTuple):
@@ -61,13 +108,15 @@ class Paths(NamedTuple):
     foreseen: Float[Array, "t n *data"]
 
 
-def follow(experiment: Experiment, model: ProcessModel, sampling: Sampling, count: int, steps: int = 64) -> Paths:
+def follow(
+    experiment: Experiment, model: ProcessModel, sampling: Sampling, guidance: Guidance, count: int, steps: int = 64
+) -> Paths:
     """The paths of samples 0, …, count − 1 in gDDIM's first-order steps, and what the network says on the way."""
     sde = experiment.through(sampling.process)
     ts = sampling.flow_grid(sde, steps)
     numbers, seed, classes = jnp.arange(count), jnp.asarray(sampling.seed), experiment.drawn_classes(sampling)
     cond = None if classes is None else {LABEL: jnp.asarray(np.resize(classes, count))}
-    model, solver = seen_through(model, sde), GDDIM(order=1).solver(sde, ts)
+    model, solver = guidance(seen_through(model, sde)), GDDIM(order=1).solver(sde, ts)
     _, _, path = sample_numbered(model, solver, experiment.data.shape, seed, numbers, path=True, cond=cond)
     assert path is not None
     project = jax.jit(jax.vmap(jax.vmap(sde.project)))

@@ -22,6 +22,7 @@ from gddim.evaluation.sweep import RESULTS, read_rows
 from gddim.experiment.checkpoints import checkpoint_digest
 from gddim.experiment.config import Evaluation, Experiment, require
 from gddim.experiment.plan import Plan
+from gddim.guidance import Guidance
 from gddim.parallel import batch_sharding, round_up
 from gddim.samplers import AbstractSampler, LearnedTable
 from gddim.samplers.words import sampler_name
@@ -162,8 +163,10 @@ class Measure:
         self.floor = statistics("training") if pixels else None
         self.reference = given or statistics("held out" if pixels else "training")
 
-    def evaluator(self, params: PyTree, step: int) -> Evaluator:
-        """What draws samples of these averaged parameters and measures them."""
+    def evaluator(
+        self, params: PyTree, step: int, guidance: Guidance | None = None, guide: dict[str, str] | None = None
+    ) -> Evaluator:
+        """What draws samples of these averaged parameters and measures them; guided, with what tells the guide."""
         experiment, mesh = self.plan.experiment, self.plan.mesh
         return Evaluator(
             self.plan.model(params),
@@ -175,7 +178,9 @@ class Measure:
                 "checkpoint": checkpoint_digest(params),
                 "step": step,
                 "weights": "EMA",
+                **(guide or {}),
             },
+            guidance=guidance or Guidance(),
             classes=classes_of(experiment.data),
             batch=round_up(min(experiment.eval.batch, experiment.eval.samples), mesh.size),
             sharding=batch_sharding(mesh),
@@ -183,7 +188,10 @@ class Measure:
 
     def callback(self, report: Callable[[int, str, dict[str, float]], None]) -> Callable[[int, Any], None]:
         """A function of a training step and its state that evaluates a few samples and reports how many, and what."""
-        cell = periodic_cell(self.plan.experiment)
-        return lambda step, state: report(
-            step, f"{cell.samples:,} samples", self.evaluator(state.ema, step).run(cell)["metrics"]
-        )
+        cell, guide = periodic_cell(self.plan.experiment), self.plan.experiment.sampling.guide
+
+        def evaluated(step: int, state: Any) -> None:
+            found = self.evaluator(state.ema, step, guide.away_from()).run(cell)
+            report(step, f"{cell.samples:,} samples", found["metrics"])
+
+        return evaluated

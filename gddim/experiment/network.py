@@ -4,9 +4,10 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from gddim.data import classes_of, cond_of
+from gddim.data import NUMBERS, classes_of, cond_of
 from gddim.errors import UserError
 from gddim.experiment.spectrum import DataStd, Spectrum
 from gddim.model import Denoiser, EpsModel, VelocityModel
@@ -37,6 +38,19 @@ def told_classes(net: Any, data: Any) -> Any:
     return replace(net, classes=classes)
 
 
+def told_augmentation(net: Any, share: float, shape: tuple[int, ...]) -> Any:
+    """A network that is told how images were augmented, where a share of them is. Raises `UserError` for one that takes no such
+    thing, and for records that are no images.
+    """
+    if not share:
+        return net
+    own, kind = getattr(net, "augment", None), type(net).__name__.removesuffix("Config")
+    require(len(shape) == 3, f"train.augment {share:g}: it is of images (H, W, C), and these are records {shape}")
+    require(own is not None, f"train.augment {share:g}: a {kind} is not told of it, and would draw what is augmented")
+    require(own in (0, NUMBERS), f"net.augment {own}: train.augment makes {NUMBERS} numbers")
+    return replace(net, augment=NUMBERS)
+
+
 @dataclass(frozen=True)
 class Model:
     """What the network predicts."""
@@ -65,6 +79,12 @@ class Model:
             not self.time_offset or (self.predicts == "eps" and math.isfinite(self.time_offset)),
             "time_offset is a number, of a network that predicts eps",
         )
+
+    @property
+    def rms(self) -> float:
+        """`data_std` in one number."""
+        std = self.data_std
+        return float(np.sqrt(np.mean(np.square(std.rms)))) if isinstance(std, Spectrum) else std
 
     def build(
         self, sde: AbstractLinearSDE, net: NetConfig, shape: tuple[int, ...], key: PRNGKeyArray

@@ -66,12 +66,13 @@ def options(value: Any, group: str = "") -> Iterator[tuple[str, Any]]:
         marks = getattr(kind, "__metadata__", ())
         if not field.init or any(mark in (tyro.conf.Suppress, tyro.conf.Positional) for mark in marks):
             continue
-        name = field.name.replace("_", "-")
+        named = [mark.name for mark in marks if getattr(mark, "name", None) is not None]
+        name = [field.name.replace("_", "-"), *named][-1]
+        prefix = "" if field.metadata.get(UNGROUPED) else group
         if dataclasses.is_dataclass(default) and find_spec(kind) is None:
             if not _made_of_functions(default):
-                yield from options(default, group if field.metadata.get(UNGROUPED) else f"{group}{name}.")
+                yield from options(default, f"{prefix}{name}." if name else prefix)
             continue
-        prefix = "" if field.metadata.get(UNGROUPED) else group
         yield f"--{prefix}{name}", kind
         if kind is bool:
             yield f"--{prefix}no-{name}", kind
@@ -190,6 +191,8 @@ def _reads(kind: type, word: str) -> bool:
 
 def _many(kind: Any) -> bool:
     """Whether an option takes several words."""
+    if get_origin(kind) is Annotated:
+        return find_spec(kind) is None and _many(get_args(kind)[0])
     return get_origin(kind) in (tuple, list, set, frozenset, Sequence)
 
 

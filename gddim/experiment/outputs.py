@@ -54,13 +54,20 @@ def origin_of(path: epath.Path) -> dict[str, Any] | None:
         if path.suffix == ".npz":
             with np.load(io.BytesIO(content), allow_pickle=False) as file:
                 return json.loads(str(file[KEY]))
+        if path.suffix == ".json":
+            return json.loads(content)[KEY]
         return json.loads(description_in(content, path.suffix))
     except Exception as error:  # whatever a reader makes of a file that is not what its name says
         raise UserError(f"{path} was not written by this program and is not overwritten: move it away") from error
 
 
 def check_names(workdir: epath.Path, arrays: str, *figures: str) -> None:
-    """Raise `UserError` if one of these, an .npz file and figures, or the page of the run is there and no verb wrote it."""
-    for path in (workdir / f"{arrays}.npz", *(workdir / f"{name}{suffix}" for name in figures for suffix in SUFFIXES)):
+    """Raise `UserError` if one of these, an .npz and a .json file and figures, or the page of the run is there and no verb
+    wrote it."""
+    for path in (
+        workdir / f"{arrays}.npz",
+        workdir / f"{arrays}.json",
+        *(workdir / f"{name}{suffix}" for name in figures for suffix in SUFFIXES),
+    ):
         origin_of(path)
     check_page(workdir / REPORT)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, PRNGKeyArray, PyTree
 
-from gddim.data import DATA, cond_of, random_flip, to_unit, x0_and_cond
+from gddim.data import AUGMENT, DATA, augmented, cond_of, random_flip, to_unit, x0_and_cond
 from gddim.experiment.config import Experiment
 from gddim.loss import Row, drop_labels
 from gddim.parallel import (
@@ -71,10 +71,14 @@ class Plan:
         return eqx.combine(jax.lax.with_sharding_constraint(params, replicated(self.mesh)), self.static)
 
     def prepare(self, batch: PyTree, key: PRNGKeyArray, flip: bool) -> Row:
-        """The rows of the objective: scaled records, perhaps mirrored, with levels, noises and dropout keys."""
+        """The rows of the objective: scaled records, perhaps mirrored or augmented, with levels, noises and dropout keys."""
         flip_key, noise_key = jax.random.split(key)
         x0, cond = x0_and_cond(batch)
-        x0 = to_unit(random_flip(x0, flip_key) if flip else x0)
+        share = self.experiment.train.augment
+        x0 = to_unit(random_flip(x0, flip_key) if flip and not share else x0)
+        if share:  # with mirror images of its own
+            x0, told = augmented(x0, jax.random.split(flip_key, len(x0)), share)
+            cond = {**(cond or {}), AUGMENT: told}
         return drop_labels(self.experiment.objective.rows(x0, noise_key, cond), self.experiment.train.label_dropout)
 
     def loss(self, params: PyTree, *rows: PyTree) -> Float[jax.Array, ""]:

@@ -14,7 +14,7 @@ from etils import epath
 import gddim.data
 import gddim.nn
 from gddim.errors import UserError
-from gddim.experiment.config import Experiment, Sampling
+from gddim.experiment.config import Experiment, Sampling, Training
 from gddim.experiment.options import UNGROUPED, find_spec
 from gddim.experiment.spectrum import Spectrum
 from gddim.experiment.workdir import OBJECTS, RECORDS, Remembered, describe, differences
@@ -62,6 +62,7 @@ def revived(config: dict, sde: AbstractLinearSDE | None = None, net: Any = None,
         net=_network(config) if net is None else net,
         data=Remembered(data, tuple(shape), config.get(RECORDS, {}).get("classes", 0)),
         model=_part(config, "model"),
+        train=Training(augment=config.get("train", {}).get("augment", 0.0)),  # which tells the network
         sampling=_build(Sampling, sampling),
     )
 

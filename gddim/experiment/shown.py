@@ -27,10 +27,11 @@ NEEDED = {
         "train",
         "mesh",
     },
-    "sample": AFTERWARDS | {"compiled"},
+    "sample": AFTERWARDS | {"compiled", "from_", "strength"},
     "evaluate": AFTERWARDS | {"compiled", "eval"},
     "likelihood": AFTERWARDS,
-    "encode": AFTERWARDS,
+    "encode": AFTERWARDS | {"from_"},
+    "restore": AFTERWARDS | {"restore"},
     "fit": AFTERWARDS | {"fit"},
 }
 """Fields of a command and its experiment, by verb; every verb takes all others, too."""

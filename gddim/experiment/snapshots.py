@@ -50,7 +50,12 @@ def check_rebuildable(experiment: Experiment, workdir: epath.Path, training: boo
             "--sampling.ema is made of snapshots: give --train.ema-profiles 0.05 0.1 and --train.snapshot-every"
         )
     if not training:
-        _snapshots(workdir)
+        check_snapshots(workdir)
+
+
+def check_snapshots(workdir: epath.Path, option: str = "--sampling.ema") -> None:
+    """Raise `UserError`, naming the option that asks for them, where a run has no snapshots."""
+    _snapshots(workdir, option)
 
 
 def rebuild(shapes: PyTree, workdir: epath.Path, sigma_rel: float, step: int | None) -> tuple[PyTree, int]:
@@ -71,7 +76,7 @@ def rebuild(shapes: PyTree, workdir: epath.Path, sigma_rel: float, step: int | N
     return placed(shapes, total, str(workdir / SNAPSHOTS)), end
 
 
-def _snapshots(workdir: epath.Path) -> list[tuple[int, float, epath.Path, str]]:
+def _snapshots(workdir: epath.Path, option: str = "--sampling.ema") -> list[tuple[int, float, epath.Path, str]]:
     """Step, σ_rel, folder and name of each average that is there, also in states that were copied there."""
     folder = workdir / SNAPSHOTS
     found: dict[tuple[int, float], tuple[epath.Path, str]] = {}
@@ -80,9 +85,7 @@ def _snapshots(workdir: epath.Path) -> list[tuple[int, float, epath.Path, str]]:
             step, about = compact.peek(each)
             found |= {(step, width): (each, name) for name, width in about["widths"].items() if step > 0}
     if not found:
-        raise UserError(
-            f"--sampling.ema is made of snapshots, and {folder} has none: train with --train.snapshot-every"
-        )
+        raise UserError(f"{option} is made of snapshots, and {folder} has none: train with --train.snapshot-every")
     return [(step, width, where, name) for (step, width), (where, name) in sorted(found.items())]
 
 

@@ -56,6 +56,11 @@ class Trained(NamedTuple):
         """Of the data that it was trained on; 0 without labels."""
         return classes_of(self.experiment.data)
 
+    @property
+    def label_dropout(self) -> float:
+        """The share of them that it was not told, in training."""
+        return self.config.get("train", {}).get("label_dropout", 0.0)
+
 
 def find(
     path: epath.Path,

@@ -48,7 +48,8 @@ def describe(value: Any) -> Any:
                 inner = getattr(value, field.name)
                 described[field.name] = part = field.metadata.get(SPELLED, describe)(inner)
                 parts = dataclasses.fields(inner) if isinstance(part, dict) else ()
-                described |= {each.name: part.pop(each.name) for each in parts if each.metadata.get(UNGROUPED)}
+                lifted = [each.name for each in parts if each.metadata.get(UNGROUPED) and each.name in part]
+                described |= {name: part.pop(name) for name in lifted}
         return described
     if isinstance(value, list | tuple):
         return [describe(item) for item in value]

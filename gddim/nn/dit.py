@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Key, PyTree
 
 from gddim.errors import UserError
-from gddim.nn.layers import Dense, Draw, constant, one_hot_label, sinusoidal_embedding
+from gddim.nn.layers import Dense, Draw, augment_features, constant, one_hot_label, sinusoidal_embedding
 from gddim.settings import LATER, MAY_CHANGE, MAY_CHANGE_AFTER
 
 FREQUENCIES = 256  # features of the noise level
@@ -30,6 +30,8 @@ class DiTConfig:
     """Pixels a side of a patch; 1 for data with little else than positions."""
     classes: int = field(default=0, metadata=LATER)
     """Classes of the data, of which the network is told one as `cond["label"]`; 0: as many as the data have."""
+    augment: int = field(default=0, metadata=LATER)
+    """Numbers that tell how an image was augmented, `cond["augment"]`; 0: as many as train.augment makes."""
     dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata=MAY_CHANGE_AFTER)
     """Type of the computation; parameters, statistics, softmax and output stay float32."""
     remat: bool = field(default=False, metadata=MAY_CHANGE)
@@ -41,8 +43,9 @@ class DiTConfig:
         for name in ("width", "depth", "heads", "patch"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: got {getattr(self, name)}, needs at least 1")
-        if self.classes < 0:
-            raise UserError(f"classes: got {self.classes}, needs at least 0")
+        for name in ("classes", "augment"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}: got {getattr(self, name)}, needs at least 0")
         if self.width % 4 or self.width % self.heads:
             raise UserError(f"width: got {self.width}, needs a multiple of 4 and of the {self.heads} heads")
         if self.dtype not in (accepted := ("float32", "bfloat16")):
@@ -103,6 +106,7 @@ class DiT(eqx.Module):
     first: Dense
     time: tuple[Dense, Dense]
     label: Dense | None
+    augment: Float[Array, "n w"] | None
     blocks: Block
     """All of them, their parameters stacked."""
     modulation: Dense
@@ -124,6 +128,7 @@ class DiT(eqx.Module):
         self.blocks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
         self.modulation = Dense(config.width, 2 * config.width, scale=0.0, draw=draw)
         self.last = Dense(config.width, tile * out_channels, scale=0.0, draw=draw)
+        self.augment = draw.kernel((config.augment, config.width)) if config.augment else None
         self.config, self.in_shape = config, in_shape
 
     def __call__(
@@ -135,7 +140,7 @@ class DiT(eqx.Module):
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "h w o"]:
         """`x` `(H, W, C_in)` at a level to float32 `(H, W, C_out)`; `key` is as of every network, and nothing is random."""
-        label = one_hot_label(self, cond, self.config.classes)
+        label = one_hot_label(self, cond, self.config.classes, self.config.augment)
         if x.shape != self.in_shape:
             raise ValueError(f"x: got shape {x.shape}, the network was built for {self.in_shape}")
         config, (height, width, _), p = self.config, self.in_shape, self.config.patch
@@ -143,7 +148,7 @@ class DiT(eqx.Module):
         time = self.time[1](jax.nn.swish(self.time[0](time)))
         if self.label is not None:
             time = time + self.label(label)
-        time = jax.nn.swish(time).astype(config.dtype)
+        time = jax.nn.swish(time + augment_features(self.augment, cond)).astype(config.dtype)
 
         tiles = x.reshape(height // p, p, width // p, p, -1).swapaxes(1, 2)
         h = self.first(tiles.reshape(height * width // p**2, -1).astype(config.dtype))

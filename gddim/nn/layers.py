@@ -159,19 +159,31 @@ def refuse_cond(net: eqx.Module, cond: Any) -> None:
         raise ValueError(f"cond: given {jax.tree.structure(cond)}; this {type(net).__name__} takes None")
 
 
-def one_hot_label(net: eqx.Module, cond: Any, classes: int) -> Float[Array, " {classes}"]:
-    """Of `cond["label"]`, the number of a class; zeros, no class, where that is −1 or `cond` None.
+def one_hot_label(net: eqx.Module, cond: Any, classes: int, augment: int = 0) -> Float[Array, " {classes}"]:
+    """Of `cond["label"]`, the number of a class; zeros, no class, where that is −1 or nothing.
 
-    Raises `ValueError` for others.
+    Raises `ValueError` for other conditions than it and, of so many numbers, `cond["augment"]`.
     """
-    if not classes:
+    taken = {"label": ()} if classes else {}
+    taken |= {"augment": (augment,)} if augment else {}
+    if not taken:
         refuse_cond(net, cond)
-    if cond is None:
+    told = {} if cond is None else cond
+    if not isinstance(told, Mapping) or any(taken.get(name) != jnp.shape(x) for name, x in told.items()):
+        words = ", ".join(
+            {"label": '"label": class', "augment": f'"augment": {augment} numbers'}[name] for name in taken
+        )
+        raise ValueError(f"cond: given {jax.tree.structure(cond)}; this {type(net).__name__} takes None or {{{words}}}")
+    if "label" not in told:
         return jnp.zeros(classes, jnp.float32)
-    if not isinstance(cond, Mapping) or set(cond) != {"label"} or jnp.ndim(cond["label"]):
-        given = jax.tree.structure(cond)
-        raise ValueError(f'cond: given {given}; this {type(net).__name__} takes None or {{"label": class}}')
-    return jax.nn.one_hot(cond["label"], classes, dtype=jnp.float32)
+    return jax.nn.one_hot(told["label"], classes, dtype=jnp.float32)
+
+
+def augment_features(weight: Float[Array, "n f"] | None, cond: Any) -> Float[Array, " f"] | float:
+    """Of `cond["augment"]`, by a linear map without a bias, which of an image as it is makes 0."""
+    if weight is None or "augment" not in (cond or {}):
+        return 0.0
+    return cond["augment"].astype(weight.dtype) @ weight
 
 
 def fourier_embedding(t: Float[Array, ""], frequencies: Float[Array, " n"], log: bool = True) -> Float[Array, " 2*n"]:

@@ -18,6 +18,7 @@ from gddim.nn.layers import (
     Dense,
     Draw,
     GroupNorm,
+    augment_features,
     downsample,
     downsample_conv,
     fourier_embedding,
@@ -56,6 +57,8 @@ class NCSNppConfig:
     """Divide the sum of a branch and its shortcut by √2, in style ncsnpp (score_sde's skip_rescale)."""
     classes: int = field(default=0, metadata=LATER)
     """Classes of the data, of which the network is told one as `cond["label"]`; 0: as many as the data have."""
+    augment: int = field(default=0, metadata=LATER)
+    """Numbers that tell how an image was augmented, `cond["augment"]`; 0: as many as train.augment makes."""
     features: int = field(default=0, metadata=LATER)
     """Features of the noise level; 0: `width`, or twice as many for Fourier features."""
     hidden: int = field(default=0, metadata=LATER)
@@ -82,7 +85,7 @@ class NCSNppConfig:
             raise UserError(f"blocks: got {self.blocks}, needs at least 1 a level")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout: got {self.dropout}, needs 0 <= dropout < 1")
-        for name, least in {"classes": 0, "features": 0, "hidden": 0, "groups": 1, "head": 0}.items():
+        for name, least in {"classes": 0, "augment": 0, "features": 0, "hidden": 0, "groups": 1, "head": 0}.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name}: got {getattr(self, name)}, needs at least {least}")
         if not 0 < self.eps < 1:
@@ -147,6 +150,7 @@ class NCSNpp(eqx.Module):
     frequencies: Float[Array, " f"] | None
     time: tuple[Dense, Dense]
     label: Dense | None
+    augment: Float[Array, "n f"] | None
     conv_in: Conv
     down: list[Level]
     middle: list[Block]
@@ -214,6 +218,7 @@ class NCSNpp(eqx.Module):
             self.up.append(Level(stack_runs(blocks, joined), resample, None))
         self.norm_out = config.norm(now)
         self.conv_out = Conv(now, out_channels, scale=0.0, draw=draw)
+        self.augment = draw.kernel((config.augment, features)) if config.augment else None
         self.config, self.in_shape, self.logarithmic = config, in_shape, config.embedding == "fourier"
 
     def __call__(
@@ -287,13 +292,14 @@ class NCSNpp(eqx.Module):
     def _embed(self, level: Float[ArrayLike, ""], cond: PyTree) -> Float[Array, " hidden"]:
         """The features of level and class as every block takes them, swish included."""
         level, config = jnp.asarray(level, jnp.float32), self.config
-        label = one_hot_label(self, cond, config.classes)
+        label = one_hot_label(self, cond, config.classes, config.augment)
         if self.frequencies is None:
             features = sinusoidal_embedding(level, config.level_features, last=config.embedding == "positional")
         else:
             features = fourier_embedding(level, self.frequencies, log=config.embedding == "fourier")
         if self.label is not None and config.style != "adm":
             features = features + self.label(label * math.sqrt(config.classes))  # of variance 1, as the features
+        features = features + augment_features(self.augment, cond)
         features = self.time[1](jax.nn.swish(self.time[0](features)))
         if self.label is not None and config.style == "adm":
             features = features + self.label(label)

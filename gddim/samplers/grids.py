@@ -144,6 +144,16 @@ def noise_level(sde: AbstractLinearSDE, t: np.ndarray) -> np.ndarray:
         return ((first[0] @ first[1][..., :, :1]) ** 2).sum((-1, -2)) ** -0.5
 
 
+def time_at(sde: AbstractLinearSDE, sigma: Number) -> float:
+    """The time at which the `noise_level` is `sigma`, by bisection; 0 or the horizon where it is never as low or high."""
+    low, high = 0.0, float(sde.horizon)
+    for _ in range(80):  # r rises with t
+        middle = (low + high) / 2
+        below = noise_level(sde, np.array([middle]))[0] < sigma
+        low, high = (middle, high) if below else (low, middle)
+    return high
+
+
 def _uniform_in(
     clock: Callable[[np.ndarray], np.ndarray], sde: AbstractLinearSDE, t_max: Number, t_min: Number, steps: Number
 ) -> np.ndarray:

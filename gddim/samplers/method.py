@@ -24,6 +24,7 @@ class Method:
     `power`: times are uniform in `t^(1/power)`, from the horizon of the process on, unless the sampler is `OnGrid`.
     `t_min`: the time at which the sampler stops.
     `last`: one more network call, from `t_min` to 0, as in `sample`.
+    `start`: the time at which it starts, in place of the horizon: of a state of that time, as of data that were noised.
 
     >>> method = Method(gddim.GDDIM(order=3, interpolate="data"), nfe=10)
     >>> sde = gddim.CLD()
@@ -38,6 +39,7 @@ class Method:
     power: float = 2.0
     t_min: float = 1e-3
     last: Last = "none"
+    start: float | None = None
 
     def grid(self, sde: AbstractLinearSDE) -> Float[np.ndarray, " n"]:
         """The times of as many steps as the calls allow; those of a sampler that chooses its own are the ends.
@@ -56,7 +58,7 @@ class Method:
         return self.nfe if self.sampler.nfe(1) is not None else None
 
     def _grid(self, sde: AbstractLinearSDE, steps: int) -> Float[np.ndarray, " n"]:
-        return power_grid(sde.horizon, self.t_min, steps, self.power)
+        return power_grid(sde.horizon if self.start is None else self.start, self.t_min, steps, self.power)
 
 
 def check_methods(methods: Iterable[Method], sde: AbstractLinearSDE) -> None:

@@ -78,18 +78,25 @@ def sample_numbered(
     indices: Int[Array, " b"],
     path: bool = False,
     cond: PyTree = None,
+    begin: tuple[Float[Array, "b ..."], Float[Array, ""]] | None = None,
 ) -> Samples:
     """The samples of these numbers, for data of `shape = (*dims, C)`, of a seed or its key. Sharded as `indices` are.
 
     `cond`: what conditions each, a tree of arrays with a sample a row, or None.
+    `begin`: data `(b, *dims, C)`, and the time to which they are noised, at which the solver starts; None: the prior.
     """
     sde = model.sde
     key = seed if jnp.issubdtype(seed.dtype, jax.dtypes.prng_key) else jax.random.key(seed)
 
-    def one(i: Array, cond: PyTree) -> Samples:
-        u, noise_key = start(sde, shape, key, i)
+    def one(i: Array, cond: PyTree, x: Array | None) -> Samples:
+        if x is None or begin is None:
+            u, noise_key = start(sde, shape, key, i)
+        else:
+            eps_key, noise_key = jax.random.split(jax.random.fold_in(key, i))
+            u = sde.lift(x)
+            u = sde.perturb(u, begin[1], jax.random.normal(eps_key, u.shape, u.dtype))
         u, count, way = solver(given(model, cond), u, noise_key, path)
         return Samples(sde.project(u), jnp.asarray(count), way)
 
     over = Path(None, 1, 1, 1) if path else None  # pyright: ignore[reportArgumentType]
-    return jax.vmap(one, out_axes=Samples(0, 0, over))(indices, cond)  # pyright: ignore[reportArgumentType]
+    return jax.vmap(one, out_axes=Samples(0, 0, over))(indices, cond, begin and begin[0])  # pyright: ignore[reportArgumentType]

@@ -140,6 +140,12 @@ class TableSolver(AbstractSolver):
         return len(self._either.time) if made is None else made.sum()
 
     @property
+    def times(self) -> Any:
+        """Those of its network calls, in order."""
+        time, made = self._either.time, self._either.made
+        return time if made is None else time[made]
+
+    @property
     def _either(self) -> Calls:
         """Both make as many calls, at the same times and with the same noise."""
         either = self.data_rows if self.rows is None else self.rows

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Int, Key, Shaped
 
-from gddim.data import to_unit, x0_and_cond
+from gddim.data import DATA, LABEL, ArraySource, Source, classes_of, to_unit, x0_and_cond
 from gddim.errors import UserError
 from gddim.evaluation.figures import label_in_words
 from gddim.evaluation.page import write_page
 from gddim.experiment.checkpoints import restore_ema
+from gddim.experiment.config import Experiment, require
 from gddim.experiment.measure import held_out
 from gddim.experiment.outputs import check_names, write_figure, write_npz
 from gddim.experiment.pictures import gallery, rows
@@ -30,8 +31,12 @@ from gddim.samplers.words import sampler_name, steps_for
 ROWS, COLUMNS = 8, 9  # of the picture of interpolations
 
 
-def encode(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
-    """Bring the first held-out records to their latents and back; writes both, and pictures of what lies between."""
+def encode(
+    plan: Plan, workdir: epath.Path, step: int | None = None, given: Shaped[np.ndarray, "n ..."] | None = None
+) -> None:
+    """Bring the first held-out records, or those given, to their latents and back; writes both, and pictures of what lies
+    between. Of classes those given are of `sampling.classes` in turn, or of none.
+    """
     experiment, settings = plan.experiment, plan.experiment.sampling
     if isinstance(settings.sampler, OnGrid):
         settings = dataclasses.replace(settings, sampler=settings.sampler.sampler, grid=settings.sampler.grid)
@@ -43,7 +48,8 @@ def encode(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
     if settings.samples < 2:
         raise UserError("sampling.samples: 1 given, encode shows what lies between pairs and needs at least 2")
     check_names(workdir, "latents", "reconstructions", "interpolations")
-    source = held_out(experiment)
+    source = held_out(experiment) if given is None else _source(experiment, given)
+    which = "held-out" if given is None else "given"
     params, step = restore_ema(plan, workdir, step)
     count = min(settings.samples, len(source))
     size = round_up(min(settings.batch, count), plan.mesh.size)
@@ -65,7 +71,7 @@ def encode(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
     if jax.process_index() == 0:
         made = dataclasses.replace(settings, sampler=sampler)
         origin = {"experiment": experiment.name, "step": step, **describe(made)}
-        run = f"{experiment.name}, step {step}: held-out data"
+        run = f"{experiment.name}, step {step}: {which} data"
         by = f"{label_in_words(sampler_name(sampler))}, {coder.nfe} network calls each way"
         write_npz(workdir / "latents.npz", latents, origin)
         pairs, title = np.stack([np.asarray(ends), data[: 2 * shown]]), f"{run}, encoded and decoded\n{by}"
@@ -75,11 +81,23 @@ def encode(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
         write_figure(workdir / "interpolations", rows(to_host(between), title), origin)
         write_page(workdir)
         print(
-            f"{count:,} held-out records encoded and decoded in {coder.nfe} calls each way at step {step}: root "
+            f"{count:,} {which} records encoded and decoded in {coder.nfe} calls each way at step {step}: root "
             f"mean square error {errors.mean():.4g}, at most {errors.max():.4g}; {workdir}: latents.npz, "
             "reconstructions.png, interpolations.png, report.html",
             flush=True,
         )
+
+
+def _source(experiment: Experiment, given: Shaped[np.ndarray, "n ..."]) -> Source:
+    require(
+        len(given) > 1, f"{len(given)} records are given, encode needs at least 2: it shows what lies between pairs"
+    )
+    classes, settings = classes_of(experiment.data), experiment.sampling
+    if not classes:
+        return ArraySource(given)
+    experiment.drawn_classes(settings)  # what cannot be asked
+    asked = settings.class_of(np.arange(len(given)), classes) if settings.classes else np.full(len(given), -1)
+    return ArraySource({DATA: given, LABEL: np.asarray(asked, np.int32)})
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -14,6 +14,7 @@ from gddim.evaluation.report import plot, table
 from gddim.evaluation.sweep import RESULTS, read_rows, sweep
 from gddim.experiment.checkpoints import checkpoint_digest, restore_ema
 from gddim.experiment.drawing import draw_samples
+from gddim.experiment.guiding import restore_guide
 from gddim.experiment.measure import Measure, cells
 from gddim.experiment.plan import Plan
 from gddim.parallel import tell
@@ -26,12 +27,13 @@ def evaluate(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
     experiment, settings = plan.experiment, plan.experiment.eval
     check_page(workdir / REPORT)
     params, step = restore_ema(plan, workdir, step)
+    guide = restore_guide(plan, workdir, step)
     measure = Measure(plan, workdir)
     for sampler in settings.samplers:
         if isinstance(sampler, LearnedTable) and (line := sampler.foreign(checkpoint_digest(params))):
             tell(line)
     rows = sweep(
-        measure.evaluator(params, step), cells(experiment), workdir, measure.floor, keep_samples=settings.keep_samples
+        measure.evaluator(params, step, *guide), cells(experiment), workdir, measure.floor, settings.keep_samples
     )
     if jax.process_index() == 0:
         every = read_rows(workdir / RESULTS)  # also of other checkpoints, and in other features
@@ -42,7 +44,7 @@ def evaluate(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
         more = dataclasses.replace(
             experiment.sampling, samples=settings.samples, batch=settings.batch, classes=(), per_class=0
         )
-        drawn, _ = draw_samples(experiment, plan.mesh, plan.model(params), more)
+        drawn, _ = draw_samples(experiment, plan.mesh, plan.model(params), more, guidance=guide[0])
         found = classify(experiment.data, drawn, experiment.drawn_classes(more))
         if jax.process_index() == 0:
             write_whole(workdir / "classes.json", json.dumps(found, indent=2).encode())

@@ -1,0 +1,152 @@
+"""The verb `restore`: held-out images from a linear measurement of them, by samples of their posterior."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jaxtyping import Float
+
+from gddim.data import LABEL, classes_of, data_alone, to_unit, x0_and_cond
+from gddim.denoiser import Through
+from gddim.errors import progress
+from gddim.evaluation.figures import label_in_words
+from gddim.evaluation.metrics import psnr, ssim
+from gddim.evaluation.page import write_page
+from gddim.experiment.checkpoints import restore_ema
+from gddim.experiment.drawing import Calls
+from gddim.experiment.guiding import restore_guide
+from gddim.experiment.measure import held_out
+from gddim.experiment.outputs import check_names, make_room, write_figure, write_npz
+from gddim.experiment.pictures import rows
+from gddim.experiment.plan import Plan
+from gddim.experiment.restoration import Measuring, Restoration
+from gddim.experiment.workdir import describe
+from gddim.measurements import Operator, least_norm
+from gddim.model import seen_through
+from gddim.parallel import batch_sharding, round_up, to_host
+from gddim.samplers.numbered import sample_numbered
+from gddim.samplers.words import sampler_name
+from gddim.storage import write_whole
+
+Images = Float[np.ndarray, "..."]
+NEIGHBOURS = 50_000  # records to train on among which the nearest is looked for
+
+
+def restore(plan: Plan, workdir: epath.Path, settings: Restoration, step: int | None = None) -> None:
+    """Measure held-out images, draw samples given what was measured; writes a picture, the samples, and what they are worth."""
+    experiment, sampling = plan.experiment, plan.experiment.sampling
+    name = f"restored-{(settings.task or '').replace(':', '-')}"
+    check_names(workdir, name, name)
+    source = held_out(experiment)
+    params, step = restore_ema(plan, workdir, step)
+    guidance, _ = restore_guide(plan, workdir, step)
+    sde = experiment.through(sampling.process)
+    model: Any = guidance(seen_through(plan.model(params), sde))
+    denoise = Measuring.of(model.denoiser, experiment, settings, sde)
+    solver = sampling.method(sde).solver(sde)
+
+    count = min(settings.images, len(source))
+    records, cond = x0_and_cond(source[np.arange(count)])
+    truth, seed = to_unit(jnp.asarray(records)), jax.random.key(sampling.seed)
+    if cond is not None and sampling.classes:  # or each record's own
+        cond = {LABEL: np.asarray(sampling.class_of(np.arange(count), classes_of(experiment.data)))}
+    b = jax.vmap(denoise.operator)(truth)
+    b = to_host(b + settings.noise * jax.random.normal(jax.random.fold_in(seed, 2**31), b.shape))
+    n = count * settings.samples
+    size = round_up(min(sampling.batch, n), plan.mesh.size)
+    parts, made = [], []
+    with progress(total=n, unit="img") as bar:
+        for first in range(0, n, size):
+            numbers = np.arange(first, first + size, dtype=np.int32)
+            of = np.minimum(numbers, n - 1) // settings.samples
+            told = {"measurement": b[of], "cond": jax.tree.map(lambda x, of=of: x[of], cond)}
+            numbers, told = jax.device_put((numbers, told), batch_sharding(plan.mesh))
+            found, calls, _ = sample_numbered(
+                Through(sde, denoise), solver, experiment.data.shape, seed, numbers, cond=told
+            )
+            parts.append(to_host(jnp.clip(found, -1, 1)))
+            made.append(to_host(calls))
+            bar.update(min(size, n - first))
+    samples = np.concatenate(parts)[:n].reshape(count, settings.samples, *experiment.data.shape)
+    mean_calls = float(np.mean(np.concatenate(made)))
+    calls = Calls(mean_calls, guidance.evaluations(sde, mean_calls, getattr(solver, "times", None)))
+    truth, seen = to_host(truth), _shown(denoise.operator, b, experiment.data.shape)
+    nearest = _nearest(denoise.operator, b, experiment)
+    each = [_worth(denoise.operator, *of) for of in zip(truth, b, samples, seen, nearest, strict=True)]
+    mean = {key: float(np.mean([one[key] for one in each])) for key in each[0]}
+    if jax.process_index() == 0:
+        told = describe(settings)
+        origin = {"experiment": experiment.name, "step": step, **describe(sampling), "restore": told}
+        run, noise = (
+            f"{experiment.name}, step {step}: {settings.task}",
+            f", noise {settings.noise:g}" * bool(settings.noise),
+        )
+        by = f"{settings.by}, {label_in_words(sampler_name(sampling.sampler))}, {mean_calls:g} network calls"
+        strip = np.concatenate([truth[:, None], seen[:, None], samples], 1)
+        write_figure(workdir / name, rows(strip, f"{run}{noise}: truth, what is seen, samples\n{by}"), origin)
+        write_npz(workdir / f"{name}.npz", np.asarray(jnp.round((samples + 1) * 127.5)).astype(np.uint8), origin)
+        report = {
+            "nfe": calls.made, "evaluations": calls.evaluations, "mean": mean, "each": each, "gddim": origin,
+        }  # fmt: skip
+        make_room(workdir / f"{name}.json", origin)
+        write_whole(workdir / f"{name}.json", (json.dumps(report, indent=1) + "\n").encode())
+        write_page(workdir)
+        told = "{psnr:.2f} of a sample, {psnr_of_mean:.2f} of their mean, {psnr_measured:.2f} of what was measured"
+        print(
+            f"{count} held-out images at step {step}, {settings.samples} samples each, {settings.task} by {settings.by}: NFE "
+            f"{calls}; PSNR {told.format(**mean)}, {mean['psnr_nearest']:.2f} of the nearest record to train on; "
+            f"{workdir}: {name}.png, {name}.json, {name}.npz, report.html",
+            flush=True,
+        )
+
+
+def _worth(
+    operator: Operator, truth: Images, b: Images, samples: Images, seen: Images, nearest: Images
+) -> dict[str, float]:
+    """What the samples of an image are worth, in numbers that need no network."""
+    mean = samples.mean(0)
+    off = np.asarray(jax.vmap(operator)(jnp.asarray(samples))) - b[None]
+    return {
+        "psnr": float(np.mean([psnr(x, truth) for x in samples])),
+        "ssim": float(np.mean([ssim(x, truth) for x in samples])),
+        "psnr_of_mean": psnr(mean, truth),
+        "ssim_of_mean": ssim(mean, truth),
+        "spread": float(np.sqrt(np.mean((samples - mean) ** 2))),
+        "misfit": float(np.sqrt(np.mean(off**2))),
+        "psnr_measured": psnr(seen, truth),
+        "ssim_measured": ssim(seen, truth),
+        "psnr_nearest": psnr(nearest, truth),
+        "ssim_nearest": ssim(nearest, truth),
+    }
+
+
+def _shown(operator: Operator, b: Images, shape: tuple[int, ...]) -> Float[np.ndarray, "n h w c"]:
+    """Measurements as images: as they are, where they are such, or the smallest image that is measured so."""
+    if b.shape[1:] == shape:
+        return np.clip(b, -1, 1)
+    return np.clip(to_host(jax.jit(jax.vmap(lambda b: least_norm(operator, b, shape)))(jnp.asarray(b))), -1, 1)
+
+
+def _nearest(operator: Operator, b: Images, experiment: Any) -> Float[np.ndarray, "n h w c"]:
+    """Of the records to train on, the first 50,000 at most, that which is measured most like each."""
+    best, found = np.full(len(b), np.inf), np.zeros((len(b), *experiment.data.shape), np.float32)
+    measured = jax.jit(lambda x: jax.vmap(operator)(to_unit(x)))
+    for records in _chunks(data_alone(experiment.data.train())):
+        theirs = np.asarray(measured(records)).reshape(len(records), -1)
+        for i, ours in enumerate(b.reshape(len(b), -1)):
+            distance = ((theirs - ours) ** 2).sum(1)
+            if distance.min() < best[i]:
+                best[i], found[i] = distance.min(), to_host(to_unit(jnp.asarray(records[distance.argmin()])))
+    return found
+
+
+def _chunks(source: Any, size: int = 1000) -> Iterator[np.ndarray]:
+    end = min(len(source), NEIGHBOURS)
+    for first in range(0, end, size):
+        yield np.asarray(source[np.arange(first, min(first + size, end))])
