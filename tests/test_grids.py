@@ -52,6 +52,13 @@ def test_a_band_scales_with_the_data():
     assert np.all(narrow[1:-1] < gddim.band_grid(gddim.VP(), 1.0, 1e-3, 10)[1:-1])
 
 
+@pytest.mark.parametrize(("sde", "few"), [(gddim.VP(), 4), (gddim.CLD(), 6), (gddim.PSLD(), 6)], ids=["VP", "CLD", "PSLD"])
+def test_a_band_leaves_extremes_to_more_steps(sde, few):
+    for steps, band in ((few - 1, (0.3, 3.0)), (few, (0.3, 3.0)), (few + 1, (0.06, 6.0)), (20, (0.06, 6.0))):
+        told, own = (gddim.band_grid(sde, 1.0, 1e-3, steps, 0.5, *each) for each in (band, ()))
+        np.testing.assert_array_equal(own, told)
+
+
 def test_a_wide_band_is_log_snr_and_ends_may_be_0():
     sde = gddim.VP()
     wide = gddim.band_grid(sde, 1.0, 1e-3, 6, lo=1e-9, hi=1e9)

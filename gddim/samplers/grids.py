@@ -93,7 +93,7 @@ def karras_grid(sde: AbstractLinearSDE, t_max: Number, t_min: Number, steps: Num
 
 def band_grid(
     sde: AbstractLinearSDE, t_max: Number, t_min: Number, steps: Number, data_std: Number = 0.5,
-    lo: Number = 0.06, hi: Number = 6.0,
+    lo: Number | None = None, hi: Number | None = None,
 ) -> np.ndarray:  # fmt: skip
     """Times uniform in `log((r + lo s)/(r + hi s))`, r the `noise_level`: log-SNR confined to the scales that data have.
 
@@ -102,7 +102,8 @@ def band_grid(
 
     `sde`: the process; `t_max`, `t_min`, `steps`: as in `power_grid`.
     `data_std`: s, the standard deviation of the data.
-    `lo`, `hi`: the band, in units of `data_std`.
+    `lo`, `hi`: the band, in units of `data_std`; without them 0.06 and 6, but 0.3 and 3 for so few steps that the extremes
+    are left to them, up to 4 for one field and 6 for several.
 
     Returns `(steps + 1,)`. Raises `ValueError` unless `0 < lo < hi` and `data_std > 0`, both finite.
 
@@ -110,7 +111,8 @@ def band_grid(
     >>> bool(np.all(np.diff(times) < 0)), times.shape
     (True, (5,))
     """
-    clock = Band.of(data_std, lo, hi)
+    few = steps <= (4 if sde.k == 1 else 6)
+    clock = Band.of(data_std, (0.3 if few else 0.06) if lo is None else lo, (3.0 if few else 6.0) if hi is None else hi)
     return _uniform_in(clock, sde, t_max, t_min, steps)
 
 
