@@ -65,7 +65,7 @@ def problem(sde, denoise, steps, sampler=DATA, count=64):
 def test_a_fit_is_never_worse_where_no_gradient_looked(sde):
     arguments, fresh = problem(sde, Images(), steps=3)
     found = fit(*arguments, steps=50, batch=32)
-    assert found.fitted < 0.7 * found.default
+    assert found.fitted < 0.8 * found.default
     assert found.fitted <= found.grid <= found.default
     model, _, grid, _, train, _ = arguments
     unit = spectrum(np.asarray(train.end))
@@ -73,7 +73,7 @@ def test_a_fit_is_never_worse_where_no_gradient_looked(sde):
         float(distance(model, TableSolver.of(table, sde), fresh, unit))
         for table in (DATA.coefficients(sde, grid), found.table)
     )
-    assert after < 0.8 * before
+    assert after < 0.9 * before
 
 
 def test_what_is_best_already_is_kept():
