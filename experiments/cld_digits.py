@@ -41,6 +41,7 @@ EXPERIMENT = Experiment(
         cooldown=1_500,
         ema=0.999,
         report_every=200,
+        show_every=1_000,
         save_every=1_000,
     ),
     sampling=Sampling(samples=100, batch=25, nfe=20),

@@ -23,7 +23,7 @@ from etils import epath
 from jaxtyping import PyTree
 
 from gddim.checksums import checksums
-from gddim.errors import UserError, harmless
+from gddim.errors import UserError, from_extra, harmless
 from gddim.parallel import agree
 from gddim.storage import free_bytes, is_local
 
@@ -61,7 +61,8 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """The steps that were saved completely, ascending."""
-        from orbax.checkpoint.utils import checkpoint_steps
+        with from_extra("train"):
+            from orbax.checkpoint.utils import checkpoint_steps
 
         return sorted(checkpoint_steps(self.directory))
 
@@ -72,7 +73,8 @@ class Checkpointer:
         itself are raised by the next `save`, `wait` or `close`. Saving a state once more is no error.
         Raises `OSError` at once when a local disk has less room than the arrays take.
         """
-        import orbax.checkpoint as ocp
+        with from_extra("train"):
+            import orbax.checkpoint as ocp
 
         if step < 0:
             raise ValueError(f"a step is at least 0, not {step}")
@@ -177,8 +179,9 @@ class Checkpointer:
 
     def _open(self):
         """The manager that writes; made late, since it makes the folder."""
-        import orbax.checkpoint as ocp
-        from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
+        with from_extra("train"):
+            import orbax.checkpoint as ocp
+            from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
         if self._manager is None:
             for step in self.steps():
@@ -278,7 +281,8 @@ def _load(folder: epath.Path, wanted: dict[str, Any], prefix: str = "") -> dict[
     Orbax's own restore would cast and crop without a word, wait for processes that failed, and leave the reads that
     were under way after the first error to print theirs. It writes zarr arrays in an OCDBT store.
     """
-    import tensorstore as ts
+    with from_extra("train"):
+        import tensorstore as ts
 
     base = {"driver": "file", "path": f"{folder}/"} if is_local(folder) else f"{folder}/"
     context = ts.Context({"cache_pool": {"total_bytes_limit": 10**8}})  # the store's index, else read for every array

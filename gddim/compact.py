@@ -13,7 +13,6 @@ each tell the step, the leaves, the configuration of the run.
 
 import dataclasses
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -25,6 +24,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float32, Shaped
 
+from gddim import safetensors
 from gddim.errors import UserError
 from gddim.storage import write_whole
 
@@ -169,10 +169,7 @@ def digest_of(arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> str:
 
 
 def _file(arrays: dict[str, np.ndarray], about: dict[str, Any]) -> bytes:
-    from safetensors.numpy import save
-
-    kept = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
-    return save(kept, metadata={"gddim": json.dumps(about), "sha256": digest_of(kept)})
+    return safetensors.encode(arrays, {"gddim": json.dumps(about), "sha256": digest_of(arrays)})
 
 
 def _metadata(file: Any) -> dict[str, str]:
@@ -181,14 +178,10 @@ def _metadata(file: Any) -> dict[str, str]:
 
 
 def _load(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    from safetensors.numpy import load
-
     try:
-        content = path.read_bytes()
-        arrays = load(content)
-        head = _metadata(io.BytesIO(content))
+        arrays, head = safetensors.parse(path.read_bytes())
         about, digest = json.loads(head["gddim"]), head["sha256"]
-    except Exception as error:  # whatever safetensors, JSON and the disk make of bytes that are not theirs
+    except Exception as error:  # whatever JSON and the disk make of bytes that are not theirs
         raise UserError(f"{path} is no part of a state: {error!r:.200}") from error
     if about["format"] != FORMAT or digest != digest_of(arrays):
         raise UserError(f"{path} is damaged: its bytes are not those that were written")

@@ -1,8 +1,11 @@
-"""What all command lines share: the one exception for what a user can mistype or misplace, paths, and what prints."""
+"""What all command lines share: the one exception for what a user can mistype, misplace or lack, paths, and what prints."""
 
+import contextlib
 import io
+import os
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from etils import epath
@@ -17,12 +20,37 @@ class UserError(ValueError):
     """
 
 
-def place(text: str) -> "epath.Path":
-    """The path that a command line names, local or in a bucket. Raises `UserError` without the package for the latter."""
+class MissingWeights(UserError):
+    """Weights that only an evaluation needs are not there."""
+
+
+@contextlib.contextmanager
+def from_extra(name: Literal["train", "eval"]) -> Iterator[None]:
+    """Around the import of what an extra of this package brings: without it, one `UserError` names the extra.
+
+    >>> with from_extra("eval"):
+    ...     import diffrax
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(f"{error}: pip install 'gddim[{name}]'") from error
+
+
+def progress(*arguments: Any, **options: Any) -> Any:
+    """A bar of tqdm's, on a terminal alone."""
+    with from_extra("eval"):
+        from tqdm import tqdm
+
+    return tqdm(*arguments, disable=None, **options)
+
+
+def place(text: "str | os.PathLike[str]") -> "epath.Path":
+    """The path that a user names, local or in a bucket. Raises `UserError` without the package for the latter."""
     from etils import epath
 
     path = epath.Path(text).expanduser()
-    scheme, bucket, _ = text.partition("://")
+    scheme, bucket, _ = os.fspath(text).partition("://")
     if bucket:
         try:
             path.exists()

@@ -18,10 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
-from tqdm import tqdm
 
 from gddim.data import to_uint8
-from gddim.errors import UserError, place, printable
+from gddim.errors import UserError, from_extra, place, printable, progress
 from gddim.evaluation.figures import KEY, encode, label_in_words
 from gddim.experiment.pictures import gallery
 from gddim.experiment.trained import find, parse_average
@@ -78,6 +77,9 @@ def _generate(options: argparse.Namespace) -> str:
     if options.batch < 1:
         raise UserError(f"--batch must be at least 1, not {options.batch}")
     check_empty(out)
+    with from_extra("eval"):
+        import matplotlib  # noqa: F401
+        import PIL  # noqa: F401
     mesh = make_mesh()
     found = find(place(options.source), options.step, parse_average(options.weights), mesh=mesh)
     shape, settings = tuple(found.experiment.data.shape), found.experiment.sampling
@@ -99,7 +101,7 @@ def _generate(options: argparse.Namespace) -> str:
     size = round_up(options.batch, mesh.size)  # always so many, for a program of another size rounds otherwise
     draw = jax.jit(lambda model, seeds: to_uint8(model.sample_seeds(seeds, **how)))
     drawn = []
-    for first in tqdm(range(0, len(seeds), size), unit="batch", disable=None):
+    for first in progress(range(0, len(seeds), size), unit="batch"):
         some = seeds[first : first + size]
         images = to_host(draw(model, jnp.asarray(np.resize(some, size), jnp.uint32)))[: len(some)]
         for seed, image in zip(some, images, strict=True):

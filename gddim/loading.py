@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree, ScalarLike, UInt32
 
 from gddim.errors import UserError, place
 from gddim.model import seen_through
-from gddim.parallel import batch_sharding, round_up
+from gddim.parallel import batch_sharding, check_backend, round_up
 from gddim.samplers import AbstractSampler, LearnedTable, count_calls
 from gddim.samplers.base import to_data
 from gddim.samplers.method import check_methods
@@ -180,10 +180,11 @@ def load(
     `sde`, `net`, `data`: the process, the network's configuration or the data set, where the run was given one of your own.
 
     Raises `UserError` for a source that is none of these, a step or an average that it lacks, parameters that are not those
-    of its network, and, naming it, an object that it was given in Python.
+    of its network, an accelerator asked for that JAX does not find, and, naming it, an object that it was given in Python.
     """
     from gddim.experiment.trained import find  # here, so that importing gddim does not import all that trains
 
+    check_backend()
     found = find(place(str(source)), step, weights, dtype, mesh, sde, net, data)
     return loaded(found, mesh)
 

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from gddim.errors import from_extra
+
 FLUSH = 60.0  # seconds from one flush of the events to the next: a bucket takes the whole file each time
 
 
@@ -45,7 +47,8 @@ class Log:
             return
         self._events = _Events(folder, step, self.say)
         if sys.stderr.isatty():
-            from tqdm import tqdm
+            with from_extra("train"):
+                from tqdm import tqdm
 
             self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1)
 
@@ -126,9 +129,10 @@ class _Events:
     """
 
     def __init__(self, folder: str, step: int, say: Callable[[str], None]):
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
-        from tensorboardX.record_writer import directory_check
+        with from_extra("train"):
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+            from tensorboardX.record_writer import directory_check
 
         directory_check(folder)  # makes it, unless it is in a bucket
         self._folder, self._say, self._event = folder, say, Event
@@ -170,7 +174,8 @@ class _Events:
 
 def read_scalars(folder: epath.Path, tag: str) -> dict[int, float]:
     """A curve by step, as the events of all lives of a run tell it: from a START on, what was told before is void."""
-    from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+    with from_extra("train"):
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
     found: dict[int, float] = {}
     for file in sorted(folder.glob("events.out.tfevents.*")):

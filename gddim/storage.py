@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import math
+import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from gddim.errors import UserError, harmless
 
@@ -45,6 +48,25 @@ def check_empty(folder: epath.Path) -> None:
 
 def _beside(path: epath.Path) -> epath.Path:
     return path.parent / f".{path.name}.new"
+
+
+def mapped(path: os.PathLike[str]) -> memoryview:
+    """The bytes of a file, to be looked at; those of a local one take no memory but where they were looked at."""
+    if not is_local(path):
+        from etils import epath
+
+        return memoryview(epath.Path(path).read_bytes())
+    with open(path, "rb") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def let_go(array: np.ndarray) -> None:
+    """Of a file that is mapped and of which an array is a part, keep nothing in memory until it is looked at again."""
+    base: object = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, memoryview) and isinstance(base.obj, mmap.mmap):
+        base.obj.madvise(mmap.MADV_DONTNEED)
 
 
 def is_local(path: os.PathLike[str]) -> bool:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from gddim.averages import rate
+from gddim.errors import from_extra
 from gddim.logs import Log
+
+if TYPE_CHECKING:
+    from optax import GradientTransformation
 
 AHEAD = 2  # dispatches in flight: the device never waits for the host, and a signal is answered within two steps
 
@@ -45,7 +48,7 @@ class TrainState(eqx.Module):
     """Averages of other lengths, from which with the first any length is rebuilt (`gddim.averages`)."""
 
     @classmethod
-    def create(cls, model: PyTree, optimizer: optax.GradientTransformation, others: int = 0) -> TrainState:
+    def create(cls, model: PyTree, optimizer: GradientTransformation, others: int = 0) -> TrainState:
         """The state before the first step, in float32 where JAX makes float64.
 
         `model`: a model with fresh parameters; its static half is dropped.
@@ -71,8 +74,10 @@ def learning_rate(peak: float, steps: int, warmup: int = 0, cooldown: int = 0) -
     return schedule
 
 
-def adam(beta1: float = 0.9, clip: float = 1.0) -> optax.GradientTransformation:
+def adam(beta1: float = 0.9, clip: float = 1.0) -> GradientTransformation:
     """Adam's directions from gradients whose global norm is cut to `clip`; `make_update` goes against them."""
+    with from_extra("train"):
+        import optax
 
     def cut(updates, _):
         # as optax.clip_by_global_norm, by one factor, so that XLA makes no clipped copy of the gradient
@@ -91,7 +96,7 @@ def adam(beta1: float = 0.9, clip: float = 1.0) -> optax.GradientTransformation:
 def make_update(
     prepare: Callable[[PyTree, PRNGKeyArray], tuple[PyTree, ...]],
     loss: Callable[..., Float[Array, ""]],
-    optimizer: optax.GradientTransformation,
+    optimizer: GradientTransformation,
     schedule: Schedule,
     *,
     seed: int,
@@ -116,6 +121,8 @@ def make_update(
 
     The metrics are loss, gradient norm and learning rate, scalars.
     """
+    with from_extra("train"):
+        import optax
 
     def gradient(params, rows):
         if accumulate == 1:

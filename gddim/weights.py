@@ -15,13 +15,13 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float
 
+from gddim import safetensors
 from gddim.compact import digest_of
 from gddim.errors import UserError
-from gddim.storage import write_whole
+from gddim.storage import mapped, write_whole
 
 FORMAT = "gddim model 1"
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": jnp.dtype(jnp.bfloat16)}
-_TYPES = {"F32": "float32", "BF16": "bfloat16"}  # as the format calls them
 
 
 class Weights(NamedTuple):
@@ -38,15 +38,12 @@ class Weights(NamedTuple):
 
 def encode(weights: Weights) -> bytes:
     """The file, the same bytes for the same network."""
-    from safetensors.numpy import save
-
-    arrays = {name: np.ascontiguousarray(x).reshape(x.shape) for name, x in weights.arrays.items()}
     told = {"format": FORMAT, "licence": weights.licence}
     told |= {
         name: json.dumps(value, sort_keys=True)
         for name, value in (("config", weights.config), ("about", weights.about))
     }
-    return save(arrays, metadata=told | {"sha256": _digest(arrays, told)})
+    return safetensors.encode(weights.arrays, told | {"sha256": _digest(weights.arrays, told)})
 
 
 def write(path: epath.Path, weights: Weights) -> None:
@@ -56,26 +53,17 @@ def write(path: epath.Path, weights: Weights) -> None:
 
 def read(path: epath.Path) -> Weights:
     """The network in a file. Raises `UserError` unless it is one, whole, and as it was written."""
-    import safetensors
-
     try:
-        content = path.read_bytes()
-        size = int.from_bytes(content[:8], "little")
-        told = json.loads(content[8 : 8 + size]).get("__metadata__", {})
+        arrays, told = safetensors.parse(mapped(path))
         if told.get("format") != FORMAT:
-            raise UserError(f"{path} is no file of python -m gddim.export: its format is {told.get('format')!r:.80}")
-        arrays = {name: _array(x) for name, x in safetensors.deserialize(content)}
-        if told.pop("sha256") != _digest(arrays, told):
-            raise UserError(f"{path} is damaged: its bytes are not those that were written")
-        return Weights(arrays, json.loads(told["config"]), json.loads(told["about"]), told["licence"])
-    except UserError:
-        raise
-    except Exception as error:  # whatever safetensors, JSON and the disk make of bytes that are not theirs
-        raise UserError(f"{path} is no file of python -m gddim.export: {error!r:.200}") from error
-
-
-def _array(told: Mapping[str, Any]) -> np.ndarray:
-    return np.frombuffer(told["data"], DTYPES[_TYPES[told["dtype"]]]).reshape(told["shape"])
+            raise UserError(f"its format is {told.get('format')!r:.80}")
+        digest = told.pop("sha256")
+        found = Weights(arrays, json.loads(told["config"]), json.loads(told["about"]), told["licence"])
+    except Exception as error:  # whatever JSON and the disk make of bytes that are not theirs
+        raise UserError(f"{path} is no file of python -m gddim.export: {error!s:.200}") from error
+    if digest != _digest(arrays, told):
+        raise UserError(f"{path} is damaged: its bytes are not those that were written")
+    return found
 
 
 def _digest(arrays: Mapping[str, np.ndarray], told: Mapping[str, str]) -> str:

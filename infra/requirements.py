@@ -1,4 +1,5 @@
-"""Print what pyproject.toml requires for an accelerator and a list of extras, for an image without the project itself.
+"""Print what pyproject.toml requires to train and to measure on an accelerator, with other extras, for an image without
+the project itself.
 
 For example:
     python infra/requirements.py pyproject.toml cuda gcs,s3
@@ -17,10 +18,11 @@ def main() -> None:
     with open(path, "rb") as file:
         project = tomllib.load(file)["project"]
     optional = {"cpu": [], **project["optional-dependencies"]}
-    wanted = [accelerator, *filter(None, extras.split(","))]
+    wanted = ["train", "eval", accelerator, *filter(None, extras.split(","))]
     if unknown := [name for name in wanted if name not in optional]:
         sys.exit(f"EXTRAS={extras}: no {unknown[0]}; give any of {', '.join(project['optional-dependencies'])}")
-    print(*project["dependencies"], *(line for name in wanted for line in optional[name]), sep="\n")
+    extra = (line for name in wanted for line in optional[name] if not line.startswith(f"{project['name']}["))
+    print(*project["dependencies"], *extra, sep="\n")
 
 
 if __name__ == "__main__":

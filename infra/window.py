@@ -122,7 +122,7 @@ class Window:
         began = (self.workdir / "config.json").exists()
         init = [f"--train.init={self.given.init}"] if self.given.init else []
         words = [*self.experiment, "train", f"--workdir={self.workdir}", f"--train.minutes={self.given.minutes}"]
-        status = self.python("train", *words, "--keep-compiled", *init, *self.options)
+        status = self.python("train", *words, *init, *self.options)
         trained = status in (0, PREEMPTED) and (began or (self.workdir / "checkpoints").exists())
         return self.export() and trained
 
@@ -145,7 +145,7 @@ class Window:
         return False
 
     def evaluate(self) -> bool:
-        words = [*self.experiment, "evaluate", f"--workdir={self.workdir}", "--keep-compiled", *self.options]
+        words = [*self.experiment, "evaluate", f"--workdir={self.workdir}", *self.options]
         status = self.python("evaluate", *words, seconds=60 * self.given.evaluate_minutes or None)
         return status in (0, PREEMPTED)
 

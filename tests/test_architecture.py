@@ -14,7 +14,10 @@ PACKAGE = [path for path in TREES if path.is_relative_to(ROOT / "gddim")]
 
 # What each part of gddim imports of the other parts, from the ground up; all may import `errors`.
 IMPORTS = {
-    **{ground: set() for ground in ("averages", "errors", "logs", "parallel", "pickles", "sde", "settings", "storage")},
+    **{
+        ground: set()
+        for ground in ("averages", "errors", "logs", "parallel", "pickles", "safetensors", "sde", "settings", "storage")
+    },
     "checksums": {"parallel"},
     "checkpoint": {"parallel", "storage", "checksums"},
     "data": {"parallel", "settings", "storage"},
@@ -26,8 +29,8 @@ IMPORTS = {
     "samplers": {"sde"},
     "torch_reader": {"pickles"},
     "train": {"averages", "logs"},
-    "compact": {"storage"},
-    "weights": {"compact", "storage"},
+    "compact": {"safetensors", "storage"},
+    "weights": {"compact", "safetensors", "storage"},
     "laws": {"sde"},
     "check": {"sde", "samplers", "laws", "parallel"},
     "evaluation": {"sde", "samplers", "model", "data", "parallel", "storage", "logs", "torch_reader"},
@@ -53,7 +56,18 @@ IMPORTS = {
     },
     "generate": {"data", "evaluation", "experiment", "loading", "parallel", "samplers", "sde", "storage"},
     "convert": {  # it writes a run
-        *("nn", "sde", "samplers", "parallel", "storage", "train", "pickles", "torch_reader", "experiment")
+        *(
+            "nn",
+            "sde",
+            "samplers",
+            "parallel",
+            "storage",
+            "train",
+            "pickles",
+            "safetensors",
+            "torch_reader",
+            "experiment",
+        )
     },
 }
 READ_THE_COMMAND_LINE = {"experiment", "check", "convert", "export", "generate", "__main__"}

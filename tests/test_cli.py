@@ -106,7 +106,7 @@ def test_a_dry_run_tells_the_size_and_writes_nothing(module, tmp_path, capsys):
 def trained(tmp_path_factory) -> Path:
     """A finished run."""
     workdir = tmp_path_factory.mktemp("run") / "w"
-    execute(parse(points.EXPERIMENT, [f"--workdir={workdir}", *SMALL]))
+    execute(parse(points.EXPERIMENT, [f"--workdir={workdir}", *SMALL, "--train.show-every=16"]))
     return workdir
 
 
@@ -117,6 +117,7 @@ def test_a_run_leaves_samples_pictures_and_a_table(trained):
         *("trajectory.svg", "trajectory.pdf", "report.html", "results.jsonl", "results.md"),
         *("results.png", "results.svg", "results.pdf"),
     }
+    assert {path.stem for path in (trained / "training").iterdir()} == {"00000016"}  # while it trained
     assert json.loads((trained / "config.json").read_text())["train"]["steps"] == 24
     assert Checkpointer(trained / "checkpoints").steps() == [8, 16, 24]
     with np.load(trained / "samples.npz", allow_pickle=False) as file:

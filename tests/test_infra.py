@@ -64,7 +64,7 @@ class Checkout:
         """What was made since the last call: "venv" and "pip EXTRAS", in order."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         self.log.unlink(missing_ok=True)
-        return [re.sub(r"^pip .*\[(.*)\]$", r"pip \1", line) if line[0] == "p" else "venv" for line in lines]
+        return [re.sub(r"^pip .*\[all,(.*)\]$", r"pip \1", line) if line[0] == "p" else "venv" for line in lines]
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_run_sets_up_once_and_passes_everything_on(checkout):
     assert out.splitlines() == [f"a  b|{checkout.cwd}", str(checkout.root / ".venv" / "bin" / "python")]
     assert "this takes a minute or two, once" in err
     line = checkout.log.read_text().splitlines()[1]
-    assert f"-c {checkout.root}/infra/constraints.txt -e {checkout.root}[test]" in line
+    assert f"-c {checkout.root}/infra/constraints.txt -e {checkout.root}[all,test]" in line
     assert checkout.changes() == ["venv", "pip test"]
 
     start = time.perf_counter()
@@ -150,7 +150,7 @@ def test_run_says_what_is_missing(checkout):
 def test_every_requirement_has_one_exact_pin_for_each_python():
     direct = [*PROJECT["dependencies"], *(line for extra in EXTRAS.values() for line in extra)]
     pinned = {pin.name.lower() for pin in PINS}
-    assert {Requirement(line).name.lower() for line in direct} <= pinned
+    assert {Requirement(line).name.lower() for line in direct} - {"gddim"} <= pinned  # itself, with its extras
     assert all(re.fullmatch(r"==[\w.]+", str(pin.specifier)) and not pin.url for pin in PINS)
     for python in ("3.11", "3.12", "3.13"):
         names = [p.name for p in PINS if p.marker is None or p.marker.evaluate({"python_version": python})]
@@ -177,12 +177,12 @@ def test_scripts_are_sound():
 
 @pytest.mark.parametrize(
     ("accelerator", "extras", "lines"),
-    [("cpu", "", []), ("cuda", "", ["jax[cuda12]"]), ("tpu", "gcs", ["jax[tpu]", "etils[epath-gcs]"])],
+    [("cpu", "", []), ("cuda", "", ["jax[cuda12]"]), ("tpu", "gcs,all", ["jax[tpu]", "etils[epath-gcs]"])],
 )
 def test_requirements_of_the_image(accelerator, extras, lines):
     program = [sys.executable, "infra/requirements.py", "pyproject.toml", accelerator, extras]
     done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == [*PROJECT["dependencies"], *lines]
+    assert done.stdout.splitlines() == [*PROJECT["dependencies"], *EXTRAS["train"], *EXTRAS["eval"], *lines]
 
 
 @pytest.mark.parametrize("words", [("gpu", ""), ("cpu", "gsc")])

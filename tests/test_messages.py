@@ -63,7 +63,7 @@ WRONG = {
     "--train.lr=1e-3": "unknown option --train.lr; accepted: --train.learning-rate, ",
     "--lr 1e-3": "unknown option --lr; accepted: --train.learning-rate, ",
     "--sampling.sampler=heun": "unknown option --sampling.sampler; accepted: --sampler; see --help",
-    "--steps 3": "unknown option --steps; accepted: --train.steps; see --help",
+    "--steps 3": "unknown option --steps; accepted: --train.steps, --fit.steps; see --help",
     "--train.samples=3": "unknown option --train.samples; accepted: --sampling.samples, --eval.samples; see --help",
     "--mesh.fdsp=2": "unknown option --mesh.fdsp; accepted: --mesh.fsdp, ",
     "--eval.nfe 10,20": "--eval.nfe 10,20: separate by spaces: --eval.nfe 10 20",
@@ -264,7 +264,7 @@ def test_a_run_that_could_not_be_evaluated_does_not_begin(shards_without_the_hel
     assert "lacks test" in refused(capsys, on_shards, f"--workdir={workdir}")
     monkeypatch.setenv("GDDIM_DATA", str(tmp_path))
     monkeypatch.setenv("HOME", str(tmp_path))
-    said = refused(capsys, cld_digits.EXPERIMENT, f"--workdir={workdir}", "--eval.features=inception")
+    said = refused(capsys, cld_digits.EXPERIMENT, f"--workdir={workdir}", "--eval.features=inception", "--eval.every=5")
     assert "no Inception weights: put " in said
     assert not workdir.exists()
 

@@ -163,9 +163,10 @@ def test_training_tells_its_throughput_and_evaluates_on_the_way(tmp_path, capsys
 def test_what_an_evaluation_lacks_is_said_before_training(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("GDDIM_DATA", str(tmp_path))
-    for words in (["train", "--eval.every=5"], ["run"]):
+    words = [f"--workdir={tmp_path / 'w'}", *DIGITS, "--eval.features=inception"]
+    for verb in ("train", "run"):
         with pytest.raises(SystemExit, match="2"):
-            main(cld_digits.EXPERIMENT, [*words, f"--workdir={tmp_path / 'w'}", *DIGITS, "--eval.features=inception"])
+            main(cld_digits.EXPERIMENT, [verb, *words, "--eval.every=5"])
         assert "no Inception weights: put https://" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         main(
@@ -181,6 +182,23 @@ def test_what_an_evaluation_lacks_is_said_before_training(tmp_path, capsys, monk
             main(blur_cifar10.EXPERIMENT, [*words.split(), f"--workdir={tmp_path / 'w'}"])
         assert says in capsys.readouterr().err
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.slow
+def test_a_run_without_the_weights_of_its_table_trains_and_samples(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("GDDIM_DATA", str(tmp_path))
+    words = [f"--workdir={tmp_path / 'w'}", *DIGITS, "--eval.features=inception"]
+    with pytest.raises(SystemExit, match="0"):
+        main(cld_digits.EXPERIMENT, ["run", *words])
+    said = capsys.readouterr().err
+    assert "without a table at the end: no Inception weights: put https://" in said
+    assert said.splitlines()[-1] == "without a table: the verb evaluate makes one later"
+    assert (tmp_path / "w" / "samples.png").exists()
+    assert not (tmp_path / "w" / "results.jsonl").exists()
+    with pytest.raises(SystemExit, match="2"):
+        main(cld_digits.EXPERIMENT, ["evaluate", *words])
+    assert "no Inception weights: put https://" in capsys.readouterr().err
 
 
 def test_more_than_the_data_and_the_disk_hold_is_refused_before_anything_is_written(tmp_path, capsys, monkeypatch):

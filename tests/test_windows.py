@@ -159,13 +159,13 @@ def test_compiled_programs_are_kept_and_found_again(tmp_path):
     before = {name: getattr(jax.config, name) for name in names}
     try:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        more = ("--keep-compiled", "--train.minutes=1e-9", "--train.steps=2")
+        more = (f"--compiled={tmp_path / 'compiled'}", "--train.minutes=1e-9", "--train.steps=2")
         assert train(tmp_path / "w", *more) == 75
-        kept = sorted(path.name for path in (tmp_path / "w" / "compiled").iterdir())
+        kept = sorted(path.name for path in (tmp_path / "compiled").iterdir())
         assert any("of_leaves" in name for name in kept), kept
         jax.clear_caches()
         assert train(tmp_path / "w", *more) == 0
-        new = {path.name for path in (tmp_path / "w" / "compiled").iterdir()} - {*kept}
+        new = {path.name for path in (tmp_path / "compiled").iterdir()} - {*kept}
         assert not any("of_leaves" in name and name.endswith("cache") for name in new), new
     finally:
         for name, value in before.items():

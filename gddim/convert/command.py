@@ -74,12 +74,12 @@ def convert_published(published: Published, workdir: epath.PathLike) -> None:
 
 
 def _check_empty(workdir: epath.PathLike) -> None:
-    if read_config(epath.Path(workdir).expanduser()) is not None:
+    if read_config(place(workdir)) is not None:
         raise UserError(f"{workdir} holds a run already and is not overwritten: give a new or an empty folder")
 
 
 def _write(workdir: epath.PathLike, plan: Plan, raw: Any, ema: Any, step: int, config: dict[str, Any]) -> None:
-    workdir = epath.Path(workdir).expanduser()
+    workdir = place(workdir)
     fresh = TrainState.create(raw, plan.optimizer, len(plan.shapes.averages))
     made = dataclasses.replace(fresh, step=jnp.asarray(step, jnp.int32), ema=eqx.filter(ema, eqx.is_inexact_array))
     with reserved(workdir):

@@ -2,11 +2,9 @@
 
 import json
 import math
-import mmap
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from gddim.convert.networks import Names, Part, names_of, ours
@@ -14,7 +12,9 @@ from gddim.convert.published import Elsewhere, Published
 from gddim.errors import UserError
 from gddim.experiment import Experiment, Model
 from gddim.nn import NCSNpp, NCSNppConfig
+from gddim.safetensors import parse
 from gddim.sde import VP
+from gddim.storage import mapped
 
 LAYERS = {"norm_in": "norm1", "conv_in": "conv1", "time": "time_emb_proj", "norm_out": "norm2", "conv_out": "conv2",
           "shortcut": "conv_shortcut"}  # fmt: skip
@@ -28,7 +28,6 @@ FIXED = {"act_fn": ("silu",), "mid_block_scale_factor": (1,), "time_embedding_ty
          "downsample_type": ("conv",), "upsample_type": ("conv",), "center_input_sample": (False,),
          "class_embed_type": (None,), "num_class_embeds": (None,), "add_attention": (True,),
          "resnet_time_scale_shift": ("default",), "downsample_padding": (1, 0), "attn_norm_num_groups": (None,)}  # fmt: skip
-DTYPES = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 JSON_LIMIT = 2**21  # bytes, which Python makes thirty times as many of
 
 
@@ -41,7 +40,7 @@ def read_diffusers(folder: Path, source: Any) -> Published:
     if weights is None:
         raise UserError(f"it has no {' or '.join(WEIGHTS)}: pickled weights of diffusers are not read")
     found = {}
-    for name, value in read_safetensors(weights).items():
+    for name, value in parse(mapped(weights), JSON_LIMIT)[0].items():
         for older, newer in OLDER.items():
             name = name.replace(older, newer) if ".attentions." in name else name
         found[name] = ours(value)
@@ -132,31 +131,6 @@ def names(net: NCSNpp) -> Names:
         return f"{where}.resnets.{part.number}.{LAYERS[words[0]]}.{leaf}"
 
     return names_of(net, name)
-
-
-def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file: eight bytes with the length of a JSON header, the header, then the numbers."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        length, total = int.from_bytes(mapped[:8], "little"), len(mapped)
-        if not 2 <= length <= min(total - 8, JSON_LIMIT):
-            raise UserError(f"{path.name} has a header of {length} bytes, and {total} in all")
-        header, found, taken = json.loads(mapped[8 : 8 + length]), {}, 0
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            if dtype not in DTYPES or any(type(n) is not int or not 0 <= n < 2**40 for n in (begin, end, *shape)):
-                raise UserError(f"{path.name}: {name:.60} is no array of {', '.join(DTYPES)}")
-            count = math.prod(shape)
-            if (
-                end - begin != count * DTYPES[dtype].itemsize
-                or 8 + length + end > total
-                or (taken := taken + end - begin) > total
-            ):
-                raise UserError(f"{path.name}: {name:.60} is not where it says that it is")
-            values = np.frombuffer(mapped[8 + length + begin : 8 + length + end], DTYPES[dtype])
-            found[name] = values.reshape(shape)
-    return found
 
 
 def _json(path: Path) -> dict[str, Any]:

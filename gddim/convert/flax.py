@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from gddim.convert.networks import Names, fill
-from gddim.errors import UserError
+from gddim.errors import UserError, from_extra, place
 from gddim.nn import NCSNpp
 
 M = TypeVar("M")
@@ -35,7 +35,7 @@ def load_flax(path: epath.PathLike, model: M, weights: Literal["ema", "raw"] = "
 
 def read_state(path: epath.PathLike) -> dict[Any, Any]:
     """A flax msgpack file as nested dictionaries of NumPy arrays, by hand: neither flax nor pickle is involved."""
-    path = epath.Path(path).expanduser()
+    path = place(path)
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -114,7 +114,8 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def _unpacked(content: bytes) -> Any:
-    import msgpack
+    with from_extra("train"):
+        import msgpack
 
     left = 2**18 + len(content) // 100  # entries, each of a byte or more, and a hundred bytes here
 

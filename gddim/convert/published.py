@@ -10,12 +10,12 @@ from typing import Any, NoReturn
 import equinox as eqx
 import jax
 import numpy as np
-import tyro
 from jaxtyping import PyTree
 
 from gddim.convert.networks import Names, fill
 from gddim.errors import UserError
 from gddim.experiment import Experiment
+from gddim.experiment.options import tyro
 from gddim.torch_reader import refusing
 
 

@@ -10,7 +10,7 @@ from gddim.convert.diffusers import read_diffusers
 from gddim.convert.edm import read_edm
 from gddim.convert.published import Published
 from gddim.convert.score_sde import Process, State, read_score_sde
-from gddim.errors import UserError
+from gddim.errors import UserError, place
 from gddim.storage import is_local
 from gddim.torch_reader import refusing
 
@@ -19,7 +19,7 @@ KINDS = "EDM pickle, score_sde or CLD-SGM .pth, or diffusers UNet2DModel folder"
 
 def is_flax(source: epath.PathLike) -> bool:
     """Whether a file begins as a msgpack of a few names does, as the states of gDDIM; a pickle or an archive does not."""
-    path = epath.Path(source).expanduser()
+    path = place(source)
     if path.is_dir():
         return False
     try:

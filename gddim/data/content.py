@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from gddim.data.sources import Records, Source
+from gddim.errors import progress
 
 _CHUNK = 1024
 _BYTES = 16
@@ -30,7 +30,7 @@ def identity(source: Source, known: Mapping[str, Any] | None = None) -> dict[str
 def _digest(source: Source) -> int:
     rows = range(0, len(source), _CHUNK)
     if len(rows) > 64:
-        rows = tqdm(rows, "reading the records", unit_scale=_CHUNK, unit=" records", disable=None)
+        rows = progress(rows, "reading the records", unit_scale=_CHUNK, unit=" records")
     return sum(digest_of(source[np.arange(begin, min(begin + _CHUNK, len(source)))], begin) for begin in rows)
 
 

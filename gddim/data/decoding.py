@@ -8,6 +8,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from gddim.errors import from_extra
 from gddim.parallel import tell
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ _SIZ = b"\xff\x4f\xff\x51"  # how a JPEG 2000 codestream begins
 
 @functools.cache
 def _formats() -> frozenset[str]:
-    from PIL import Image
+    with from_extra("train"):
+        from PIL import Image
 
     Image.init()
     return frozenset(Image.OPEN) - _DOCUMENTS
@@ -31,7 +33,8 @@ def _formats() -> frozenset[str]:
 @functools.cache
 def suffixes() -> frozenset[str]:
     """Those of the formats that Pillow decodes, in lower case and with their dots."""
-    from PIL import Image
+    with from_extra("train"):
+        from PIL import Image
 
     known = _formats()
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in known)
@@ -40,14 +43,16 @@ def suffixes() -> frozenset[str]:
 @functools.cache
 def _signed() -> tuple[str, ...]:
     """The formats that are known by their first bytes; the others take nearly any file for an image."""
-    from PIL import Image
+    with from_extra("train"):
+        from PIL import Image
 
     return tuple(name for name in _formats() if Image.OPEN[name][1])
 
 
 def is_image(read: Callable[[str], IO[bytes]], name: str) -> bool:
     """Whether a file begins as an image does, whatever it is called."""
-    from PIL import Image
+    with from_extra("train"):
+        from PIL import Image
 
     try:
         with read(name) as file, Image.open(file, formats=_signed()):
@@ -90,7 +95,8 @@ def decoded(content: bytes, channels: int, where: str) -> "Image.Image":
     Raises ValueError for more than 8 bits a channel, which nobody can scale without knowing how many of them are used,
     and for signed samples; and whatever Pillow raises for damaged bytes.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    with from_extra("train"):
+        from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         opened = Image.open(io.BytesIO(content))

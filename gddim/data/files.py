@@ -7,9 +7,7 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from tqdm import tqdm
-
-from gddim.errors import UserError
+from gddim.errors import UserError, from_extra
 from gddim.storage import locked
 
 _TIMEOUT_SECONDS = 30
@@ -59,6 +57,9 @@ def _download(url: str, part: Path) -> None:
     with response, open(part, "ab" if response.status == 206 else "wb") as file:
         begin = file.tell()
         expected = int(response.headers.get("Content-Length", 0))
+        with from_extra("train"):
+            from tqdm import tqdm
+
         with tqdm.wrapattr(response, "read", total=expected or None, desc=part.stem, disable=None) as counted:
             shutil.copyfileobj(counted, file, 2**20)
         if file.tell() - begin < expected:

@@ -13,12 +13,11 @@ from typing import IO, Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
-from tqdm import tqdm
 
 from gddim.data.decoding import MODES, decoded, is_image, resized, suffixes
 from gddim.data.labels import TABLES, image_classes, with_labels
 from gddim.data.sources import ArraySource, Source, data_folder, every_nth
-from gddim.errors import UserError, harmless
+from gddim.errors import UserError, harmless, progress
 from gddim.parallel import tell
 from gddim.settings import LATER, MAY_CHANGE
 
@@ -164,7 +163,7 @@ class ImageFiles:
     def _damaged(self, names: Sequence[str]) -> dict[str, str]:
         """Those of these images that cannot be read, and why."""
         tried = self._pool.map(self._decode, names)
-        tried = tqdm(tried, "looking for damaged images", len(names), unit="img", disable=None)
+        tried = progress(tried, "looking for damaged images", len(names), unit="img")
         return {name: why for name, why in zip(names, tried, strict=True) if isinstance(why, str)}
 
     def without_damaged(self) -> "ImageFiles":
@@ -206,7 +205,7 @@ def _kept_if_small(files: ImageFiles) -> Source:
     if len(files) * int(np.prod(files.shape)) > _KEEP_DECODED:
         return files
     array = np.empty((len(files), *files.shape), np.uint8)
-    for begin in tqdm(range(0, len(files), _CHUNK), "decoding images", unit_scale=_CHUNK, unit="img", disable=None):
+    for begin in progress(range(0, len(files), _CHUNK), "decoding images", unit_scale=_CHUNK, unit="img"):
         rows = np.arange(begin, min(begin + _CHUNK, len(files)))
         array[rows] = files[rows]
     return ArraySource(array, files.flip)

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from tqdm import tqdm
 
 from gddim.data.sources import Source, x0_and_cond
+from gddim.errors import progress
 
 _CHUNK = 1024
 
@@ -45,6 +45,6 @@ def spectrum(source: Source) -> tuple[Float[np.ndarray, "h w"], Float[np.ndarray
 
 
 def _scaled(source: Source):
-    for begin in tqdm(range(0, len(source), _CHUNK), "reading", unit_scale=_CHUNK, unit=" records", disable=None):
+    for begin in progress(range(0, len(source), _CHUNK), "reading", unit_scale=_CHUNK, unit=" records"):
         x, _ = x0_and_cond(source[np.arange(begin, min(begin + _CHUNK, len(source)))])
         yield x / 127.5 - 1 if x.dtype == np.uint8 else x.astype(np.float64)

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int, UInt64
 
 from gddim.data.sources import ArraySource, Records, Source
-from gddim.errors import UserError
+from gddim.errors import UserError, from_extra
 
 Item = TypeVar("Item")
 Placed = TypeVar("Placed")
@@ -101,7 +101,8 @@ def batches(
     Each is what the source gives of `batch_size / process_count` records: `(b, *dims, C)`, or a dictionary of arrays.
     Raises UserError for sizes that do not fit.
     """
-    import grain
+    with from_extra("train"):
+        import grain
 
     if len(source) == 0:
         raise UserError("the data set is empty: no batch can be drawn from it")

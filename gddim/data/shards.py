@@ -11,13 +11,12 @@ from typing import Any, NoReturn
 
 import numpy as np
 from jaxtyping import Int, Int32, Shaped
-from tqdm import tqdm
 
 from gddim.data.content import digest_of, hexadecimal
 from gddim.data.files import digest
 from gddim.data.labels import Labelled, class_numbers, classes_of
 from gddim.data.sources import LABEL, Dataset, Source, x0_and_cond
-from gddim.errors import UserError, harmless
+from gddim.errors import UserError, from_extra, harmless, progress
 from gddim.settings import LATER, MAY_CHANGE
 from gddim.storage import locked
 
@@ -131,7 +130,8 @@ def _labels_of(shard: Path) -> Path:
 
 
 def _reader(path: str) -> Any:
-    from array_record.python.array_record_module import ArrayRecordReader
+    with from_extra("train"):
+        from array_record.python.array_record_module import ArrayRecordReader
 
     return ArrayRecordReader(path, "readahead_buffer_size:0,max_parallelism:0")
 
@@ -158,7 +158,7 @@ def prepare(dataset: Dataset, dest: Path, shard_bytes: int = 2**30) -> None:
             manifest = _continued(plan, _read_manifest(dest), dest)
             _write_manifest(dest, manifest)
             for split, source in sources.items():
-                with tqdm(total=len(source), desc=split, unit=" records", disable=None) as bar:
+                with progress(total=len(source), desc=split, unit=" records") as bar:
                     begin = 0
                     for shard in manifest["splits"][split]:
                         path, rows = dest / shard["file"], range(begin, begin + shard["count"])
@@ -227,9 +227,10 @@ def _sample(source: Source) -> str:
     return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()[:16]
 
 
-def _write_shard(path: Path, source: Source, rows: range, bar: tqdm) -> dict[str, str]:
+def _write_shard(path: Path, source: Source, rows: range, bar: Any) -> dict[str, str]:
     """Writes the records of these rows, and returns what they add to the digest of all, without labels and with them."""
-    from array_record.python.array_record_module import ArrayRecordWriter
+    with from_extra("train"):
+        from array_record.python.array_record_module import ArrayRecordWriter
 
     part = path.with_name(path.name + ".part")
     writer = ArrayRecordWriter(str(part), "group_size:1,uncompressed")  # photographs hardly compress

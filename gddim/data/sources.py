@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int, PyTree, Shaped
 
-from gddim.errors import UserError
+from gddim.errors import UserError, from_extra
 from gddim.settings import LATER
 
 _CHUNK = 1024
@@ -237,7 +237,8 @@ class Digits:
         return ArraySource({DATA: images[rows], LABEL: labels[rows].astype(np.int32)} if self.labels else images[rows])
 
     def _shuffled(self) -> tuple[np.ndarray, np.ndarray]:
-        from sklearn.datasets import load_digits
+        with from_extra("train"):
+            from sklearn.datasets import load_digits
 
         levels, labels = load_digits(return_X_y=True)
         images = np.round(levels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)

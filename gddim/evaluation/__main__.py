@@ -23,7 +23,7 @@ from gddim.data import (
     to_uint8,
     whole_images,
 )
-from gddim.errors import UserError, harmless, place, printable
+from gddim.errors import UserError, from_extra, harmless, place, printable
 from gddim.evaluation.cell import LEAST
 from gddim.evaluation.features import FeatureSpace, PixelFeatures
 from gddim.evaluation.inception import CONVENTIONS, PRECISIONS, InceptionFeatures
@@ -73,6 +73,9 @@ def main() -> None:
     report.set_defaults(action=_report)
     options = parser.parse_args()
     try:
+        with from_extra("eval"):
+            import PIL  # noqa: F401
+            import tqdm  # noqa: F401
         options.action(options)
     except (UserError, ValueError, OSError) as error:  # the metrics refuse too few samples and unlike features
         print(f"error: {error}", file=sys.stderr)

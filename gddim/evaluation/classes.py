@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int, Shaped
 
 from gddim.data import Source, data_alone
+from gddim.errors import from_extra
 
 
 @runtime_checkable
@@ -32,8 +33,9 @@ def classify(
     the held-out records; `accuracy` on the latter; `as_asked`, the share of samples in which it finds the class that they
     are to be of.
     """
-    from sklearn.calibration import CalibratedClassifierCV
-    from sklearn.svm import SVC
+    with from_extra("eval"):
+        from sklearn.calibration import CalibratedClassifierCV
+        from sklearn.svm import SVC
 
     train, test = data_alone(data.train()), data_alone(data.test())
     labels, held_out = data.known_classes()

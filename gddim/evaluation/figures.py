@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
+from gddim.errors import from_extra
+
 SUFFIXES = (".png", ".svg", ".pdf")
 KEY = "gddim"  # of what a PNG tells about itself
 # Okabe and Ito's (2008) without yellow and black, then two of Tol's: by eye and by simulation none is another.
@@ -132,9 +134,10 @@ def _lighter(color: str, share: float) -> tuple[float, ...]:
 
 def new_figure(rows: int, columns: int, size: tuple[float, float], title: str = "") -> tuple[Any, list[Any]]:
     """A figure that needs no display and no global state, and its axes in reading order."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with from_extra("eval"):
+        from matplotlib import rc_context
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     with rc_context(STYLE):
         figure = Figure(figsize=size, dpi=200, layout="constrained")
@@ -162,7 +165,8 @@ def encode(figure: Any, suffix: str, description: str = "") -> bytes:
 def description_in(content: bytes, suffix: str) -> str:
     """The description in a file that `encode` made; some exception for another."""
     if suffix == ".png":
-        from PIL import Image
+        with from_extra("eval"):
+            from PIL import Image
 
         with Image.open(io.BytesIO(content)) as image:
             return image.info[KEY]

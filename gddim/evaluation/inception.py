@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Shaped, UInt8
 
 from gddim.data.images import to_uint8
 from gddim.data.sources import data_folder
-from gddim.errors import UserError
+from gddim.errors import MissingWeights, UserError
 from gddim.torch_reader import read_torch
 
 CONVENTIONS = ("pytorch-fid", "tf1")
@@ -168,14 +168,14 @@ def _interpolation(size: int, convention: str) -> Float[np.ndarray, "299 size"]:
 
 
 def find_weights() -> Path:
-    """The weight file in the data folder, or where PyTorch keeps it. Raises `UserError` that says what to put where."""
+    """The weight file in the data folder, or where PyTorch keeps it. Raises `MissingWeights` that says what to put where."""
     folder = data_folder(None) / "inception"
     published, trunk = DIGESTS.values()
     candidates = [folder / published, Path.home() / ".cache/torch/hub/checkpoints" / published, folder / trunk]
     for path in candidates:
         if path.is_file():
             return path
-    raise UserError(f"no Inception weights: put {URL} into {folder}")
+    raise MissingWeights(f"no Inception weights: put {URL} into {folder}")
 
 
 class InceptionFeatures(eqx.Module):

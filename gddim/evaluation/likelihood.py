@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
-from tqdm import tqdm
 
 from gddim.data import Source, to_unit, x0_and_cond
+from gddim.errors import from_extra, progress
 from gddim.parallel import to_host
 from gddim.samplers.numbered import given
 from gddim.sde.base import AbstractLinearSDE, last_time
@@ -48,7 +48,8 @@ def log_density(
     what couples fields adds no noise. The process's basis must be orthonormal. What lies below `t_min` is left out: p
     is the density of the data with the noise that they have there.
     """
-    import diffrax
+    with from_extra("eval"):
+        import diffrax
 
     sde = model.sde
     fields_key, probe_key = jax.random.split(key)
@@ -115,7 +116,7 @@ def bits_per_dimension(
     if not 2 <= records <= len(source):
         raise ValueError(f"records: {records} given, accepted are 2 to {len(source)}")
     each = []
-    for first in tqdm(range(0, records, batch), "likelihood", unit_scale=batch, unit="img", disable=None):
+    for first in progress(range(0, records, batch), "likelihood", unit_scale=batch, unit="img"):
         indices = np.minimum(np.arange(first, first + batch), records - 1)
         x, numbers = jax.device_put((source[indices], indices), sharding)
         each.append(to_host(_bits(model, x, numbers, jnp.asarray(seed), options)))

@@ -16,7 +16,7 @@ from etils import epath
 from jaxtyping import Array, Float, Int, Shaped
 
 from gddim.data import LABEL, ArraySource, Source, x0_and_cond
-from gddim.errors import UserError
+from gddim.errors import UserError, from_extra
 from gddim.evaluation import metrics
 from gddim.evaluation.features import FeatureSpace
 from gddim.evaluation.metrics import Moments, ScoreSums
@@ -170,7 +170,8 @@ def source_statistics(
 
     Devices take `space.chunk` records each at a time, whatever their number, so that it changes no bit of a feature.
     """
-    from tqdm import tqdm
+    with from_extra("eval"):
+        from tqdm import tqdm
 
     order = np.random.default_rng(0).permutation(len(source))
     size = space.chunk * (sharding.num_devices if sharding else 1)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from gddim.errors import UserError
+from gddim.errors import UserError, from_extra, progress
 from gddim.evaluation.cell import Cell, Evaluator, Row, check, digest_of
 from gddim.evaluation.statistics import OF_CLASS, Statistics, compare
 from gddim.samplers.words import sampler_name
@@ -41,8 +41,6 @@ def sweep(
     `folder/samples/KEY` and its row beside them, drawing them again where only the row is there. `floor` adds a row that
     compares other data with the reference, which is as good as a sampler can be. Raises `UserError` before anything is drawn.
     """
-    from tqdm import tqdm
-
     folder = epath.Path(folder)
     results = folder / RESULTS
     rows = read_rows(results) if results.exists() else []
@@ -67,7 +65,7 @@ def sweep(
             add(row | {"metrics": compare(floor, evaluator.reference, evaluator.space.metrics)})
     several = len({cell.sde and process_name(cell.sde) for cell in cells}) > 1
     work = sum(cell.samples * cell.method.nfe for cell in missing.values())
-    with tqdm(total=work, unit="call", unit_scale=True, disable=None) as bar:
+    with progress(total=work, unit="call", unit_scale=True) as bar:
         for key, cell in missing.items():
             told_as = sampler_name(cell.method.sampler)
             if several and cell.sde:
@@ -86,7 +84,7 @@ def sweep(
                     f"{name} {value:.4g}" for name, value in row["metrics"].items() if not name.startswith(OF_CLASS)
                 )
                 found = found or f"diverged, {row['measured']['not_finite']} are not finite"
-                tqdm.write(f"{told_as}, NFE {row['measured']['nfe']:g}: {found}")
+                bar.write(f"{told_as}, NFE {row['measured']['nfe']:g}: {found}")
     return [known[key] for key in wanted]
 
 
@@ -117,7 +115,8 @@ class _Keeper:
         folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, first: int, samples: np.ndarray) -> None:
-        from PIL import Image
+        with from_extra("eval"):
+            from PIL import Image
 
         if jax.process_index():
             return

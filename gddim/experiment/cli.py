@@ -15,19 +15,19 @@ from collections.abc import Sequence
 from typing import Annotated, Literal, NoReturn, get_args
 
 import jax
-import tyro
-from jax.experimental.compilation_cache import compilation_cache
 
 from gddim.data import check_labels, classes_of
-from gddim.errors import UserError, place, printable
+from gddim.errors import MissingWeights, UserError, from_extra, place, printable
 from gddim.experiment.checkpoints import borrow, trained
+from gddim.experiment.compiled import keep_programs, kept_programs
 from gddim.experiment.config import Experiment, require
 from gddim.experiment.fitting import fitted_by
 from gddim.experiment.measure import cells, check_measurable
-from gddim.experiment.options import REGISTRY, UNGROUPED, explain, options
+from gddim.experiment.options import REGISTRY, UNGROUPED, explain, options, tyro
 from gddim.experiment.outputs import check_names
 from gddim.experiment.plan import Plan
 from gddim.experiment.revival import as_trained, objects
+from gddim.experiment.shown import COMPLETION, NEEDED, completion, needed
 from gddim.experiment.snapshots import check_rebuildable
 from gddim.experiment.verbs.dry_run import dry_run
 from gddim.experiment.verbs.encode import encode
@@ -62,7 +62,8 @@ AFTERWARDS = {"sample": sample, "evaluate": evaluate, "likelihood": likelihood, 
 Verb = Literal["run", "train", "sample", "evaluate", "likelihood", "encode", "fit"]
 EPILOGUE = """Exit status: 0 done; 1 failed, or the loss was not finite; 2 a wrong option, value or path,
 nothing written; 75 stopped by SIGTERM, Ctrl-C or train.minutes, the state saved, so that the same command continues;
-134 another process of the job was lost, continue likewise."""
+134 another process of the job was lost, continue likewise. VERB --help tells what that verb needs, --help all there is;
+source <(python -m experiments.NAME --completion) has bash complete verbs and options."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +81,8 @@ class Command:
     """Checkpoint that is sampled, evaluated, …; without it the newest whole one."""
     peak_flops: float | None = None
     """FLOP/s of one accelerator at full rate, for the share that training reaches; without it what is known of it."""
-    keep_compiled: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Keep compiled programs in the workdir, where the same command on the same kind of machine finds them."""
+    compiled: str | None = dataclasses.field(default_factory=kept_programs)
+    """Folder of compiled programs, in which the same command on the same machine finds them; it may be deleted. None: none."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print the configuration and what it needs, and do nothing."""
     kept: tyro.conf.Suppress[tuple[str, ...]] = ()
@@ -143,13 +144,21 @@ def _nowhere(command: Command) -> bool:
 
 
 def _parse(experiment: Experiment, argv: Sequence[str]) -> Command:
+    with from_extra("train"):
+        import tyro
     if experiment.model.predicts != "eps" and "--model.predicts eps" in " ".join(argv).replace("=", " "):
         experiment = experiment.predicting_eps()
     default = Command("run", default_workdir(experiment), experiment)
+    if COMPLETION in argv:
+        print(completion(_program().split()[-1], get_args(Verb), dict(options(default))), end="")
+        sys.exit(0)
     about = f"{sys.modules['__main__'].__doc__ or experiment.name}\n\n{EPILOGUE}"
-    settings = {"default": default, "prog": _program(), "description": about, "registry": REGISTRY}
+    settings = {"prog": _program(), "description": about, "registry": REGISTRY}
     if {"-h", "--help"} & set(argv):
-        tyro.cli(Command, args=["--help"], **settings)
+        verb = next((word for word in argv if word in NEEDED), "run")
+        shown = needed(default, verb)
+        tyro.cli(type(shown), args=["--help"], default=shown, **settings)
+    settings["default"] = default
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             command, unknown = tyro.cli(Command, args=argv, return_unknown_args=True, **settings)
@@ -195,6 +204,11 @@ def execute(command: Command) -> None:
             return
 
         # What could fail later is looked at now.
+        if training:
+            with from_extra("train"):
+                import grain  # noqa: F401
+                import orbax.checkpoint  # noqa: F401
+                import tensorboardX  # noqa: F401
         if not training and not known:
             raise UserError(f"--workdir {workdir} holds no run: train it first")
         shipped = found if found and found[0] == experiment.weights else None
@@ -213,7 +227,14 @@ def execute(command: Command) -> None:
         if source is not None and (batch := experiment.train.batch) > len(source):
             raise UserError(f"--train.batch {batch:,} is more than the {len(source):,} records of the data")
         if measured:
-            check_measurable(experiment, workdir, source)
+            try:
+                check_measurable(experiment, workdir, source)
+            except MissingWeights as error:
+                if command.verb != "run" or experiment.eval.every:
+                    raise
+                verbs = RUN[:-1]
+                tell(f"without a table at the end: {error}")
+                stack.callback(tell, "without a table: the verb evaluate makes one later")
         check_rebuildable(experiment, workdir, training)
         if "sample" in verbs:
             check_names(workdir, *SAMPLES)
@@ -235,9 +256,8 @@ def execute(command: Command) -> None:
 
         on_main(reserve)
         check_shared(workdir)
-        if command.keep_compiled:
-            jax.config.update("jax_compilation_cache_dir", os.fspath(workdir / "compiled"))
-            compilation_cache.reset_cache()  # it may have looked already, and found that it had no folder
+        if command.compiled is not None:
+            keep_programs(command.compiled)
         if command.kept:
             tell(f"as the run has it, not the experiment's file: {', '.join(command.kept)}")
         if shipped:

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from jaxtyping import Float, Int32, PRNGKeyArray
 
 from gddim.averages import LONGEST
 from gddim.data import LABEL, classes_of, cond_of
 from gddim.experiment.fitting import Fitting
 from gddim.experiment.network import Model, NetConfig, require, told_classes
-from gddim.experiment.options import SPELLED, UNGROUPED
+from gddim.experiment.options import SPELLED, UNGROUPED, tyro
 from gddim.experiment.words import Process, Sampler, TimeGrid, spell_process
 from gddim.loss import AbstractObjective, LogNormalNoise, ScoreMatching
 from gddim.model import Denoiser, EpsModel, VelocityModel
@@ -82,7 +81,7 @@ class Training:
     report_every: int = field(default=100, metadata=MAY_CHANGE)
     """Steps between two reports of loss, gradient norm, learning rate and images/s."""
     show_every: int = field(default=0, metadata=MAY_CHANGE)
-    """Steps between two grids of samples in TensorBoard; 0: none."""
+    """Steps between two pictures of samples, in TensorBoard and as training/STEP.png in the workdir; 0: none."""
     save_every: int = field(default=10_000, metadata=MAY_CHANGE)
     """Steps between two checkpoints."""
     keep: int = field(default=3, metadata=MAY_CHANGE)

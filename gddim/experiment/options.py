@@ -8,12 +8,18 @@ import inspect
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
-
-import tyro
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from gddim.errors import UserError
 from gddim.sde import AbstractLinearSDE
+
+if TYPE_CHECKING:
+    import tyro
+else:
+    try:
+        import tyro
+    except ImportError:
+        from gddim.experiment import marks as tyro
 
 UNGROUPED = "ungrouped"
 """Key in the metadata of a field whose options, and entry in a configuration, stand in no group of their own."""
@@ -88,7 +94,7 @@ def explain(argv: Sequence[str], known: dict[str, Any], verbs: Sequence[str]) ->
         if name not in known:
             _refuse(name, list(known))
         kind = known[name]
-        if _is_flag(kind):
+        if is_flag(kind):
             if equals:
                 raise UserError(f"{word}: {name} takes no value")
             continue
@@ -187,7 +193,8 @@ def _many(kind: Any) -> bool:
     return get_origin(kind) in (tuple, list, set, frozenset, Sequence)
 
 
-def _is_flag(kind: Any) -> bool:
+def is_flag(kind: Any) -> bool:
+    """Whether an option of this type takes no value."""
     return kind is bool or (get_origin(kind) is Annotated and get_args(kind)[0] is bool)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Shaped, UInt8
 
 from gddim.data import to_uint8
+from gddim.errors import from_extra
 from gddim.evaluation.figures import LEGEND, LINES, PALETTE, new_figure
 from gddim.experiment.drawing import Paths
 from gddim.sde import AbstractLinearSDE
@@ -136,8 +137,9 @@ def _sheet(
     images: Shaped[np.ndarray, "n h w c"], columns: int, title: str, above: Sequence[str] = (), left: Sequence[str] = ()
 ) -> Any:
     """Images row by row, enlarged by a whole number, not smoothed, with words `above` the columns and `left` of the rows."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with from_extra("eval"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     tiled, height, width = _tile(images, columns)
     x0, y0 = 8 + 72 * bool(left), 8 + 20 * (title.count("\n") + 1) * bool(title) + 18 * bool(above)

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from etils import epath
 from jaxtyping import Array, PyTree
 
@@ -15,7 +14,7 @@ from gddim import compact
 from gddim.averages import combination
 from gddim.checkpoint import by_path, from_paths
 from gddim.compact import Packed
-from gddim.errors import UserError
+from gddim.errors import UserError, from_extra
 from gddim.experiment.config import Experiment
 from gddim.experiment.plan import Plan
 from gddim.parallel import tell, to_host
@@ -92,6 +91,9 @@ def state_of(plan: Plan, folder: epath.Path) -> tuple[TrainState, dict[str, Any]
 
     Raises `UserError` for another network, or other averages.
     """
+    with from_extra("train"):
+        import optax
+
     packed, shapes, where = compact.read(folder), plan.shapes, str(folder)
     if "config" not in packed.about:
         raise UserError(

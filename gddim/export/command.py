@@ -20,7 +20,7 @@ import sys
 
 from etils import epath
 
-from gddim.errors import UserError, place, printable
+from gddim.errors import UserError, from_extra, place, printable
 from gddim.experiment.trained import HUB, find, parse_average, tables_of
 from gddim.export.card import card, front_matter, picture, results, tables
 from gddim.export.model import exported, portable
@@ -106,6 +106,8 @@ def _model(options: argparse.Namespace) -> list[str]:
     model = loaded(found)
     if program is not None:
         model.through(**how)  # what cannot be is refused before anything is written
+        with from_extra("eval"):
+            import flatbuffers  # noqa: F401
     weights, lines = exported(found, options.dtype, options.licence), []
     about = f"step {weights.about['step']}, {weights.about['parameters']:,} parameters in {options.dtype}"
     fitted = tables(epath.Path(found.tables), weights)

@@ -109,15 +109,17 @@ def check_backend() -> None:
     if not asked:
         return
     first = asked.split(",")[0]
+    extra = {"cuda": "cuda", "gpu": "cuda", "tpu": "tpu"}.get(first)
+    how = f"pip install 'gddim[{extra}]', or another" if extra else f"accepted: {', '.join(_BACKENDS)}"
     try:
         there = jax.default_backend()
     except (RuntimeError, AssertionError) as error:
         why = " ".join(str(error).split()) or "JAX finds no plugin for it"
-        extra = {"cuda": "cuda", "gpu": "cuda", "tpu": "tpu"}.get(first)
-        how = f"pip install 'gddim[{extra}]', or another" if extra else f"accepted: {', '.join(_BACKENDS)}"
         raise UserError(f"JAX_PLATFORMS={asked}: {why}; {how}") from error
     if _BACKENDS.get(first, there) != there:
-        raise UserError(f"JAX_PLATFORMS={asked} asks for {first} first, but JAX finds no working one, only {there}")
+        raise UserError(
+            f"JAX_PLATFORMS={asked} asks for {first} first, but JAX finds no working one, only {there}; {how}"
+        )
 
 
 def _join(job: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
+from gddim.errors import from_extra
 from gddim.samplers.adams import count, history_nodes
 from gddim.samplers.base import Callback, Coefficients, EpsFn, Last
 from gddim.samplers.grids import check_grid
@@ -173,6 +174,9 @@ class RK45(AbstractSampler):
         return None
 
     def solver(self, sde: AbstractLinearSDE, ts: Any, last: Last = "none") -> AdaptiveSolver:
+        with from_extra("eval"):
+            import diffrax  # noqa: F401  what lacks is said before a network is trained
+
         ts = _check_end(sde, check_grid(sde, ts))
         return AdaptiveSolver(sde, self.rtol, self.atol, float(ts[0]), float(ts[-1]), last)
 

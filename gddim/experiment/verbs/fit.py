@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from etils import epath
 from jaxtyping import Array, Int, Key
-from tqdm import tqdm
 
 from gddim.data import LABEL, classes_of
+from gddim.errors import progress
 from gddim.evaluation.provenance import hardware, software
 from gddim.experiment.checkpoints import checkpoint_digest, restore_ema
 from gddim.experiment.fitting import fitted_by
@@ -48,9 +48,8 @@ def fit_table(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
     batches = (held_out + count) // size
     parts: list[Pairs] = []
     path: Any = None
-    with tqdm(
-        total=batches * problem.teacher.nfe + 3 * settings.steps * len(problem.grid), unit="call", disable=None
-    ) as bar:
+    total = batches * problem.teacher.nfe + 3 * settings.steps * len(problem.grid)
+    with progress(total=total, unit="call") as bar:
         bar.set_description("the teacher")
         for first in range(0, batches * size, size):
             numbers = np.arange(first, first + size, dtype=np.int32)
@@ -66,7 +65,7 @@ def fit_table(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
             jax.tree.map(lambda x, rows=rows: x[rows], pairs) for rows in (slice(held_out), slice(held_out, None))
         )
 
-        def progress(steps: int, loss: float) -> None:
+        def told(steps: int, loss: float) -> None:
             bar.set_description(f"step {steps}, loss {loss:.3g}")
             bar.update(max(0, batches * problem.teacher.nfe + 3 * steps * len(problem.grid) - bar.n))
 
@@ -74,7 +73,7 @@ def fit_table(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
         put = lambda pairs: jax.device_put(pairs, sharding)
         path = np.append(path[0], problem.grid[-1]).astype(np.float64), path[1]
         path[0][0] = problem.grid[0]
-        found = fit(model, problem.family, problem.grid, path, train, held, settings.steps, size, left, put, progress)
+        found = fit(model, problem.family, problem.grid, path, train, held, settings.steps, size, left, put, told)
     about = {
         "experiment": experiment.name,
         "network": checkpoint_digest(params),

@@ -6,8 +6,8 @@ import time
 
 import jax
 from etils import epath
-from tqdm import tqdm
 
+from gddim.errors import progress
 from gddim.evaluation.figures import label_in_words, process_in_words
 from gddim.evaluation.page import write_page
 from gddim.experiment.checkpoints import checkpoint_digest, restore_ema
@@ -37,13 +37,13 @@ def sample(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
     origin = {"experiment": experiment.name, "step": step, **describe(sampling)}
     drawn = [(time.perf_counter(), 0)]
     classes = experiment.drawn_classes(sampling)
-    with tqdm(total=sampling.samples if classes is None else len(classes), unit="img", disable=None) as bar:
+    with progress(total=sampling.samples if classes is None else len(classes), unit="img") as bar:
 
-        def progress(n: int) -> None:
+        def advance(n: int) -> None:
             bar.update(n - bar.n)
             drawn.append((time.perf_counter(), n))
 
-        data, calls = draw_samples(experiment, plan.mesh, model, sampling, progress)
+        data, calls = draw_samples(experiment, plan.mesh, model, sampling, advance)
     compiled = len(drawn) > 2  # the first batch waits for the compiler
     (began, before), (ended, after) = drawn[int(compiled)], drawn[-1]
     rate = f"{(after - before) / (ended - began):.4g} images/s" + ("" if compiled else ", compilation included")

@@ -16,6 +16,7 @@ from gddim.data import Records, Source, batches, prefetch
 from gddim.experiment.checkpoints import Start, checkpoints, items_of, start
 from gddim.experiment.drawing import draw_samples
 from gddim.experiment.measure import Measure
+from gddim.experiment.outputs import write_figure
 from gddim.experiment.pictures import gallery, pixels
 from gddim.experiment.plan import Plan
 from gddim.experiment.snapshots import snapshot
@@ -71,7 +72,15 @@ def run_training(
 
         def show(step: int, state: TrainState) -> None:
             samples, _ = draw_samples(experiment, plan.mesh, plan.model(state.ema), experiment.sampling)
-            log.image(step, "samples", pixels(gallery(samples)))
+            picture = gallery(samples, f"{experiment.name}, step {step:,} of {settings.steps:,}")
+            log.image(step, "samples", pixels(picture))
+            if main:
+                path = workdir / "training" / f"{step:08}"
+                path.parent.mkdir(exist_ok=True)
+                write_figure(
+                    path, picture, {"experiment": experiment.name, "step": step, **describe(experiment.sampling)}
+                )
+                log.say(f"samples of step {step}: {path}.png")
 
         every = experiment.eval.every
         evaluations = [(every, Measure(plan, workdir).callback(log.metrics))] if every else []
