@@ -37,6 +37,7 @@ from gddim.sde.linalg import Array, inverse, product, transpose
 POWERS = (1.0, 2.0)  # of the deviations whose sum a grid makes least: more evens them out
 ANCHOR = 25  # gradient steps for which a table is taken as linear in its times
 RATES = 0.03, 0.01  # Adam's, at first, of gaps and weights
+SPREAD = 10.0  # of the means' and standard deviations' weight in the loss
 FLOOR = 0.01  # of the spectrum, squared
 PATIENCE = 8  # times that the best is looked for in vain
 BETA1, BETA2 = 0.9, 0.99
@@ -181,13 +182,16 @@ def _frequencies(x: Array) -> Array:
 
 
 @eqx.filter_jit
-def distances(model: ProcessModel, solver: TableSolver, pairs: Pairs, unit: Array) -> Array:
-    """The mean square distance of each end to the teacher's, `(n,)`, in units `(*dims, C)`."""
+def distance(model: ProcessModel, solver: TableSolver, pairs: Pairs, unit: Array) -> Array:
+    """The mean square distance of the ends to the teacher's in units `(*dims, C)`, and SPREAD times that of their means and
+    standard deviations over the pairs: what is nearest alone is a mean of what may be, and has too little spread.
+    """
     key = jax.random.key(0)  # unused: no noise is added
     one = lambda u, cond: model.sde.project(solver(given(model, cond), u, key).state)
-    ends = jax.vmap(one)(pairs.start, pairs.cond)
-    gaps = (_frequencies(ends) - _frequencies(pairs.end)) / unit[None]
-    return jnp.mean(gaps**2, range(1, gaps.ndim))
+    ours, theirs = (_frequencies(x) / unit[None] for x in (jax.vmap(one)(pairs.start, pairs.cond), pairs.end))
+    moments = [(x.mean(0), jnp.sqrt(x.var(0) + 1e-6)) for x in (ours, theirs)]
+    spread = sum(jnp.mean((a - b) ** 2) for a, b in zip(*moments, strict=True))
+    return jnp.mean((ours - theirs) ** 2) + SPREAD * spread
 
 
 class Moves(NamedTuple):
@@ -218,7 +222,7 @@ def _descend(
     def loss(moves: Moves) -> Array:
         table = jax.tree.map(lambda x, slope: x + jnp.tensordot(moves.gaps, slope, 1), anchor, slopes)
         table = dataclasses.replace(table, noise=np.zeros(table.noise.shape))  # 0, and not traced as if it were more
-        return distances(model, TableSolver.of(corrected(table, scale, moves.weights), sde), pairs, unit).mean()
+        return distance(model, TableSolver.of(corrected(table, scale, moves.weights), sde), pairs, unit)
 
     value, slope = jax.value_and_grad(loss)(moves)
     count, mean, square = adam
@@ -272,7 +276,7 @@ def fit(
 
     def measure(table: Coefficients) -> float:
         solver = TableSolver.of(table, family.sde)
-        return float(np.mean([np.mean(distances(model, solver, pairs, unit)) for pairs in some]))
+        return float(np.mean([distance(model, solver, pairs, unit) for pairs in some]))
 
     first = family.table(ts)
     cost = deviations(family.sde, *path)

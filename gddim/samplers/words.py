@@ -218,10 +218,13 @@ class OnGrid(AbstractSampler):
 
 
 BEST = OnGrid(GDDIM(3, corrector="free", interpolate="data"), Grid("band"))
-"""What an experiment samples with unless it is told: of order 3 the nearest to the flow of mixtures at 5 to 20 calls, through
-VP and through CLD. On the digits, at 3 4 5 6 8 10 calls, its Fréchet distance is CLD 2.14 1.56 1.42 1.33 1.07 .94 (that of
-`gddim:3:data` on power 2: 9.32 2.16 1.56 1.30 1.08 1.02) and VP 1.67 1.05 .97 .93 .88 .87 (1.47 1.07 .95 .92 .89 .88): behind
-by up to .03 at 5 and 6 calls, and more at 3 through VP alone. See experiments/results/solvers.md."""
+"""What an experiment samples with unless it is told. Its grid's band is that of `band_of`, by process and budget.
+
+Of mixtures that were not tuned on, its median error at 5 6 8 10 15 20 calls through VP is .33 .31 .33 .33 .30 .25 of that of
+`gddim:3:data` on power 2, where UniPC has .50 .37 .35 .39 .50 .48. On the digits, at 3 4 5 6 8 10 calls, its Fréchet distance
+is 1.47 1.20 1.18 1.12 1.04 .94 through CLD and 1.22 1.01 1.00 .96 .92 .90 through VP (means of three sampling seeds; of
+`gddim:3:data` on power 2 9.32 2.16 1.56 1.30 1.08 1.02 and 1.47 1.07 .95 .92 .89 .88, of one). See
+experiments/results/solvers.md."""
 
 
 def laid_out(sampler: AbstractSampler, grid: Grid | None, power: float | None) -> AbstractSampler:
