@@ -2,7 +2,6 @@
 
 import os
 import platform
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,18 +25,6 @@ jaxtyping.install_import_hook("gddim", "beartype.beartype")
 # Compilation takes what time it takes; the same examples every time, so that a failure is there again tomorrow.
 hypothesis.settings.register_profile("gddim", deadline=None, derandomize=True, max_examples=30)
 hypothesis.settings.load_profile("gddim")
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--minutes", type=float, default=float("inf"), help="skip the tests that have not begun by then")
-
-
-_began = time.monotonic()
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    if time.monotonic() - _began > 60 * (minutes := item.config.getoption("--minutes")):
-        pytest.skip(f"{minutes:g} minutes are over")
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
