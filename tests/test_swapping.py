@@ -23,6 +23,7 @@ from gddim.experiment.cli import parse
 from gddim.experiment.drawing import follow
 from gddim.experiment.pictures import film, pixels, trajectory
 from gddim.experiment.plan import Plan
+from gddim.guidance import Guidance
 from gddim.loss import ScoreMatching
 from gddim.model import seen_through
 from gddim.samplers.numbered import sample_numbered
@@ -144,7 +145,7 @@ def test_latents_and_likelihood_are_those_of_the_process(word: str, trained: Pat
 def test_pictures_of_a_way_show_every_process_at_the_size_of_the_data(word: str, trained: Path):
     model = restored(trained)
     experiment = parse(RUN, ["sample", *POINTS, f"--process={word}"]).experiment
-    paths = follow(experiment, model, experiment.sampling, count=50)
+    paths = follow(experiment, model, experiment.sampling, Guidance(), count=50)
     sde = parse_process(word)
     for part in paths:
         assert np.isfinite(part).all()

@@ -81,7 +81,7 @@ class Command:
     """train: to the last step, continuing the run in the workdir; sample: write samples and pictures of them;
     evaluate: write the table of distances; run: these three; likelihood: tell the bits per dimension of held-out data;
     encode: held-out data to latents and back; restore: held-out images from what --task measures of them;
-    fit: learn a table for sampling.nfe calls through --process."""
+    fit: learn a table for sampling.nfe calls of a process."""
     workdir: str
     """Folder of the run, local or gs://…; made where there is none."""
     experiment: Annotated[Experiment, tyro.conf.arg(name="")] = dataclasses.field(metadata={UNGROUPED: True})
