@@ -1,5 +1,7 @@
 """What the tests of the command line share."""
 
+import re
+
 import pytest
 
 from gddim.experiment import Experiment
@@ -11,3 +13,8 @@ def status_of(experiment: Experiment, *argv: str) -> int:
     with pytest.raises(SystemExit) as caught:
         main(experiment, argv)
     return int(caught.value.code or 0)
+
+
+def options_told(text: str) -> set[str]:
+    """Those that a help tells."""
+    return set(re.findall(r"(?<=[│ ] |, )--[a-z][\w.-]+(?= |,)", text))

@@ -39,6 +39,20 @@ class Colours:
     test = train
 
 
+@dataclasses.dataclass(frozen=True)
+class LabelledColours:
+    """The same images, of classes in turn."""
+
+    classes: int
+    shape = Colours.shape
+
+    def train(self) -> ArraySource:
+        images = Colours().train().array
+        return ArraySource({"x0": images, "label": np.arange(len(images), dtype=np.int32) % self.classes})
+
+    test = train
+
+
 COLOUR = Experiment(
     name="colour",
     sde=gddim.VP(),

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from command_line import status_of
 from PIL import Image
-from runs import COLOUR, Colours, make_run
+from runs import COLOUR, Colours, LabelledColours, make_run
 
 import gddim
 from experiments import points
 from gddim import generate
-from gddim.data import ArraySource, to_uint8
+from gddim.data import to_uint8
 from gddim.evaluation.sweep import FLOOR, read_rows
 from gddim.experiment import Evaluation
 from gddim.experiment.sampling import Guide
@@ -47,22 +47,8 @@ class LinearConfig:
         return Linear(weight, jnp.ones((self.width, out_channels)))
 
 
-@dataclasses.dataclass(frozen=True)
-class Labelled:
-    """The colour images, of three classes."""
-
-    shape = (8, 8, 3)
-    classes = 3
-
-    def train(self) -> ArraySource:
-        images = Colours().train().array
-        return ArraySource({"x0": images, "label": np.arange(len(images), dtype=np.int32) % 3})
-
-    test = train
-
-
 LABELLED = dataclasses.replace(
-    COLOUR, net=LinearConfig(), data=Labelled(), train=dataclasses.replace(COLOUR.train, label_dropout=0.1),
+    COLOUR, net=LinearConfig(), data=LabelledColours(3), train=dataclasses.replace(COLOUR.train, label_dropout=0.1),
     eval=Evaluation(samples=8, batch=8, nfe=(4,), features="pixels", samplers=(gddim.GDDIM(2),)),
 )  # fmt: skip
 

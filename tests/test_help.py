@@ -7,7 +7,7 @@ import sys
 from typing import get_args
 
 import pytest
-from command_line import status_of
+from command_line import options_told, status_of
 
 import experiments.__main__
 from experiments import blur_cifar10, cld_digits
@@ -18,7 +18,7 @@ from gddim.experiment.shown import NEEDED
 def told(capsys, experiment, *words):
     assert status_of(experiment, *words, "--help") == 0
     said = capsys.readouterr().out
-    return said, set(re.findall(r"(?<=[│ ] |, )--[a-z][\w.-]+(?= |,)", said))
+    return said, options_told(said)
 
 
 @pytest.mark.parametrize("module", [cld_digits, blur_cifar10], ids=lambda m: m.EXPERIMENT.name)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import status_of
+from command_line import options_told, status_of
 
 import gddim.check
 import gddim.convert
@@ -117,7 +117,7 @@ def test_a_verb_after_a_list_is_told_to_come_first(capsys):
 @pytest.mark.parametrize("module", EXPERIMENTS, ids=lambda m: m.EXPERIMENT.name)
 def test_the_options_read_off_the_types_are_those_that_the_help_tells(module, capsys):
     assert status_of(module.EXPERIMENT, "--help") == 0
-    told = set(re.findall(r"(?<=[│ ] |, )--[a-z][\w.-]+(?= |,)", capsys.readouterr().out))
+    told = options_told(capsys.readouterr().out)
     known = dict(options(Command("run", "w", module.EXPERIMENT)))
     inverse = {name for name in known if "no-" in name}
     assert told - inverse - {"--help"} == set(known) - inverse

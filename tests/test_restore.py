@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from command_line import status_of
 from PIL import Image
-from runs import WHITE, Colours, make_run
+from runs import WHITE, Colours, LabelledColours, make_run
 
 import gddim
 from experiments import cld_digits, points
-from gddim.data import ArraySource
 from gddim.experiment.restoration import Restoration
 
 
@@ -84,18 +83,6 @@ def test_every_word_is_a_measurement():
         assert Restoration(task).operator((8, 8, 3))(jnp.zeros((8, 8, 3))).shape == shape
 
 
-@dataclasses.dataclass(frozen=True)
-class Classed:
-    shape = (8, 8, 3)
-    classes = 2
-
-    def train(self) -> ArraySource:
-        images = Colours().train().array
-        return ArraySource({"x0": images, "label": np.arange(len(images), dtype=np.int32) % 2})
-
-    test = train
-
-
 class Coloured(eqx.Module):
     """Data of one colour a class."""
 
@@ -120,7 +107,7 @@ class ColouredConfig:
 
 
 def test_of_classes_the_network_is_told_each_image_s_own_or_what_is_asked(tmp_path):
-    experiment = dataclasses.replace(WHITE, net=ColouredConfig(), data=Classed())
+    experiment = dataclasses.replace(WHITE, net=ColouredConfig(), data=LabelledColours(2))
     run = make_run(tmp_path / "w", experiment)
     for words, colours in (([], (-0.5, 0.5)), (["--sampling.classes", "1"], (0.5, 0.5))):
         given = [

@@ -251,8 +251,7 @@ def execute(command: Command) -> None:
         start = None if given is None else Start.of(experiment, given, command.strength)
         if start is not None and len(start.data) > (most := experiment.sampling.samples) and command.verb == "sample":
             raise UserError(f"--from: {len(start.data)} images, and sampling.samples is {most}: give at least as many")
-        if "fit" in verbs:
-            fitted_by(experiment, workdir)
+        problem = fitted_by(experiment, workdir) if "fit" in verbs else None
         source = experiment.data.train() if training else None
         if source is not None:
             check_labels(experiment.data, source, "the data")
@@ -300,7 +299,10 @@ def execute(command: Command) -> None:
             on_main(lambda: stack.enter_context(reserved(workdir, training=False, wait=True)))
         if jax.distributed.is_initialized():
             stack.enter_context(ending_on_sigterm())
-        told = {"sample": {"start": start}, "encode": {"given": given}, "restore": {"settings": command.restore}}
+        told = {
+            "sample": {"start": start}, "encode": {"given": given}, "restore": {"settings": command.restore},
+            "fit": {"problem": problem},
+        }  # fmt: skip
         for verb in verbs:
             if verb in AFTERWARDS:
                 AFTERWARDS[verb](plan, workdir, step=command.step, **told.get(verb, {}))

@@ -12,27 +12,16 @@ from gddim.experiment.options import is_flag, tyro
 
 T = TypeVar("T")
 
-AFTERWARDS = {"workdir", "step", "dry_run", "data", "sampling", "mesh"}
+_BOTH = {"verb", "workdir", "dry_run", "data", "mesh"}
+_AFTERWARDS = _BOTH | {"step", "sampling"}
 NEEDED = {
-    "train": {
-        "workdir",
-        "peak_flops",
-        "compiled",
-        "dry_run",
-        "seed",
-        "sde",
-        "net",
-        "data",
-        "model",
-        "train",
-        "mesh",
-    },
-    "sample": AFTERWARDS | {"compiled", "from_", "strength"},
-    "evaluate": AFTERWARDS | {"compiled", "eval"},
-    "likelihood": AFTERWARDS,
-    "encode": AFTERWARDS | {"from_"},
-    "restore": AFTERWARDS | {"restore"},
-    "fit": AFTERWARDS | {"fit"},
+    "train": _BOTH | {"peak_flops", "compiled", "seed", "sde", "net", "model", "train"},
+    "sample": _AFTERWARDS | {"compiled", "from_", "strength"},
+    "evaluate": _AFTERWARDS | {"compiled", "eval"},
+    "likelihood": _AFTERWARDS,
+    "encode": _AFTERWARDS | {"from_"},
+    "restore": _AFTERWARDS | {"restore"},
+    "fit": _AFTERWARDS | {"fit"},
 }
 """Fields of a command and its experiment, by verb; every verb takes all others, too."""
 
@@ -41,10 +30,10 @@ COMPLETION = "--completion"
 
 def needed(command: T, verb: str) -> T:
     """A command that a help tells only of what its verb needs, and of each part in a sentence."""
-    experiment = _telling(command.experiment, NEEDED.get(verb), {})  # pyright: ignore[reportAttributeAccessIssue]
+    names = NEEDED.get(verb)
+    experiment = _telling(command.experiment, names, {})  # pyright: ignore[reportAttributeAccessIssue]
     kind = Annotated[type(experiment), tyro.conf.arg(name="")]
     shown = dataclasses.replace(command, verb=verb, experiment=experiment)  # pyright: ignore[reportArgumentType]
-    names = (verb in NEEDED and NEEDED[verb] | {"verb"}) or None
     return _telling(shown, names, {"experiment": kind})
 
 

@@ -27,9 +27,9 @@ class Samples(NamedTuple):
     """How they came about, where that was asked for: times `(calls,)`, and states, … `(calls, b, *dims, k, C)`."""
 
 
-class _Given(eqx.Module):
-    model: Any
-    cond: PyTree
+class _AbstractGiven(eqx.Module):
+    model: eqx.AbstractVar[Any]
+    cond: eqx.AbstractVar[PyTree]
 
     @property
     def sde(self) -> AbstractLinearSDE:
@@ -39,16 +39,14 @@ class _Given(eqx.Module):
         return self.model(u, t, self.cond)
 
 
-class _GivenData(eqx.Module):
+class _Given(_AbstractGiven):
     model: Any
     cond: PyTree
 
-    @property
-    def sde(self) -> AbstractLinearSDE:
-        return self.model.sde
 
-    def __call__(self, u: Array, t: Array) -> Array:
-        return self.model(u, t, self.cond)
+class _GivenData(_AbstractGiven):
+    model: Any
+    cond: PyTree
 
     def denoise(self, u: Array, t: Array) -> Array:
         return self.model.denoise(u, t, self.cond)

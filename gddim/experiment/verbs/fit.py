@@ -14,7 +14,7 @@ from gddim.data import LABEL, classes_of
 from gddim.errors import progress
 from gddim.evaluation.provenance import hardware, software
 from gddim.experiment.checkpoints import checkpoint_digest, restore_ema
-from gddim.experiment.fitting import fitted_by
+from gddim.experiment.fitting import Problem
 from gddim.experiment.plan import Plan
 from gddim.model import seen_through
 from gddim.parallel import batch_sharding, round_up, to_host
@@ -27,16 +27,14 @@ from gddim.sde import AbstractLinearSDE
 from gddim.sde.words import process_name
 from gddim.storage import write_whole
 
-APART = (
-    2**31
-)  # added to the seed: samples are drawn with seeds below, so that none has a noise that a table was fitted to
+APART = 2**31
+"""Added to the seed: samples are drawn with seeds below, so that none has a noise that a table was fitted to."""
 
 
-def fit_table(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
+def fit_table(plan: Plan, workdir: epath.Path, problem: Problem, step: int | None = None) -> None:
     """Fit the table of a checkpoint's averaged model, for the process and calls of sampling; writes solvers/NAME.npz."""
     began = time.perf_counter()
     experiment, settings = plan.experiment, plan.experiment.fit
-    problem = fitted_by(experiment, workdir)
     params, step = restore_ema(plan, workdir, step)
     sde, shape = problem.family.sde, tuple(experiment.data.shape)
     model, teacher = seen_through(plan.model(params), sde), problem.teacher.solver(sde)
