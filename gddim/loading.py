@@ -10,6 +10,7 @@ from typing import Any, Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree, ScalarLike, UInt32
 
 from gddim.errors import UserError, place
@@ -94,17 +95,19 @@ class Loaded(eqx.Module):
         `nfe`: the network calls of each; `process`: what they are drawn
         through, a process or its word as `"cld:gamma=0.1"`. Without them, those of the run.
         `key`: without it that of the run's `sampling.seed`, so that its samples are those of the command line.
-        `classes`: of each, whole numbers `(n,)`, −1 for none, where the run has classes; without it those of the run in turn.
+        `classes`: of each, whole numbers `(n,)`, or one of all, −1 for none, where the run has classes; without it those of the
+        run in turn.
         `guide`: the scale of classifier-free guidance; or any function from denoisers to a denoiser, as
         `lambda D: gddim.guidance.Autoguidance(D, worse.denoiser, 2.0)` with another loaded network.
 
-        Raises `UserError` for a word that is none, too few calls, and a process that the network does not serve.
+        Raises `UserError` for a word that is none, too few calls, a process that the network does not serve, and classes that
+        are none, or not as many as samples.
         """
         model, solver = self.through(sampler=sampler, nfe=nfe, process=process, guide=guide)
         numbers = jnp.arange(n) if isinstance(n, int) else n
         key = jax.random.key(self.settings.seed) if key is None else key
         spread = self._spread(numbers)
-        of = None if classes is None else self._spread(jnp.asarray(classes, jnp.int32))
+        of = None if classes is None else self._spread(self._checked(classes, numbers.shape))
         cond = self._cond(spread, of)
         return sample_numbered(model, solver, self.shape, key, spread, cond=cond).data[: numbers.shape[0]]
 
@@ -156,11 +159,23 @@ class Loaded(eqx.Module):
 
     def _cond(self, numbers: Array, classes: Array | None = None) -> PyTree:
         """What conditions samples: their classes, by number unless they are given."""
-        if classes is not None and not self.classes:
-            raise UserError("classes: this run knows none; train one with --data.labels")
         if not self.classes:
             return None
         return {"label": self.settings.class_of(numbers, self.classes) if classes is None else classes}
+
+    def _checked(self, classes: Any, shape: tuple[int, ...]) -> Array:
+        """The class of each sample."""
+        if not self.classes:
+            raise UserError("classes: this run knows none; train one with --data.labels")
+        given = classes if isinstance(classes, jax.Array) else np.asarray(classes)
+        if not jnp.issubdtype(given.dtype, jnp.integer) or given.shape not in ((), shape):
+            raise UserError(
+                f"classes: given {given.dtype}{[*given.shape]}, accepted are whole numbers, one or {shape[0]}"
+            )
+        if not isinstance(given, jax.core.Tracer) and not np.all((given >= -1) & (given < self.classes)):
+            told = f"given are {given.min()} to {given.max()}"
+            raise UserError(f"classes: {told}, accepted are 0 to {self.classes - 1}, and -1 for no class")
+        return jnp.broadcast_to(jnp.asarray(given, jnp.int32), shape)
 
     def _spread(self, x: Array) -> Array:
         """An array split over the mesh, filled up with its last element until that goes."""

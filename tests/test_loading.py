@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from command_line import status_of
-from runs import COLOUR, NET, Colours, make_run
+from runs import COLOUR, NET, Colours, LabelledColours, make_run
 
 import gddim
 from gddim.data import Digits, FiveRings, to_uint8
@@ -104,6 +104,17 @@ def test_the_network_computes_in_another_type(run, model):
     assert {x.dtype for x in jax.tree.leaves(coarse)} == {jnp.dtype("float32")}
     x, y = (each.denoiser(jnp.ones((8, 8, 3)), 0.5) for each in (coarse, model))
     assert 0 < float(jnp.abs(x - y).max()) < 0.05 * float(jnp.abs(y).max())
+
+
+def test_classes_that_the_run_has_not_are_refused_in_a_line(tmp_path):
+    model = gddim.load(make_run(tmp_path / "w", dataclasses.replace(COLOUR, data=LabelledColours(5))))
+    for classes, said in (
+        ([5, 1], "given are 1 to 5, accepted are 0 to 4"),
+        ([1, 2, 3], r"given int64\[3\], accepted are whole numbers, one or 2"),
+        ([1.5, 2], "given float64"),
+    ):
+        with pytest.raises(gddim.UserError, match=f"classes: {said}"):
+            model.sample(2, classes=classes, nfe=2)
 
 
 ELSEWHERE = """
