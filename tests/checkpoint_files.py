@@ -219,10 +219,10 @@ def options_of(config, side, **more):
     }  # fmt: skip
 
 
-def edm_net(seed=0, side=16, **changes):
+def edm_net(seed=0, side=16, outputs=3, **changes):
     settings = {"width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (side // 2,), "embedding": "positional"}
     config = NCSNppConfig(**{**settings, "fir": False, "progressive_input": "none", **changes})
-    net = config.build((side, side, 3), 3, jax.random.key(seed))
+    net = config.build((side, side, 3), outputs, jax.random.key(seed))
     return config, jax.tree.map(lambda leaf: leaf + 0.1, net)
 
 
