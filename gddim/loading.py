@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree, ScalarLike, UInt32
 from gddim.errors import UserError, place
 from gddim.guidance import UNTOLD, Guidance, guided
 from gddim.model import seen_through
-from gddim.parallel import batch_sharding, check_backend, round_up
+from gddim.parallel import batch_sharding, check_backend, make_mesh, round_up
 from gddim.samplers import AbstractSampler, LearnedTable, count_calls
 from gddim.samplers.base import to_data
 from gddim.samplers.method import check_methods
@@ -206,7 +206,7 @@ def load(
     `weights`: "ema", the average that training keeps; "raw", the parameters of the step; or a length σ_rel, rebuilt from the
     snapshots of the run. Without it what the run samples with.
     `dtype`: in which the network computes; its parameters stay float32.
-    `mesh`: over which samples are split, the parameters whole on each of its devices.
+    `mesh`: over whose devices samples are split, whatever its axes; the parameters are whole on each.
     `sde`, `net`, `data`: the process, the network's configuration or the data set, where the run was given one of your own.
 
     Raises `UserError` for a source that is none of these, a step or an average that it lacks, parameters that are not those
@@ -215,6 +215,7 @@ def load(
     from gddim.experiment.trained import find  # here, so that importing gddim does not import all that trains
 
     check_backend()
+    mesh = mesh and make_mesh(devices=[*mesh.devices.flat])
     found = find(place(str(source)), step, weights, dtype, mesh, sde, net, data)
     return loaded(found, mesh)
 

@@ -51,7 +51,7 @@ def test_samples_are_numbered_and_come_under_jit_vmap_and_a_mesh(run, model):
     near(jax.jit(lambda model, key: model.sample(5, key=key))(model, key), images)
     keys = jnp.stack([key, jax.random.key(4)])
     near(jax.vmap(lambda key: model.sample(5, key=key))(keys)[0], images)
-    spread = gddim.load(run, mesh=make_mesh())
+    spread = gddim.load(run, mesh=jax.make_mesh((2, 4), ("one", "other")))
     assert len(spread.sample(8).sharding.device_set) == 8
     near(spread.sample(5, key=key), images)
 
@@ -210,6 +210,8 @@ def test_what_is_no_run_is_refused_in_a_line(what, tmp_path):
 def test_what_a_run_does_not_hold_is_refused_in_a_line(run, model, tmp_path):
     with pytest.raises(gddim.UserError, match=r"no whole checkpoint of step 7 \(saved: \[1, 2\]"):
         gddim.load(run, step=7)
+    with pytest.raises(gddim.UserError, match="weights best: accepted are ema, raw and a length"):
+        gddim.load(run, weights="best")
     with pytest.raises(gddim.UserError, match="is made of snapshots"):
         gddim.load(run, weights=0.1)
     with pytest.raises(gddim.UserError, match="unknown sampler 'ddim'"):

@@ -70,9 +70,9 @@ PLAIN = NCSNppConfig(
 )
 
 
-def state_file(path, config=PLAIN, inputs=3, **changes):
+def state_file(path, config=PLAIN, inputs=3, sigmas=(50.0, 0.01), **changes):
     """A training state, beside whose parameters there are others."""
-    tree, storages = score_sde_state(config.build((16, 16, inputs), 3, jax.random.key(0)))
+    tree, storages = score_sde_state(config.build((16, 16, inputs), 3, jax.random.key(0)), sigmas)
     shapes = {f"x{i}": shape for i, shape in enumerate(changes.values())}
     for name, key in zip(changes, shapes, strict=True):
         size = int(np.prod(shapes[key]))
@@ -89,7 +89,9 @@ def test_what_a_training_state_does_not_tell_is_as_published_or_said(tmp_path):
     assert (found.data.shape, found.net.attention) == ((16, 16, 3), (8,))
     assert "multiples of 2" in refused(path, size=15)
     fourier = dataclasses.replace(PLAIN, embedding="fourier")
-    assert convert.read(state_file(path, fourier)).experiment.sde == gddim.VE(100.0)
+    state_file(path, fourier, sigmas=None)
+    assert convert.read(path, process="ve").experiment.sde == gddim.VE(100.0)
+    assert "CLD-SGM's VPSDE, which is not read, unless --process says" in refused(path)
     for config, epsilon in ((fourier, 1e-9), (PLAIN, 1e-6)):
         assert convert.read(state_file(path, config, inputs=6)).experiment.sde.epsilon == epsilon
 
