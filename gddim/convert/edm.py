@@ -97,7 +97,8 @@ def _process(outer: Thing, found: dict[str, np.ndarray], config: NCSNppConfig, c
             return {"sde": VE(float(state["sigma_max"])), "net": net, **how}
         case "iDDPMPrecond":  # counts noise levels down to 0, which are told up from 0
             found |= {name: found[name][..., :channels] for name in last}
-            steps = _whole(state, "M")
+            if (steps := _whole(state, "M")) > 100_000:
+                raise UserError(f"its M is {steps}, where a number of steps must be")
             alphas = np.sin(np.pi / 2 * np.arange(steps, -1, -1) / steps / (float(state["C_2"]) + 1)) ** 2
             sde = VP.from_betas(1 - np.maximum(alphas[1:] / alphas[:-1], float(state["C_1"])))
             return {"sde": sde, "net": config, "model": Model("eps", time_scale=1.0, time_offset=-1.0)}
