@@ -92,8 +92,8 @@ class Loaded(eqx.Module):
         `n`: how many, numbers 0, 1, …; or the numbers themselves. Sample i depends on the parameters, the process, the
         sampler, the calls, the key and i alone, to rounding.
         `sampler`: a sampler, or its word as `"gddim:3:data"`, or `"table:NAME"`, one of those that were fitted to the network;
-        `nfe`: the network calls of each; `process`: what they are drawn
-        through, a process or its word as `"cld:gamma=0.1"`. Without them, those of the run.
+        `nfe`: the network calls of each; `process`: what they are drawn through, a process or its word as `"cld:gamma=0.1"`.
+        Without them, those of the run, whose last time and grid are of its own process alone.
         `key`: without it that of the run's `sampling.seed`, so that its samples are those of the command line.
         `classes`: of each, whole numbers `(n,)`, or one of all, −1 for none, where the run has classes; without it those of the
         run in turn.
@@ -144,6 +144,8 @@ class Loaded(eqx.Module):
             "nfe": nfe,
         }
         how = dataclasses.replace(self.settings, **{name: x for name, x in given.items() if x is not None})
+        if how.process not in (None, self.sde, self.settings.process):  # the run's times are not those of another
+            how = dataclasses.replace(how, power=None, t_min=None)
         model = self.model if how.process is None else seen_through(self.model, how.process)
         method = how.method(model.sde)
         check_methods([method], model.sde)

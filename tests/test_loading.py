@@ -67,6 +67,13 @@ def test_it_is_asked_for_another_process_sampler_and_number_of_calls(model):
     np.testing.assert_allclose(found, cld[1], atol=3e-3)  # CLD multiplies rounding by e^8
 
 
+def test_the_times_of_the_run_are_not_those_of_another_process(model):
+    model = dataclasses.replace(model, settings=dataclasses.replace(model.settings, t_min=0.05, power=7.0))
+    for name, end, power in ((None, 0.05, 7), ("vp", 0.05, 7), ("cld", 1e-3, 2)):
+        _, solver = model.through(process=name, sampler="gddim:2", nfe=3)
+        np.testing.assert_allclose(solver.rows.time, gddim.power_grid(1.0, end, 3, power=power)[:-1], rtol=1e-6)
+
+
 def test_it_is_an_eps_fn_and_tells_the_data(model):
     u, t = model.sde.sample_prior(jax.random.key(0), (8, 8, 1, 3)), jnp.asarray(0.4)
     data = model.denoise(u, t)

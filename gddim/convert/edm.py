@@ -20,7 +20,6 @@ from gddim.errors import UserError
 from gddim.experiment import Experiment, Model, Sampling
 from gddim.nn import NCSNpp, NCSNppConfig
 from gddim.pickles import Calls, Thing, unpickle
-from gddim.samplers import Heun
 from gddim.sde import VE, VP
 from gddim.storage import mapped
 from gddim.torch_reader import CALLS, Tensor, Window, arrays, empty
@@ -79,11 +78,11 @@ def _process(outer: Thing, found: dict[str, np.ndarray], config: NCSNppConfig, c
     """What the preconditioner makes of the network. A network that says −ε gets its last layer negated."""
     state, last = outer.state, [name for name in found if re.search(r"(_aux|out)_conv\.(weight|bias)$", name)]
     match outer.name:
-        case "EDMPrecond":  # its sampler keeps within what the network supports
+        case "EDMPrecond":  # EDM's sampler, --sampler heun, keeps within what the network supports
             top, end = min(80.0, float(state.get("sigma_max", 80))), max(0.002, float(state.get("sigma_min", 0)))
             return {
                 "sde": VE(top), "net": config, "model": Model("data", data_std=float(state["sigma_data"])),
-                "sampling": Sampling(Heun(), nfe=35, power=7.0, t_min=end, last="data"),
+                "sampling": Sampling(nfe=35, t_min=end),
             }  # fmt: skip
         case "VPPrecond":
             sde = VP(float(state["beta_min"]), float(state["beta_min"] + state["beta_d"]))
