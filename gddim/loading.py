@@ -11,6 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key, PyTree, ScalarLike, UInt32
 
 from gddim.errors import UserError, place
@@ -174,7 +175,7 @@ class Loaded(eqx.Module):
             raise UserError(
                 f"classes: given {given.dtype}{[*given.shape]}, accepted are whole numbers, one or {shape[0]}"
             )
-        if not isinstance(given, jax.core.Tracer) and not np.all((given >= -1) & (given < self.classes)):
+        if not isinstance(given, Tracer) and not np.all((given >= -1) & (given < self.classes)):
             told = f"given are {given.min()} to {given.max()}"
             raise UserError(f"classes: {told}, accepted are 0 to {self.classes - 1}, and -1 for no class")
         return jnp.broadcast_to(jnp.asarray(given, jnp.int32), shape)
