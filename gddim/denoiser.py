@@ -208,6 +208,7 @@ def time_of(path: AbstractLinearSDE, sigma: Scalar) -> tuple[Scalar, Scalar]:
 
     for _ in range(2):
         found, slope = jax.jvp(level, (t,), (jnp.ones_like(t),))
+        slope = jnp.where(slope > 0, slope, jnp.inf)  # a path between points of a table has none at its end
         t = jnp.clip(t - (found - target) / slope, t / 2, path.horizon)
     return t, jnp.exp(target)
 

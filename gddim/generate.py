@@ -37,15 +37,15 @@ from gddim.storage import check_empty, write_whole
 MOST = 10_000  # pictures that a grid shows
 
 
-def parse_seeds(word: str) -> list[int]:
-    """The numbers of `0-63`, `1,5,9` or `0-3,7`. Raises `UserError` for anything else."""
+def parse_numbers(option: str, words: list[str], least: int = 0) -> list[int]:
+    """The different numbers of `0-63`, `1,5,9` or `0-3,7`. Raises `UserError` for anything else."""
     found: list[int] = []
-    for part in word.split(","):
-        if not (ends := re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())):
-            raise UserError(f"--seeds {word}: accepted are numbers and ranges of them, as 0-63 or 1,5,9")
+    for part in ",".join(words).split(","):
+        if not (ends := re.fullmatch(r"(-?\d+)(?:-(\d+))?", part.strip())):
+            raise UserError(f"{option} {' '.join(words)}: accepted are numbers and ranges of them, as 0-63 or 1,5,9")
         first, last = int(ends[1]), int(ends[2] or ends[1])
-        if not first <= last < 2**31 or last - first >= 10**7:
-            raise UserError(f"--seeds {part}: a range rises, within 0 … {2**31 - 1}, by less than ten million")
+        if not least <= first <= last < 2**31 or last - first >= 10**7:
+            raise UserError(f"{option} {part}: a range rises, within {least} … {2**31 - 1}, by less than ten million")
         found += range(first, last + 1)
     return list(dict.fromkeys(found))
 
@@ -57,8 +57,9 @@ def main(arguments: list[str] | None = None) -> int:
         allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("source", metavar="FILE_OR_RUN", help="a trained network, local or gs://…")
-    parser.add_argument("out", metavar="OUT", help="a new or empty folder")
+    parser.add_argument("out", metavar="OUT", nargs="?", help="a new or empty folder")
     parser.add_argument("--seeds", default="0-63", help="numbers and ranges, as 0-63 or 1,5,9 (0-63)")
+    parser.add_argument("--classes", nargs="+", help="of the seeds in turn, as 3 5 or 0-9; none is -1 (all)")
     parser.add_argument("--process", help="to draw through, as vp, cld:gamma=0.1 (that of the run)")
     parser.add_argument("--sampler", help="as gddim:3:data, em, heun, table:NAME (that of the run)")
     parser.add_argument("--nfe", type=int, help="network calls a sample (those of the run)")
@@ -69,7 +70,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument(f"--guide.{field.name}", **kind.get(field.name, {"type": float}), help=text)
     parser.add_argument("--weights", help="ema, raw or a length σ_rel (what the run samples with)")
     parser.add_argument("--batch", type=int, default=16, help="pictures at a time, over all devices (16)")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
+    if options.out is None and len(options.classes or ()) > 1:  # --classes 3 5 OUT
+        *options.classes, options.out = options.classes
+    if options.out is None:
+        parser.error("the following arguments are required: OUT")
     try:
         check_backend()
         print(_generate(options))
@@ -80,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _generate(options: argparse.Namespace) -> str:
-    seeds, out = parse_seeds(options.seeds), place(options.out)
+    seeds, out = parse_numbers("--seeds", [options.seeds]), place(options.out)
     if options.batch < 1:
         raise UserError(f"--batch must be at least 1, not {options.batch}")
     check_empty(out)
@@ -94,6 +99,10 @@ def _generate(options: argparse.Namespace) -> str:
         raise UserError(
             f"{options.source} draws records {shape}, no pictures: gddim.load and .sample give them as arrays"
         )
+    if options.classes:
+        classes = tuple(parse_numbers("--classes", options.classes, -1))
+        settings = dataclasses.replace(settings, classes=classes, per_class=0)
+        found.experiment.drawn_classes(settings)  # which refuses those that the data have not
     how = {name: getattr(options, name) for name in ("sampler", "process", "nfe") if getattr(options, name) is not None}
     given: dict[str, Any] = {field.name: getattr(options, f"guide.{field.name}") for field in dataclasses.fields(Guide)}
     if given := {name: tuple(x) if isinstance(x, list) else x for name, x in given.items() if x is not None}:
@@ -121,7 +130,8 @@ def _generate(options: argparse.Namespace) -> str:
         some = seeds[first : first + size]
         images = to_host(draw(model, jnp.asarray(np.resize(some, size), jnp.uint32)))[: len(some)]
         for seed, image in zip(some, images, strict=True):
-            write_whole(out / f"{seed:06d}.png", _png(image, told | {"seed": seed}))
+            of = {"class": int(settings.class_of(seed, found.classes))} if found.classes else {}
+            write_whole(out / f"{seed:06d}.png", _png(image, told | of | {"seed": seed}))
         drawn.append(images)
     by = f"{label_in_words(told['sampler'])}, {told['process']}, at most {told['nfe']} network calls"
     by += f", guided by {guide}" if guide.acts else ""

@@ -10,12 +10,14 @@ from typing import Any, Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key, PyTree, ScalarLike, UInt32
 
 from gddim.errors import UserError, place
 from gddim.guidance import UNTOLD, Guidance, guided
 from gddim.model import seen_through
-from gddim.parallel import batch_sharding, check_backend, round_up
+from gddim.parallel import batch_sharding, check_backend, make_mesh, round_up
 from gddim.samplers import AbstractSampler, LearnedTable, count_calls
 from gddim.samplers.base import to_data
 from gddim.samplers.method import check_methods
@@ -91,20 +93,22 @@ class Loaded(eqx.Module):
         `n`: how many, numbers 0, 1, …; or the numbers themselves. Sample i depends on the parameters, the process, the
         sampler, the calls, the key and i alone, to rounding.
         `sampler`: a sampler, or its word as `"gddim:3:data"`, or `"table:NAME"`, one of those that were fitted to the network;
-        `nfe`: the network calls of each; `process`: what they are drawn
-        through, a process or its word as `"cld:gamma=0.1"`. Without them, those of the run.
+        `nfe`: the network calls of each; `process`: what they are drawn through, a process or its word as `"cld:gamma=0.1"`.
+        Without them, those of the run, whose last time and grid are of its own process alone.
         `key`: without it that of the run's `sampling.seed`, so that its samples are those of the command line.
-        `classes`: of each, whole numbers `(n,)`, −1 for none, where the run has classes; without it those of the run in turn.
+        `classes`: of each, whole numbers `(n,)`, or one of all, −1 for none, where the run has classes; without it those of the
+        run in turn.
         `guide`: the scale of classifier-free guidance; or any function from denoisers to a denoiser, as
         `lambda D: gddim.guidance.Autoguidance(D, worse.denoiser, 2.0)` with another loaded network.
 
-        Raises `UserError` for a word that is none, too few calls, and a process that the network does not serve.
+        Raises `UserError` for a word that is none, too few calls, a process that the network does not serve, and classes that
+        are none, or not as many as samples.
         """
         model, solver = self.through(sampler=sampler, nfe=nfe, process=process, guide=guide)
         numbers = jnp.arange(n) if isinstance(n, int) else n
         key = jax.random.key(self.settings.seed) if key is None else key
         spread = self._spread(numbers)
-        of = None if classes is None else self._spread(jnp.asarray(classes, jnp.int32))
+        of = None if classes is None else self._spread(self._checked(classes, numbers.shape))
         cond = self._cond(spread, of)
         return sample_numbered(model, solver, self.shape, key, spread, cond=cond).data[: numbers.shape[0]]
 
@@ -141,6 +145,8 @@ class Loaded(eqx.Module):
             "nfe": nfe,
         }
         how = dataclasses.replace(self.settings, **{name: x for name, x in given.items() if x is not None})
+        if how.process not in (None, self.sde, self.settings.process):  # the run's times are not those of another
+            how = dataclasses.replace(how, power=None, t_min=None)
         model = self.model if how.process is None else seen_through(self.model, how.process)
         method = how.method(model.sde)
         check_methods([method], model.sde)
@@ -156,11 +162,23 @@ class Loaded(eqx.Module):
 
     def _cond(self, numbers: Array, classes: Array | None = None) -> PyTree:
         """What conditions samples: their classes, by number unless they are given."""
-        if classes is not None and not self.classes:
-            raise UserError("classes: this run knows none; train one with --data.labels")
         if not self.classes:
             return None
         return {"label": self.settings.class_of(numbers, self.classes) if classes is None else classes}
+
+    def _checked(self, classes: Any, shape: tuple[int, ...]) -> Array:
+        """The class of each sample."""
+        if not self.classes:
+            raise UserError("classes: this run knows none; train one with --data.labels")
+        given = classes if isinstance(classes, jax.Array) else np.asarray(classes)
+        if not jnp.issubdtype(given.dtype, jnp.integer) or given.shape not in ((), shape):
+            raise UserError(
+                f"classes: given {given.dtype}{[*given.shape]}, accepted are whole numbers, one or {shape[0]}"
+            )
+        if not isinstance(given, Tracer) and not np.all((given >= -1) & (given < self.classes)):
+            told = f"given are {given.min()} to {given.max()}"
+            raise UserError(f"classes: {told}, accepted are 0 to {self.classes - 1}, and -1 for no class")
+        return jnp.broadcast_to(jnp.asarray(given, jnp.int32), shape)
 
     def _spread(self, x: Array) -> Array:
         """An array split over the mesh, filled up with its last element until that goes."""
@@ -191,7 +209,7 @@ def load(
     `weights`: "ema", the average that training keeps; "raw", the parameters of the step; or a length σ_rel, rebuilt from the
     snapshots of the run. Without it what the run samples with.
     `dtype`: in which the network computes; its parameters stay float32.
-    `mesh`: over which samples are split, the parameters whole on each of its devices.
+    `mesh`: over whose devices samples are split, whatever its axes; the parameters are whole on each.
     `sde`, `net`, `data`: the process, the network's configuration or the data set, where the run was given one of your own.
 
     Raises `UserError` for a source that is none of these, a step or an average that it lacks, parameters that are not those
@@ -200,6 +218,7 @@ def load(
     from gddim.experiment.trained import find  # here, so that importing gddim does not import all that trains
 
     check_backend()
+    mesh = mesh and make_mesh(devices=[*mesh.devices.flat])
     found = find(place(str(source)), step, weights, dtype, mesh, sde, net, data)
     return loaded(found, mesh)
 

@@ -125,7 +125,8 @@ def refusing(path: Path, kind: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        said = " ".join(str(error).split())[:300] or type(error).__name__
+        plain = isinstance(error, UserError | OSError)
+        said = " ".join((str(error) if plain else f"{type(error).__name__} {error}").split())[:300]
         raise UserError(f"{path} is no {kind}, or not all of it: {said}") from error
 
 

@@ -193,15 +193,15 @@ def score_sde_state(net, sigmas=None) -> tuple[dict, dict[str, bytes]]:
     found = parameters_of(net, score_sde.names(net))
     storages: dict[str, bytes] = {}
 
-    def kept(value: np.ndarray, kind: str = "FloatStorage") -> Call:
-        value = np.ascontiguousarray(value)
+    def kept(value: np.ndarray) -> Call:
+        value, kind = np.ascontiguousarray(value), {4: "FloatStorage", 8: "DoubleStorage"}[value.itemsize]
         storages[key := str(len(storages))] = value.tobytes()
         strides = tuple(int(n) // value.itemsize for n in value.strides)
         return tensor(key, value.shape, strides, value.size, kind=kind)
 
     order = sorted(found, key=lambda name: int(name.split(".")[1]))
     found = {name: found[name] if name.endswith(".W") else theirs(found[name]) for name in order}
-    model = {} if sigmas is None else {"module.sigmas": kept(np.asarray(sigmas, np.float64), "DoubleStorage")}
+    model = {} if sigmas is None else {"module.sigmas": kept(np.asarray(sigmas))}
     fixed = "all_modules.0.W"
     apart = {name: 1 + name.endswith("bias") if name != fixed else 0 for name in found}
     model |= {f"module.{name}": kept(value + np.float32(apart[name])) for name, value in found.items()}
@@ -219,10 +219,10 @@ def options_of(config, side, **more):
     }  # fmt: skip
 
 
-def edm_net(seed=0, side=16, **changes):
+def edm_net(seed=0, side=16, outputs=3, **changes):
     settings = {"width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (side // 2,), "embedding": "positional"}
     config = NCSNppConfig(**{**settings, "fir": False, "progressive_input": "none", **changes})
-    net = config.build((side, side, 3), 3, jax.random.key(seed))
+    net = config.build((side, side, 3), outputs, jax.random.key(seed))
     return config, jax.tree.map(lambda leaf: leaf + 0.1, net)
 
 
@@ -242,7 +242,7 @@ def diffusers_folder(folder, net, **options):
         header[name] = {"dtype": "F32", "shape": theirs(value).shape, "data_offsets": [len(body), len(body) + len(raw)]}
         body += raw
     words = json.dumps(header).encode()
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True, parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "scheduler_config.json").write_text(json.dumps({"num_train_timesteps": 20, "beta_end": 0.3}))
     (folder / "diffusion_pytorch_model.safetensors").write_bytes(struct.pack("<Q", len(words)) + words + body)

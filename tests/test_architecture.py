@@ -70,6 +70,7 @@ IMPORTS = {
             "pickles",
             "safetensors",
             "torch_reader",
+            "data",
             "experiment",
         )
     },

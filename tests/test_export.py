@@ -16,7 +16,7 @@ import safetensors
 from command_line import status_of
 from etils import epath
 from PIL import Image
-from runs import COLOUR, make_run
+from runs import COLOUR, LabelledColours, make_run
 
 import gddim
 from gddim import export, generate, weights
@@ -205,10 +205,28 @@ def test_a_seed_makes_one_picture_whatever_other_seeds_there_are(files, tmp_path
         assert np.abs(np.asarray(image).astype(int) - np.asarray(to_uint8(first)).astype(int)).max() <= 1
 
 
+def test_seeds_are_of_the_classes_that_are_asked_for(tmp_path):
+    workdir = make_run(tmp_path / "w", dataclasses.replace(COLOUR, data=LabelledColours(5)))
+
+    def drawn(*words):
+        assert generate.main([str(workdir), *words, "--seeds=0-2", "--nfe=2", "--batch=8"]) == 0
+        return [Image.open(tmp_path / "out" / words[-1] / f"{seed:06d}.png") for seed in range(3)]
+
+    out = lambda name: str(tmp_path / "out" / name)
+    some, none = drawn("--classes", "3", "-1", out("some")), drawn(out("all"))
+    assert [json.loads(image.info[KEY])["class"] for image in some] == [3, -1, 3]
+    assert [json.loads(image.info[KEY])["class"] for image in none] == [0, 1, 2]
+    wanted = to_uint8(gddim.load(workdir).sample(1, classes=3, nfe=2, key=jax.random.key(2)))[0]
+    assert np.abs(np.asarray(some[2]).astype(int) - np.asarray(wanted).astype(int)).max() <= 1
+    assert np.any(np.asarray(some[2]) != np.asarray(none[2]))
+
+
 NOT_DRAWN = {
     "FILES/b.safetensors FILES/hub": "is there already",
     "FILES/b.safetensors new --seeds=3-1": "--seeds 3-1: a range rises",
     "FILES/b.safetensors new --seeds=a": "--seeds a: accepted are numbers and ranges",
+    "FILES/b.safetensors new --seeds=-1": "--seeds -1: a range rises, within 0",
+    "FILES/b.safetensors --classes 1 3 new": "this run knows no classes",
     "FILES/b.safetensors new --batch=0": "--batch must be at least 1",
     "FILES/b.safetensors new --nfe=0": "nfe must be at least 1",
     "FILES/b.safetensors new --sampler=ddim": "unknown sampler 'ddim'",

@@ -108,9 +108,9 @@ def write(kind: str, path: Path, width: int) -> str:
         case "edm":
             path.write_bytes(pickled(edm_tree(net, "SongUNet", options_of(config, 16), sigma_data=0.5), protocol=4))
         case "archive":
-            write_zip(path, *score_sde_state(net))
+            write_zip(path, *score_sde_state(net, np.float32([50.0, 0.01])))
         case "older":
-            write_stream(path, *score_sde_state(net))
+            write_stream(path, *score_sde_state(net, np.float32([50.0, 0.01])))
         case "diffusers":
             options = {"block_out_channels": [width, 2 * width], "layers_per_block": 2}
             return str(diffusers_folder(path, net, **options))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from command_line import status_of
-from runs import COLOUR, NET, Colours, make_run
+from runs import COLOUR, NET, Colours, LabelledColours, make_run
 
 import gddim
 from gddim.data import Digits, FiveRings, to_uint8
@@ -51,7 +51,7 @@ def test_samples_are_numbered_and_come_under_jit_vmap_and_a_mesh(run, model):
     near(jax.jit(lambda model, key: model.sample(5, key=key))(model, key), images)
     keys = jnp.stack([key, jax.random.key(4)])
     near(jax.vmap(lambda key: model.sample(5, key=key))(keys)[0], images)
-    spread = gddim.load(run, mesh=make_mesh())
+    spread = gddim.load(run, mesh=jax.make_mesh((2, 4), ("one", "other")))
     assert len(spread.sample(8).sharding.device_set) == 8
     near(spread.sample(5, key=key), images)
 
@@ -65,6 +65,13 @@ def test_it_is_asked_for_another_process_sampler_and_number_of_calls(model):
     through = gddim.through(gddim.CLD(), model.denoiser)
     found = gddim.CLD().project(solver(through, u, jax.random.key(1)).state)
     np.testing.assert_allclose(found, cld[1], atol=3e-3)  # CLD multiplies rounding by e^8
+
+
+def test_the_times_of_the_run_are_not_those_of_another_process(model):
+    model = dataclasses.replace(model, settings=dataclasses.replace(model.settings, t_min=0.05, power=7.0))
+    for name, end, power in ((None, 0.05, 7), ("vp", 0.05, 7), ("cld", 1e-3, 2)):
+        _, solver = model.through(process=name, sampler="gddim:2", nfe=3)
+        np.testing.assert_allclose(solver.rows.time, gddim.power_grid(1.0, end, 3, power=power)[:-1], rtol=1e-6)
 
 
 def test_it_is_an_eps_fn_and_tells_the_data(model):
@@ -104,6 +111,17 @@ def test_the_network_computes_in_another_type(run, model):
     assert {x.dtype for x in jax.tree.leaves(coarse)} == {jnp.dtype("float32")}
     x, y = (each.denoiser(jnp.ones((8, 8, 3)), 0.5) for each in (coarse, model))
     assert 0 < float(jnp.abs(x - y).max()) < 0.05 * float(jnp.abs(y).max())
+
+
+def test_classes_that_the_run_has_not_are_refused_in_a_line(tmp_path):
+    model = gddim.load(make_run(tmp_path / "w", dataclasses.replace(COLOUR, data=LabelledColours(5))))
+    for classes, said in (
+        ([5, 1], "given are 1 to 5, accepted are 0 to 4"),
+        ([1, 2, 3], r"given int64\[3\], accepted are whole numbers, one or 2"),
+        ([1.5, 2], "given float64"),
+    ):
+        with pytest.raises(gddim.UserError, match=f"classes: {said}"):
+            model.sample(2, classes=classes, nfe=2)
 
 
 ELSEWHERE = """
@@ -199,6 +217,8 @@ def test_what_is_no_run_is_refused_in_a_line(what, tmp_path):
 def test_what_a_run_does_not_hold_is_refused_in_a_line(run, model, tmp_path):
     with pytest.raises(gddim.UserError, match=r"no whole checkpoint of step 7 \(saved: \[1, 2\]"):
         gddim.load(run, step=7)
+    with pytest.raises(gddim.UserError, match="weights best: accepted are ema, raw and a length"):
+        gddim.load(run, weights="best")
     with pytest.raises(gddim.UserError, match="is made of snapshots"):
         gddim.load(run, weights=0.1)
     with pytest.raises(gddim.UserError, match="unknown sampler 'ddim'"):

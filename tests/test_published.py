@@ -154,7 +154,8 @@ def test_a_converted_run_is_drawn_through_another_process_where_it_can_be(fixtur
     source = str(folder / "scoresde_vp_ddpmpp.pth")
     assert convert.main([source, str(run), "--size", "16"]) == 0
     found = convert.read(source, size=16)
-    words = ["--process", "cld", "--sampling.samples=4", "--sampling.batch=4", "--sampling.nfe=5"]
+    words = ["--process=cld", "--sampler=gddim:3:data"]
+    words += ["--sampling.samples=4", "--sampling.batch=4", "--sampling.nfe=5"]
     assert status_of(found.experiment, "sample", f"--workdir={run}", *words) == 0
     with np.load(run / "samples.npz", allow_pickle=False) as file:
         samples = file["samples"]

@@ -15,6 +15,7 @@ from checkpoint_files import (
     pickled,
     refused,
     score_sde_state,
+    tensor,
     write_zip,
 )
 
@@ -22,6 +23,7 @@ from gddim import convert
 from gddim.nn import NCSNppConfig
 from gddim.nn.blocks import Block
 from gddim.nn.layers import Draw
+from gddim.safetensors import parse
 
 TINY = NCSNppConfig(width=4, multipliers=(1, 2), blocks=1, attention=(16,))
 
@@ -66,6 +68,7 @@ def test_options_of_edm_that_are_not_known_are_refused(tmp_path, options, said):
     [
         ({"mystery": 1}, {}, "options that are not known: mystery"),
         ({"mid_block_type": None}, {}, "its mid_block_type is None"),
+        ({"sample_size": None}, {}, "its sample_size is None"),
         ({}, {"_class_name": "ScoreSdeVeScheduler"}, "its scheduler is ScoreSdeVe"),
         ({}, {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "its scheduler is FlowMatchEulerDiscrete"),
         ({}, {"rescale_betas_zero_snr": True}, "betas rescaled"),
@@ -75,3 +78,30 @@ def test_options_of_diffusers_that_are_not_read_are_refused(tmp_path, options, s
     folder = diffusers_folder(tmp_path / "unet", edm_net(style="ddpm", groups=4)[1], **options)
     (folder / "scheduler_config.json").write_text(json.dumps(schedule))
     assert said in refused(folder)
+
+
+def test_a_folder_of_diffusers_as_others_write_it(tmp_path):
+    """Pickled weights, attention's older names, sides one by one, a pipeline's U-Net, and none of its schedule."""
+    config, net = edm_net(style="ddpm", groups=4)
+    unet = diffusers_folder(tmp_path / "pipeline" / "unet", net, sample_size=[16, 16], act_fn="swish")
+    arrays, _ = parse((unet / "diffusion_pytorch_model.safetensors").read_bytes())
+    older = {name.replace(".to_q.", ".query.").replace(".to_out.0.", ".proj_attn."): x for name, x in arrays.items()}
+    assert older.keys() != arrays.keys()
+    keys = {name: str(i) for i, name in enumerate(older)}
+    strides = {name: tuple(step // 4 for step in x.strides) for name, x in older.items()}
+    tree = {name: tensor(keys[name], x.shape, strides[name], x.size) for name, x in older.items()}
+    write_zip(unet / "diffusion_pytorch_model.bin", tree, {keys[name]: x.tobytes() for name, x in older.items()})
+    (unet / "diffusion_pytorch_model.safetensors").unlink()
+    found = convert.read(unet)
+    assert found.experiment.net == config
+    for mine, other in zip(jax.tree.leaves(net), jax.tree.leaves(found.model.net), strict=True):
+        np.testing.assert_array_equal(other, mine)
+    scheduler = unet.parent / "scheduler"
+    scheduler.mkdir()
+    (unet / "scheduler_config.json").rename(scheduler / "scheduler_config.json")
+    assert convert.read(unet).experiment.sde == convert.read(unet.parent).experiment.sde == found.experiment.sde
+    (scheduler / "scheduler_config.json").unlink()
+    assert "taken for one of DDPM's schedule" in convert.read(unet).told
+    (unet.parent / "vqvae").mkdir()
+    for folder in (unet, unet.parent):
+        assert "latent: beside it is a vqvae" in refused(folder)

@@ -21,7 +21,7 @@ from checkpoint_files import (
 
 import gddim
 from gddim import convert
-from gddim.convert import edm, score_sde
+from gddim.convert import edm, recognition, score_sde
 from gddim.nn import NCSNppConfig
 
 
@@ -70,9 +70,9 @@ PLAIN = NCSNppConfig(
 )
 
 
-def state_file(path, config=PLAIN, inputs=3, **changes):
+def state_file(path, config=PLAIN, inputs=3, sigmas=(50.0, 0.01), **changes):
     """A training state, beside whose parameters there are others."""
-    tree, storages = score_sde_state(config.build((16, 16, inputs), 3, jax.random.key(0)))
+    tree, storages = score_sde_state(config.build((16, 16, inputs), 3, jax.random.key(0)), sigmas)
     shapes = {f"x{i}": shape for i, shape in enumerate(changes.values())}
     for name, key in zip(changes, shapes, strict=True):
         size = int(np.prod(shapes[key]))
@@ -89,7 +89,9 @@ def test_what_a_training_state_does_not_tell_is_as_published_or_said(tmp_path):
     assert (found.data.shape, found.net.attention) == ((16, 16, 3), (8,))
     assert "multiples of 2" in refused(path, size=15)
     fourier = dataclasses.replace(PLAIN, embedding="fourier")
-    assert convert.read(state_file(path, fourier)).experiment.sde == gddim.VE(100.0)
+    state_file(path, fourier, sigmas=None)
+    assert convert.read(path, process="ve").experiment.sde == gddim.VE(100.0)
+    assert "CLD-SGM's VPSDE, which is not read, unless --process says" in refused(path)
     for config, epsilon in ((fourier, 1e-9), (PLAIN, 1e-6)):
         assert convert.read(state_file(path, config, inputs=6)).experiment.sde.epsilon == epsilon
 
@@ -142,20 +144,64 @@ def test_another_architecture_of_diffusers_is_one_line(tmp_path, options, said):
     assert said in refused(diffusers_folder(tmp_path / "unet", edm_net(**DDPM)[1], **options))
 
 
-@pytest.mark.parametrize("outer", ["VPPrecond", "VEPrecond"])
+PRECONDITIONED = {
+    "VPPrecond": ({"beta_min": 0.1, "beta_d": 19.9, "M": 1000}, (gddim.VP(0.1, 20.0), 999.0, 0.0)),
+    "VEPrecond": ({"sigma_min": 0.03, "sigma_max": 100}, (gddim.VE(100.0), 0.5, 0.0)),
+    "iDDPMPrecond": ({"C_1": 0.001, "C_2": 0.008, "M": 10}, (None, 1.0, -1.0)),
+}
+
+
+@pytest.mark.parametrize("outer", PRECONDITIONED)
 def test_networks_of_edms_other_preconditioners_are_eps_of_their_processes(tmp_path, outer):
-    ve = outer == "VEPrecond"
-    config, net = edm_net(**({"embedding": "fourier"} if ve else {}))
-    options = options_of(config, 16, **({"embedding_type": "fourier", "channel_mult_noise": 2} if ve else {}))
-    state = {"sigma_max": 100} if ve else {"beta_min": 0.1, "beta_d": 19.9, "M": 1000}
+    ve, outputs = outer == "VEPrecond", 6 if outer == "iDDPMPrecond" else 3
+    config, net = edm_net(outputs=outputs, **({"embedding": "fourier"} if ve else {}))
+    more = {"embedding_type": "fourier", "channel_mult_noise": 2} if ve else {}
+    options = options_of(config, 16, out_channels=outputs, **more)
+    state, (sde, *level) = PRECONDITIONED[outer]
     path = tmp_path / "x.pkl"
     path.write_bytes(pickled(edm_tree(net, "SongUNet", options, outer, **state), 4))
     found = convert.read(path)
     model = found.model
-    assert (model.sde, model.time_scale) == ((gddim.VE(100.0), 0.5) if ve else (gddim.VP(0.1, 20.0), 999.0))
-    np.testing.assert_array_equal(model.net.conv_out.bias, (-1 if ve else 1) * net.conv_out.bias)
-    path.write_bytes(pickled(edm_tree(net, "SongUNet", options, "iDDPMPrecond"), 4))
-    assert "read are EDMPrecond" in refused(path)
+    assert [model.time_scale, model.offset] == level
+    np.testing.assert_array_equal(model.net.conv_out.bias, (-1 if ve else 1) * net.conv_out.bias[:3])
+    if ve:
+        assert (found.experiment.sampling.power, found.experiment.sampling.t_min) == (7.0, 0.03)
+    if sde is None:  # its noise levels, from the largest to 0, by its own recursion
+        alpha = lambda j: np.sin(0.5 * np.pi * j / 10 / 1.008) ** 2
+        levels = [0.0]
+        for j in range(10, 0, -1):
+            levels.append(np.sqrt((levels[-1] ** 2 + 1) / max(alpha(j - 1) / alpha(j), 0.001) - 1))
+        noise = [model.sde.noise_factor(t)[0, 0] / model.sde.transition(t, 0.0)[0, 0] for t in np.arange(1.0, 11.0)]
+        np.testing.assert_allclose(noise, levels[1:], rtol=1e-10)
+    else:
+        assert model.sde == sde
+    path.write_bytes(pickled(edm_tree(net, "SongUNet", options, "Precond"), 4))
+    assert "channels and returns 6" in refused(path) or "read are EDMPrecond" in refused(path)
+
+
+def test_an_edm_sampler_keeps_within_what_its_network_supports(tmp_path):
+    config, net = edm_net()
+    path = tmp_path / "x.pkl"
+    for bounds, wanted in ({}, (80.0, 0.002)), ({"sigma_min": 0.01, "sigma_max": 40.0}, (40.0, 0.01)), (
+        {"sigma_min": 0, "sigma_max": float("inf")}, (80.0, 0.002)
+    ):  # fmt: skip
+        tree = edm_tree(net, "SongUNet", options_of(config, 16), sigma_data=0.5, **bounds)
+        path.write_bytes(pickled(tree, protocol=4))
+        found = recognition.parse(path).experiment
+        assert (found.sde.sigma_max, found.sampling.t_min) == wanted
+
+
+def test_adm_attends_where_there_is_a_whole_head(tmp_path):
+    config, net = edm_net(
+        style="adm", width=32, embedding="positional_open", eps=1e-5, head=64, attention=(16, 8), multipliers=(1, 2)
+    )
+    assert all(run.attention is None for run in net.down[0].runs)
+    assert all(run.attention is not None for run in net.down[1].runs)
+    path = tmp_path / "x.pkl"
+    path.write_bytes(pickled(edm_tree(net, "DhariwalUNet", options_of(config, 16), sigma_data=0.5), protocol=4))
+    read = convert.read(path).model.net
+    for mine, other in zip(jax.tree.leaves(net), jax.tree.leaves(read), strict=True):
+        np.testing.assert_array_equal(other, mine)
 
 
 def test_names_are_the_published_ones():

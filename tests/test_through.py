@@ -126,12 +126,16 @@ def test_the_time_of_a_noise_level(name):
         np.testing.assert_allclose(told[-1], 10 * t - 1, rtol=3e-6, atol=1e-6 * path.horizon)
 
 
-def test_noise_beyond_the_range_of_a_path_is_shown_at_its_end():
+BETAS = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+
+
+@pytest.mark.parametrize("path", [gddim.VP(), gddim.VP.from_betas(BETAS)], ids=["VP", "betas"])
+def test_noise_beyond_the_range_of_a_path_is_shown_at_its_end(path):
     told, n = [], jax.random.normal(jax.random.key(0), (2, 2, 3))
-    gddim.as_denoiser(lambda x, t: (told.append((x, t)), x)[1], gddim.VP(), "eps")(1e4 * n, jnp.float32(1e4))
+    gddim.as_denoiser(lambda x, t: (told.append((x, t)), x)[1], path, "eps")(1e4 * n, jnp.float32(1e4))
     x, t = told[0]
-    np.testing.assert_allclose(t, 1.0, rtol=1e-6)
-    np.testing.assert_allclose(x, n, rtol=1e-4)
+    np.testing.assert_allclose(t, path.horizon, rtol=1e-6)
+    np.testing.assert_allclose(x, path.noise_factor(path.horizon)[0, 0] * n, rtol=1e-4)
 
 
 @pytest.mark.parametrize("predicts", PREDICTS)

@@ -10,7 +10,7 @@ Nothing in it is imported or run. What a file does not tell is taken for what wa
 experiment may say it, as --sde.beta-max 10, --net.fir, --net.no-rescale where skip_rescale was False, or --net.width 64 where
 a state of gDDIM differs from its experiment. A run of such a state is one that python -m experiments.NAME samples, evaluates
 and trains on, with fresh moments of Adam. A network of one field (EDM's, score_sde's, diffusers') samples through every
-process; those of CLD through CLD.
+process; those of CLD through CLD. What draws is the default of python -m gddim.generate; EDM's own is its --sampler heun.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import dataclasses
 import importlib
 import shlex
 import sys
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -31,6 +31,8 @@ from etils import epath
 from gddim.convert.flax import WEIGHTS, assign, read_state
 from gddim.convert.published import Published
 from gddim.convert.recognition import is_flax, read
+from gddim.convert.score_sde import Process
+from gddim.data import classes_of
 from gddim.errors import UserError, place, printable
 from gddim.experiment import Experiment, cli
 from gddim.experiment.checkpoints import checkpoints, items_of
@@ -70,7 +72,9 @@ def convert_published(published: Published, workdir: epath.PathLike) -> None:
     """
     _check_empty(workdir)
     experiment, model = published.experiment, published.model
-    config = describe(experiment) | {RECORDS: {"shape": list(experiment.data.shape)}}
+    classes = classes_of(experiment.data)
+    records = {"shape": list(experiment.data.shape)} | ({"classes": classes} if classes else {})
+    config = describe(experiment) | {RECORDS: records}
     _write(workdir, Plan(experiment), model, model, published.step, config)
 
 
@@ -112,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--experiment", metavar="NAME", help="of a state of gDDIM: as in python -m experiments.NAME")
     parser.add_argument("--weights", choices=tuple(WEIGHTS), default="ema", help="averaged (default) or raw parameters")
     parser.add_argument(
-        "--process", choices=("vp", "subvp"), help="of a network of score_sde, where its file does not tell"
+        "--process", choices=get_args(Process), help="of a network of score_sde, where its file does not tell"
     )
     parser.add_argument(
         "--size",
@@ -139,7 +143,8 @@ def main(arguments: list[str] | None = None) -> int:
             published = dataclasses.replace(published, experiment=_parsed(published.experiment, words))
             convert_published(published, workdir)
             step = f" of step {published.step}" if published.step else ""
-            print(f"{options.workdir}: {options.weights} weights{step} of {published.told}")
+            size = "×".join(map(str, published.experiment.data.shape))
+            print(f"{options.workdir}: {options.weights} weights{step}, of {size} images, of {published.told}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

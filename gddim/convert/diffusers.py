@@ -15,6 +15,7 @@ from gddim.nn import NCSNpp, NCSNppConfig
 from gddim.safetensors import parse
 from gddim.sde import VP
 from gddim.storage import mapped
+from gddim.torch_reader import read_torch
 
 LAYERS = {"norm_in": "norm1", "conv_in": "conv1", "time": "time_emb_proj", "norm_out": "norm2", "conv_out": "conv2",
           "shortcut": "conv_shortcut"}  # fmt: skip
@@ -22,13 +23,13 @@ ATTENTION = {"norm": "group_norm", "query": "to_q", "key": "to_k", "value": "to_
 OLDER = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 TOPS = {"time.0": "time_embedding.linear_1", "time.1": "time_embedding.linear_2", "conv_in": "conv_in",
         "norm_out": "conv_norm_out", "conv_out": "conv_out"}  # fmt: skip
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
-# Options of a UNet2DModel with the only values that are read here, the first of which is diffusers' default.
-FIXED = {"act_fn": ("silu",), "mid_block_scale_factor": (1,), "time_embedding_type": ("positional",),
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors", "diffusion_pytorch_model.bin")
+# Options of a UNet2DModel with the values that are read here, first that of one that does not say.
+FIXED = {"act_fn": ("silu", "swish"), "mid_block_scale_factor": (1,), "time_embedding_type": ("positional",),
          "downsample_type": ("conv",), "upsample_type": ("conv",), "center_input_sample": (False,),
          "class_embed_type": (None,), "num_class_embeds": (None,), "add_attention": (True,),
          "resnet_time_scale_shift": ("default",),
-         "mid_block_type": ("UNetMidBlock2D",), "downsample_padding": (1, 0), "attn_norm_num_groups": (None,)}  # fmt: skip
+         "mid_block_type": ("UNetMidBlock2D",), "downsample_padding": (0,), "attn_norm_num_groups": (None,)}  # fmt: skip
 READ = (
     "sample_size",
     "in_channels",
@@ -67,33 +68,42 @@ JSON_LIMIT = 2**21  # bytes, which Python makes thirty times as many of
 def read_diffusers(folder: Path, source: Any) -> Published:
     """A U-Net's folder, or that of a pipeline with `unet/` and `scheduler/`. Raises `UserError` for another architecture."""
     unet = folder / "unet" if (folder / "unet").is_dir() else folder
+    pipeline = unet.absolute().parent if unet.absolute().name == "unet" else folder
     given = _json(unet / "config.json")
-    config, channels, side = _config(given)
+    config, shape = _config(given)
+    if latent := [name for name in ("vae", "vqvae") if (pipeline / name).exists()]:
+        raise UserError(f"its images are latent: beside it is a {latent[0]}, which is not read")
     weights = next((unet / name for name in WEIGHTS if (unet / name).is_file()), None)
     if weights is None:
-        raise UserError(f"it has no {' or '.join(WEIGHTS)}: pickled weights of diffusers are not read")
+        raise UserError(f"it has no {', '.join(WEIGHTS)}")
+    kept = read_torch(weights) if weights.suffix == ".bin" else parse(mapped(weights), JSON_LIMIT)[0]
     found = {}
-    for name, value in parse(mapped(weights), JSON_LIMIT)[0].items():
+    for name, value in kept.items():
         for older, newer in OLDER.items():
             name = name.replace(older, newer) if ".attentions." in name else name
         found[name] = ours(value)
     if given.get("flip_sin_to_cos", True) and (kernel := found.get("time_embedding.linear_1.weight")) is not None:
         found["time_embedding.linear_1.weight"] = np.roll(kernel, len(kernel) // 2, axis=0)  # cosines first
-    sde = VP.from_betas(_betas(folder))
+    places = (pipeline / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json")
+    schedule = next((_json(place) for place in places if place.is_file()), None)
+    sde = VP.from_betas(_betas(schedule or {}))
     model = Model("eps", time_scale=1.0, time_offset=-1.0)  # diffusers counts from 0 what is 1 here
-    experiment = Experiment("diffusers", sde, config, Elsewhere((side, side, channels)), model)
-    return Published(source, experiment, found, names, 0, "diffusers' UNet2DModel")
+    experiment = Experiment("diffusers", sde, config, Elsewhere(shape), model)
+    told = "" if schedule else ", taken for one of DDPM's schedule: it has no scheduler_config.json"
+    return Published(source, experiment, found, names, 0, f"diffusers' UNet2DModel{told}")
 
 
-def _config(given: dict[str, Any]) -> tuple[NCSNppConfig, int, int]:
+def _config(given: dict[str, Any]) -> tuple[NCSNppConfig, tuple[int, int, int]]:
     if given.get("_class_name") != "UNet2DModel":
         raise UserError(f"its config.json is of a {given.get('_class_name')!s:.40}; read is UNet2DModel")
+    said = {"downsample_padding": 1} | given  # which diffusers takes
     for name, accepted in FIXED.items():
-        if (value := given.get(name, accepted[0])) not in accepted[-1:]:
-            raise UserError(f"its {name} is {value!s:.40}; read is {accepted[-1]}")
+        if (value := said.get(name, accepted[0])) not in accepted:
+            raise UserError(f"its {name} is {value!s:.40}; read is {accepted[0]}")
     if unknown := [name for name in given if name not in READ and name not in FIXED and not name.startswith("_")]:
         raise UserError(f"its config.json has options that are not known: {', '.join(unknown):.200}")
-    outputs, side, channels = given["block_out_channels"], given["sample_size"], given["in_channels"]
+    outputs, size, channels = given["block_out_channels"], given["sample_size"], given["in_channels"]
+    sides = size if isinstance(size, list) else [size, size]
     down, up = given["down_block_types"], given["up_block_types"]
     known = ("DownBlock2D", "AttnDownBlock2D")
     attend = [kind == "AttnDownBlock2D" for kind in down]
@@ -102,15 +112,17 @@ def _config(given: dict[str, Any]) -> tuple[NCSNppConfig, int, int]:
         raise UserError(
             f"its blocks are {', '.join(map(str, [*down, *up])):.200}; read are {', '.join(known)}, mirrored"
         )
-    if channels != given["out_channels"] or any(n % outputs[0] for n in outputs) or type(side) is not int:
-        raise UserError("its channels are not multiples of the first level's, as many out as in, at one sample_size")
+    if channels != given["out_channels"] or any(n % outputs[0] for n in outputs):
+        raise UserError("its channels are not multiples of the first level's, as many out as in")
+    if [type(side) for side in sides] != [int, int]:
+        raise UserError(f"its sample_size is {size!s:.40}; read are a number and a list of two")
     if given.get("freq_shift", 0) not in (0, 1):
         raise UserError(f"its freq_shift is {given['freq_shift']!s:.40}; read are 0 and 1")
     config = NCSNppConfig(
         width=outputs[0],
         multipliers=tuple(n // outputs[0] for n in outputs),
         blocks=given.get("layers_per_block", 2),
-        attention=tuple(side >> level for level, does in enumerate(attend) if does),
+        attention=tuple(sides[0] >> level for level, does in enumerate(attend) if does),
         dropout=float(given.get("dropout", 0.0)),
         embedding="positional" if given.get("freq_shift", 0) == 1 else "positional_open",
         fir=False,
@@ -121,13 +133,11 @@ def _config(given: dict[str, Any]) -> tuple[NCSNppConfig, int, int]:
         head=given.get("attention_head_dim", 8) or 0,
         hidden=given.get("time_embedding_dim") or 0,
     )
-    return config, channels, side
+    return config, (*sides, channels)
 
 
-def _betas(folder: Path) -> np.ndarray:
-    """The schedule's, β₁ … β_N; DDPM's own where the folder has none."""
-    places = (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json")
-    found = next((_json(place) for place in places if place.is_file()), {})
+def _betas(found: dict[str, Any]) -> np.ndarray:
+    """A schedule's, β₁ … β_N; DDPM's own where it does not say."""
     if (predicts := found.get("prediction_type", "epsilon")) != "epsilon":
         raise UserError(f"its prediction_type is {predicts!s:.40}; read is epsilon")
     kind = str(found.get("_class_name", "DDPMScheduler")).removesuffix("Scheduler")

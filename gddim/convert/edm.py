@@ -1,12 +1,13 @@
 """EDM's pickles (Karras et al. 2022, arXiv 2206.00364): persistent classes, of which only names and states are read.
 
-`ema` is a preconditioned U-Net: `EDMPrecond` a denoiser of every process, `VPPrecond` and `VEPrecond` ε of theirs. SongUNet is
-DDPM++ or NCSN++, DhariwalUNet ADM.
+`ema` is a preconditioned U-Net: `EDMPrecond` a denoiser of every process, the others ε of theirs; of what iDDPM's says, the
+variance is left out. SongUNet is DDPM++ or NCSN++, DhariwalUNet ADM.
 """
 
 import dataclasses
 import io
 import os
+import re
 import reprlib
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from gddim.errors import UserError
 from gddim.experiment import Experiment, Model, Sampling
 from gddim.nn import NCSNpp, NCSNppConfig
 from gddim.pickles import Calls, Thing, unpickle
-from gddim.samplers import Heun
 from gddim.sde import VE, VP
 from gddim.storage import mapped
 from gddim.torch_reader import CALLS, Tensor, Window, arrays, empty
@@ -65,22 +65,24 @@ def read_edm(file: io.BufferedReader, source: Any) -> Published:
     config = _song(options) if model.name == "SongUNet" else _dhariwal(options)
     found = _adapted(arrays(dict(_tensors(model)), size), config)
     channels, side = _whole(options, "in_channels"), _whole(options, "img_resolution")
-    if channels != (returned := _whole(options, "out_channels")):
+    means = 1 + (outer.name == "iDDPMPrecond")  # which returns a variance, too
+    if means * channels != (returned := _whole(options, "out_channels")):
         raise UserError(f"its network takes {channels} channels and returns {returned}")
     data = Elsewhere((side, side, channels), config.classes)
-    process = _process(outer, found, config)
+    process = _process(outer, found, config, channels)
     told = f"EDM's {outer.name} of a {model.name}"
     return Published(source, Experiment("edm", net=process.pop("net"), data=data, **process), found, names, 0, told)
 
 
-def _process(outer: Thing, found: dict[str, np.ndarray], config: NCSNppConfig) -> dict[str, Any]:
+def _process(outer: Thing, found: dict[str, np.ndarray], config: NCSNppConfig, channels: int) -> dict[str, Any]:
     """What the preconditioner makes of the network. A network that says −ε gets its last layer negated."""
-    state = outer.state
+    state, last = outer.state, [name for name in found if re.search(r"(_aux|out)_conv\.(weight|bias)$", name)]
     match outer.name:
-        case "EDMPrecond":
+        case "EDMPrecond":  # EDM's sampler, --sampler heun, keeps within what the network supports
+            top, end = min(80.0, float(state.get("sigma_max", 80))), max(0.002, float(state.get("sigma_min", 0)))
             return {
-                "sde": VE(80.0), "net": config, "model": Model("data", data_std=float(state["sigma_data"])),
-                "sampling": Sampling(Heun(), nfe=35, power=7.0, t_min=0.002, last="data"),
+                "sde": VE(top), "net": config, "model": Model("data", data_std=float(state["sigma_data"])),
+                "sampling": Sampling(nfe=35, t_min=end),
             }  # fmt: skip
         case "VPPrecond":
             sde = VP(float(state["beta_min"]), float(state["beta_min"] + state["beta_d"]))
@@ -88,12 +90,20 @@ def _process(outer: Thing, found: dict[str, np.ndarray], config: NCSNppConfig) -
         case "VEPrecond":
             if not config.fourier:
                 raise UserError("its VEPrecond tells a positional network the logarithm of σ, which none of ours takes")
-            for name in [name for name in found if name.endswith(("_aux_conv.weight", "_aux_conv.bias"))]:
-                found[name] = -found[name]
-            net = dataclasses.replace(config, embedding="fourier")
-            return {"sde": VE(float(state["sigma_max"])), "net": net, "model": Model("eps", time_scale=0.5)}
+            found |= {name: -found[name] for name in last}
+            net, end = dataclasses.replace(config, embedding="fourier"), float(state.get("sigma_min", 0.02))
+            how = {"model": Model("eps", time_scale=0.5), "sampling": Sampling(power=7.0, t_min=end)}
+            return {"sde": VE(float(state["sigma_max"])), "net": net, **how}
+        case "iDDPMPrecond":  # counts noise levels down to 0, which are told up from 0
+            found |= {name: found[name][..., :channels] for name in last}
+            if (steps := _whole(state, "M")) > 100_000:
+                raise UserError(f"its M is {steps}, where a number of steps must be")
+            alphas = np.sin(np.pi / 2 * np.arange(steps, -1, -1) / steps / (float(state["C_2"]) + 1)) ** 2
+            sde = VP.from_betas(1 - np.maximum(alphas[1:] / alphas[:-1], float(state["C_1"])))
+            return {"sde": sde, "net": config, "model": Model("eps", time_scale=1.0, time_offset=-1.0)}
         case _:
-            raise UserError(f"its ema is a {outer.name:.40}; read are EDMPrecond, VPPrecond and VEPrecond")
+            read = "EDMPrecond, VPPrecond, VEPrecond and iDDPMPrecond"
+            raise UserError(f"its ema is a {outer.name:.40}; read are {read}")
 
 
 def _song(given: dict[str, Any]) -> NCSNppConfig:
@@ -191,7 +201,8 @@ def _adapted(found: dict[str, np.ndarray], config: NCSNppConfig) -> dict[str, np
         *_, module, leaf = f".{name}".split(".")
         if leaf == "resample_filter":
             continue
-        if module == "qkv" and value.shape[0] % (3 * (heads := config.heads(max(value.shape[0] // 3, 1)))) == 0:
+        heads = max(config.heads(max(value.shape[0] // 3, 1)), 1) if module == "qkv" else 0
+        if heads and value.shape[0] % (3 * heads) == 0:
             split = value.reshape(heads, -1, 3, *value.shape[1:2])  # of a kernel (3C, C, 1, 1), or a bias (3C,)
             for i in range(3):
                 part = split[:, :, i].reshape(-1, *value.shape[1:2])

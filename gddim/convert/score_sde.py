@@ -28,10 +28,12 @@ LAYERS = {"norm_in": "GroupNorm_0", "conv_in": "Conv_0", "time": "Dense_0", "nor
 ATTENTION = {"norm": "GroupNorm_0", "query": "NIN_0", "key": "NIN_1", "value": "NIN_2", "out": "NIN_3"}
 ATTEND_AT = 16  # the height of images with attention in the published configurations
 SIGMA_MAX = 50.0  # CIFAR-10's, of a file that does not tell it
-RESCALED = "; its sums divided by √2, as published, which it does not tell either (--net.no-rescale)"
+RESCALED = (
+    "; nor does it tell that sums are divided by √2, as published (--net.no-rescale), or how large images are (--size)"
+)
 FIXED = ("sigmas", "all_modules.0.W")  # are in no average
 SUB_VP = ("subvp", "sub_vp", "sub-vp")  # as names of published files have it
-Process = Literal["vp", "subvp"]
+Process = Literal["vp", "subvp", "ve"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class State:
     arrays: dict[str, np.ndarray]
     """The parameters by their modules' numbers, in our layout."""
     sigmas: np.ndarray | None
-    """A range of noise levels, which most of score_sde's have."""
+    """A range of noise levels, which score_sde's have, of every process."""
     step: int
     config: NCSNppConfig
     inputs: int
@@ -87,9 +89,13 @@ class State:
 def read_score_sde(state: State, source: Any, process: Process | None = None) -> Published:
     """Raises `UserError` for a network of another kind."""
     config, found = state.config, dict(state.arrays)
+    if state.sigmas is None and process is None:
+        raise UserError(
+            "it has no sigmas, so it is of CLD-SGM's VPSDE, which is not read, unless --process says score_sde's"
+        )
     if config.fourier:
         sigma_max = SIGMA_MAX if state.sigmas is None else float(f"{np.max(state.sigmas):.12g}")
-        if not 0 < sigma_max < 1e6 or process is not None:
+        if not 0 < sigma_max < 1e6 or process not in (None, "ve"):
             raise UserError("its network takes the logarithm of σ, as for VE alone, or its range of σ is none")
         last = max(int(name.split(".")[1]) for name in found)
         for name in (f"all_modules.{last}.weight", f"all_modules.{last}.bias"):
@@ -97,10 +103,13 @@ def read_score_sde(state: State, source: Any, process: Process | None = None) ->
         # on data in [-1, 1] all σ are twice those on [0, 1]
         sde, model, told = VE(2 * sigma_max), Model("eps", time_scale=0.5), "VE, on images that it saw in [0, 1]"
         sampling = Sampling(power=7.0, t_min=0.02)
+    elif process == "ve":
+        raise UserError("its network is told times, not σ: VE of discrete times is not read")
     else:
         sub = process == "subvp" or (process is None and any(word in str(source).lower() for word in SUB_VP))
         sde, model, sampling = (SubVP() if sub else VP()), Model("eps"), Sampling()
-        told = f"{'sub-VP' if sub else 'VP'}, which the file does not tell from {'VP' if sub else 'sub-VP'} (--process)"
+        one, other = ("sub-VP", "VP") if sub else ("VP", "sub-VP")
+        told = f"{one}, which the file does not tell from {other} (--process), or from networks of discrete times"
     data = Elsewhere((state.side, state.side, state.outputs))
     experiment = Experiment("score_sde", sde, config, data, model, sampling=sampling)
     return Published(source, experiment, found, names, state.step, f"score_sde's, taken for one of {told}{RESCALED}")

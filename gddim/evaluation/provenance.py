@@ -1,12 +1,13 @@
 """What a number was computed with."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import platform
 import subprocess
 from collections.abc import Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ _PACKAGES = ("jax", "jaxlib", "equinox", "numpy", "scipy", "diffrax")
 @functools.cache
 def software() -> dict[str, Any]:
     """Versions of Python, of this package and of those whose rounding it inherits, and the commit of a checkout."""
-    versions = {name: version(name) for name in _PACKAGES}
+    versions = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):  # of an extra, which nothing here was computed with
+            versions[name] = version(name)
     return {
         "versions": {"python": platform.python_version(), "gddim": gddim.__version__, **versions},
         "commit": _commit(),

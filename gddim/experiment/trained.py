@@ -37,7 +37,7 @@ def parse_average(word: str | None) -> Average | None:
     try:
         return float(word)
     except ValueError:
-        raise UserError(f"--weights {word}: accepted are ema, raw and a length σ_rel, as 0.07") from None
+        raise UserError(f"weights {word}: accepted are ema, raw and a length σ_rel, as 0.07") from None
 
 
 class Trained(NamedTuple):
@@ -76,6 +76,7 @@ def find(
 
     See `gddim.load` for the arguments and what is refused.
     """
+    average = parse_average(average) if isinstance(average, str) else average
     file = path / HUB if (path / HUB).exists() else path
     weights = None if file.is_dir() or not file.exists() else files.read(file)
     if weights and not (step is None and average is None):

@@ -97,6 +97,7 @@ def read_config(path: epath.Path, run: str | None = None) -> dict | None:
 
     `run`: what errors call it, by default the option that names it.
     """
+    ending = "" if run else ": give a new or an empty folder"
     run = run or f"--workdir {path}"
     try:
         if not path.exists():
@@ -107,7 +108,7 @@ def read_config(path: epath.Path, run: str | None = None) -> dict | None:
             if foreign := sorted(p.name for p in path.iterdir() if not (harmless(p.name) or _is_log(p))):
                 raise UserError(
                     f"{run} holds something else ({', '.join(foreign[:3])}{', …' * (len(foreign) > 3)}) "
-                    f"and no {CONFIG} of a run: give a new or an empty folder"
+                    f"and no {CONFIG} of a run{ending}"
                 )
             return None
         config = json.loads((path / CONFIG).read_text())

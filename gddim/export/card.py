@@ -75,10 +75,10 @@ def front_matter(licence: str) -> str:
 def _facts(weights: Weights) -> str:
     config, about = weights.config, weights.about
     records, train = config.get(RECORDS, {}), config.get("train", {})
-    average = about.get("weights")
+    average, shape = about.get("weights"), tuple(records["shape"])
     count = f"{records['count']:,} × " if "count" in records else ""
     facts: dict[str, Any] = {
-        "data": f"{config['data'].get('type')}, {count}{tuple(records['shape'])}, digest {records.get('digest', 'not kept')}",
+        "data": f"{config['data'].get('type')}, {count}{shape}, digest {records.get('digest', 'not kept')}",
         "trained through": config.get(OBJECTS, {}).get("sde") or config["sde"]["type"],
         "steps": f"{about.get('step', 0):,} of {train.get('batch')}: {about.get('images', 0):,} images",
         "parameters": {"ema": f"average, decay {train.get('ema')}", "raw": "of the last step"}.get(
@@ -90,4 +90,6 @@ def _facts(weights: Weights) -> str:
         "commit": about.get("commit"),
         "licence": weights.licence or UNSTATED,
     }
+    if config["data"].get("type") == "Elsewhere":  # how it was trained, a converted checkpoint does not tell
+        facts |= {"data": f"of whoever published it, {shape}", "steps": None, "parameters": None}
     return "\n".join(f"| {name} | {fact} |" for name, fact in facts.items() if fact)

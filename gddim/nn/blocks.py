@@ -76,8 +76,8 @@ class Block(eqx.Module):
         self.conv_out = Conv(outputs, outputs, scale=0.0, draw=draw)
         self.shortcut = Conv(inputs, outputs, 1, draw=draw) if projected else None
         self.attention = None
-        if attend:
-            self.attention = Attention(config.norm(outputs), config.heads(outputs), config.scale, draw=draw)
+        if attend and (heads := config.heads(outputs)):
+            self.attention = Attention(config.norm(outputs), heads, config.scale, draw=draw)
         self.resample, self.fir, self.dropout, self.style = resample, config.fir, config.dropout, style
         self.scale = config.scale
 

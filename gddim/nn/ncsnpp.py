@@ -124,8 +124,9 @@ class NCSNppConfig:
         return GroupNorm(channels, self.groups, 1 if self.style == "ddpm" else 4, self.eps)
 
     def heads(self, channels: int) -> int:
-        """Those of an attention over so many channels."""
-        return max(channels // (self.head or channels), 1)
+        """Those of an attention over so many channels; where there is none whole, ADM does not attend."""
+        whole = channels // (self.head or channels)
+        return whole if self.style == "adm" else max(whole, 1)
 
     def build(self, in_shape: tuple[int, ...], out_channels: int, key: Key[Array, ""]) -> "NCSNpp":
         """An `NCSNpp` with fresh parameters, from images `in_shape` = `(H, W, C_in)` to `(H, W, out_channels)`."""
