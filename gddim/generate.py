@@ -62,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--process", help="to draw through, as vp, cld:gamma=0.1 (that of the run)")
     parser.add_argument("--sampler", help="as gddim:3:data, em, heun, table:NAME (that of the run)")
     parser.add_argument("--nfe", type=int, help="network calls a sample (those of the run)")
+    parser.add_argument("--classes", type=int, nargs="+", help="of the seeds in turn, -1 for none (all that there are)")
     parser.add_argument("--step", type=int, help="of the checkpoint (the newest)")
     for field in dataclasses.fields(Guide):
         kind = {"interval": {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}, "checkpoint": {"type": int}}
@@ -94,6 +95,9 @@ def _generate(options: argparse.Namespace) -> str:
         raise UserError(
             f"{options.source} draws records {shape}, no pictures: gddim.load and .sample give them as arrays"
         )
+    if options.classes:
+        settings = dataclasses.replace(settings, classes=tuple(options.classes), per_class=0)
+        found.experiment.drawn_classes(settings)  # what cannot be asked
     how = {name: getattr(options, name) for name in ("sampler", "process", "nfe") if getattr(options, name) is not None}
     given: dict[str, Any] = {field.name: getattr(options, f"guide.{field.name}") for field in dataclasses.fields(Guide)}
     if given := {name: tuple(x) if isinstance(x, list) else x for name, x in given.items() if x is not None}:
@@ -113,6 +117,7 @@ def _generate(options: argparse.Namespace) -> str:
         "sampler": how.get("sampler") or sampler_name(settings.sampler),
         "nfe": how.get("nfe") or (solver.nfe if isinstance(solver, TableSolver) else settings.nfe),
         **({"guide": str(guide)} if guide.acts else {}),
+        **({"classes": options.classes} if options.classes else {}),
     }
     size = round_up(options.batch, mesh.size)  # always so many, for a program of another size rounds otherwise
     draw = jax.jit(lambda model, seeds: to_uint8(model.sample_seeds(seeds, **how)))

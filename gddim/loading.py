@@ -10,6 +10,8 @@ from typing import Any, Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key, PyTree, ScalarLike, UInt32
 
 from gddim.errors import UserError, place
@@ -98,13 +100,14 @@ class Loaded(eqx.Module):
         `guide`: the scale of classifier-free guidance; or any function from denoisers to a denoiser, as
         `lambda D: gddim.guidance.Autoguidance(D, worse.denoiser, 2.0)` with another loaded network.
 
-        Raises `UserError` for a word that is none, too few calls, and a process that the network does not serve.
+        Raises `UserError` for a word that is none, too few calls, a process that the network does not serve, and classes
+        that it does not know.
         """
         model, solver = self.through(sampler=sampler, nfe=nfe, process=process, guide=guide)
         numbers = jnp.arange(n) if isinstance(n, int) else n
         key = jax.random.key(self.settings.seed) if key is None else key
         spread = self._spread(numbers)
-        of = None if classes is None else self._spread(jnp.asarray(classes, jnp.int32))
+        of = None if classes is None else self._spread(self._asked(classes, len(numbers)))
         cond = self._cond(spread, of)
         return sample_numbered(model, solver, self.shape, key, spread, cond=cond).data[: numbers.shape[0]]
 
@@ -156,11 +159,24 @@ class Loaded(eqx.Module):
 
     def _cond(self, numbers: Array, classes: Array | None = None) -> PyTree:
         """What conditions samples: their classes, by number unless they are given."""
-        if classes is not None and not self.classes:
-            raise UserError("classes: this run knows none; train one with --data.labels")
         if not self.classes:
             return None
         return {"label": self.settings.class_of(numbers, self.classes) if classes is None else classes}
+
+    def _asked(self, classes: Any, n: int) -> Array:
+        if not self.classes:
+            raise UserError("classes: this run knows none; train one with --data.labels")
+        traced = isinstance(classes, Tracer)
+        each = classes if traced else np.asarray(classes)
+        if each.shape != (n,) or not jnp.issubdtype(each.dtype, jnp.integer):
+            raise UserError(
+                f"classes: whole numbers ({n},) are accepted, one of a sample, not {each.dtype} {each.shape}"
+            )
+        if not traced and (wrong := (each < -1) | (each >= self.classes)).any():
+            raise UserError(
+                f"classes {each[wrong.argmax()]}: accepted are 0 to {self.classes - 1}, and -1 for no class"
+            )
+        return jnp.asarray(each, jnp.int32)
 
     def _spread(self, x: Array) -> Array:
         """An array split over the mesh, filled up with its last element until that goes."""

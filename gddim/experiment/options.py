@@ -73,7 +73,8 @@ def options(value: Any, group: str = "") -> Iterator[tuple[str, Any]]:
             if not _made_of_functions(default):
                 yield from options(default, f"{prefix}{name}." if name else prefix)
             continue
-        yield f"--{prefix}{name}", kind
+        for each in (f"--{prefix}{name}", *(alias for mark in marks for alias in getattr(mark, "aliases", None) or ())):
+            yield each, kind
         if kind is bool:
             yield f"--{prefix}no-{name}", kind
 
