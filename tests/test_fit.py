@@ -1,5 +1,6 @@
 """Laws of tables that learn: never worse where no gradient looked, exact on Gaussian data, the same from a file to the bit."""
 
+import dataclasses
 import itertools
 import re
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from command_line import status_of
-from runs import COLOUR, make_run
+from runs import COLOUR, LabelledColours, make_run
 
 import gddim
 from gddim import GDDIM, export
@@ -166,6 +167,14 @@ FIT = ["--sampling.nfe=2", "--fit.steps=25", "--fit.pairs=16", "--fit.held-out=1
 
 
 @pytest.mark.slow
+def test_a_table_is_fitted_to_a_network_of_classes(tmp_path):
+    labelled = dataclasses.replace(COLOUR, data=LabelledColours(3))
+    run = make_run(tmp_path / "w", labelled)
+    execute(parse(labelled, ["fit", f"--workdir={run}", *FIT, "--fit.steps=1"]))
+    assert gddim.load_table(run / "solvers" / "vp-2.npz").about["pairs"] == 16
+
+
+@pytest.mark.slow
 def test_a_table_is_used_wherever_samplers_are_named(tmp_path, capsys):
     run = make_run(tmp_path / "w")
     do = lambda *words: execute(parse(COLOUR, [words[0], f"--workdir={run}", *words[1:]]))
@@ -200,7 +209,7 @@ def test_a_table_is_used_wherever_samplers_are_named(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "says"),
     [(["--sampler=em:lam=1"], "adds noise"), (["--sampler=gddim:2"], "interpolates no data"),
-     (["--sampler=rk45"], "such as gddim:3:data:free@band"), (["--sampling.last=data"], "no last call"),
+     (["--sampler=rk45"], "such as gddim:3:data:free@tuned"), (["--sampling.last=data"], "no last call"),
      (["--fit.teacher=4"], "must be more than"), (["--fit.name=a/b"], "is no file's name")],
 )  # fmt: skip
 def test_what_cannot_be_fitted_is_refused_before_the_work(words, says, tmp_path, capsys):

@@ -68,7 +68,8 @@ def options(value: Any, group: str = "") -> Iterator[tuple[str, Any]]:
             continue
         named = [mark.name for mark in marks if getattr(mark, "name", None) is not None]
         name = [field.name.replace("_", "-"), *named][-1]
-        prefix = "" if field.metadata.get(UNGROUPED) else group
+        alone = field.metadata.get(UNGROUPED) or any(getattr(mark, "prefix_name", None) is False for mark in marks)
+        prefix = "" if alone else group
         if dataclasses.is_dataclass(default) and find_spec(kind) is None:
             if not _made_of_functions(default):
                 yield from options(default, f"{prefix}{name}." if name else prefix)

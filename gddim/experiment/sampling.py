@@ -79,7 +79,7 @@ class Sampling:
     )
     """gddim[:ORDER][:data|:residual][:free|:corrector][:lam=λ][:data_std=…], cholesky[:ORDER], em[:lam=λ], heun, sscs,
     rk45[:rtol=…][:atol=…], ipndm[:ORDER], dpm[:ORDER], unipc[:ORDER][:bh1], repaint[:REPEATS][:lam=λ], or afs:SAMPLER,
-    its first step analytic; any of them on a grid of its own, as gddim:3:data:free@band; or table:FILE, which fit wrote."""
+    its first step analytic; any of them on a grid of its own, as gddim:3:data:free@tuned; or table:FILE, which fit wrote."""
     process: Annotated[Process, tyro.conf.arg(name="process", prefix_name=False)] = field(
         default=None, metadata={UNGROUPED: True, SPELLED: spell_process}
     )
@@ -95,8 +95,8 @@ class Sampling:
     power: float | None = None
     """Times are uniform in t^(1/power), those of the process, for samplers that bring no grid; without it 2, for ve 7."""
     grid: TimeGrid = field(default=None, metadata={SPELLED: lambda grid: grid and str(grid)})
-    """Another layout of the times, of every sampler that brings none: power[:POWER], band[:LO:HI] (in standard deviations
-    of the data), karras[:RHO], log-snr, two-phase[:SHARE:FRACTION:POWER] or uniform."""
+    """Another layout of the times, of every sampler that brings none: tuned, power[:POWER], band[:LO:HI] (in standard
+    deviations of the data), karras[:RHO], log-snr, two-phase[:SHARE:FRACTION:POWER] or uniform."""
     t_min: float | None = None
     """Time of the process at which the sampler stops; without it 0.001 of the horizon, for ve 0.002 of its 80."""
     last: Literal["none", "euler", "data"] = "none"
@@ -105,11 +105,11 @@ class Sampling:
     """Sample i depends on the checkpoint, the process, the sampler, this and i."""
     classes: Annotated[
         tuple[int, ...], tyro.conf.arg(name="classes", prefix_name=False, aliases=["--sampling.classes"])
-    ] = field(default=(), metadata={UNGROUPED: True} | LATER)
+    ] = field(default=(), metadata=LATER)
     """Those that samples are of, one after another in turn, by a run with --data.labels: without it all of the data; -1 is
     none, which train.label-dropout has the network learn. Sample i depends on its class, too."""
     per_class: Annotated[int, tyro.conf.arg(name="per-class", prefix_name=False, aliases=["--sampling.per-class"])] = (
-        field(default=0, metadata={UNGROUPED: True} | LATER)
+        field(default=0, metadata=LATER)
     )
     """Samples of each class, whose pictures are a row, in place of sampling.samples; 0: none such."""
     ema: float = 0.0

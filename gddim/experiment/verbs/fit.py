@@ -54,7 +54,9 @@ def fit_table(plan: Plan, workdir: epath.Path, problem: Problem, step: int | Non
         bar.set_description("the teacher")
         for numbers, cond in batches(plan.mesh, n, size, of):
             found = sample_numbered(model, teacher, shape, key, numbers, path=True, cond=cond)
-            parts.append(Pairs(to_host(_starts(sde, shape, key, numbers)), to_host(found.data), cond and to_host(cond)))
+            parts.append(
+                Pairs(to_host(_starts(sde, shape, key, numbers)), to_host(found.data), jax.tree.map(to_host, cond))
+            )
             assert found.path is not None
             path = path or (to_host(found.path.times), to_host(found.path.foreseen)[..., 0, :])
             bar.update(problem.teacher.nfe)
