@@ -24,6 +24,7 @@ from gddim.samplers import DPMSolver as DPMSolver
 from gddim.samplers import EulerMaruyama as EulerMaruyama
 from gddim.samplers import Heun as Heun
 from gddim.samplers import Method as Method
+from gddim.samplers import RePaint as RePaint
 from gddim.samplers import UniPC as UniPC
 from gddim.samplers import band_grid as band_grid
 from gddim.samplers import count_calls as count_calls

@@ -40,6 +40,13 @@ def guided(model: Any, change: Callable[[Any], Any], cond: PyTree = None) -> Thr
     return Through(model.sde, denoise if cond is None else eqx.Partial(denoise, cond=cond))
 
 
+def _check_guidance(scale: float, interval: tuple[float, float] = EVERYWHERE) -> None:
+    if not np.isfinite(scale):
+        raise ValueError(f"scale={scale} must be a finite number")
+    if len(interval) != 2 or not 0 <= interval[0] < interval[1]:
+        raise ValueError(f"interval={interval} must be two numbers, 0 <= low < high")
+
+
 class ClassifierFree(eqx.Module):
     """Classifier-free guidance, `D(y; ∅) + scale · (D(y; c) − D(y; ∅))` (arXiv 2207.12598; its w is scale − 1).
 
@@ -49,11 +56,16 @@ class ClassifierFree(eqx.Module):
     `interval`: the σ in which it acts, `low < σ ≤ high`, outside is the conditional denoiser in half a call (arXiv
     2404.07724). Where noise has a spectrum σ is that of the lowest frequency.
     `cond`, when called, is a tree of integers, of which −1 stands for none.
+
+    Raises `ValueError` for a scale that is not finite and an interval that does not rise.
     """
 
     denoise: Callable[..., Array]
     scale: float = eqx.field(static=True, converter=float)
     interval: tuple[float, float] = eqx.field(default=EVERYWHERE, static=True)
+
+    def __check_init__(self) -> None:
+        _check_guidance(self.scale, self.interval)
 
     def __call__(
         self, y: Float[Array, "*dims C"], sigma: ArrayLike, cond: PyTree = None, **kwargs: Any
@@ -76,13 +88,16 @@ class Autoguidance(eqx.Module):
     `denoise`: the denoiser.
     `worse`: one of fewer steps, another average or fewer parameters.
     `scale`: 1 is `denoise` bit for bit.
-    `interval`: the σ in which it acts, as in `ClassifierFree`.
+    `interval`: the σ in which it acts, as in `ClassifierFree`; raises likewise.
     """
 
     denoise: Callable[..., Array]
     worse: Callable[..., Array]
     scale: float = eqx.field(static=True, converter=float)
     interval: tuple[float, float] = eqx.field(default=EVERYWHERE, static=True)
+
+    def __check_init__(self) -> None:
+        _check_guidance(self.scale, self.interval)
 
     def __call__(
         self, y: Float[Array, "*dims C"], sigma: ArrayLike, cond: PyTree = None, **kwargs: Any
@@ -102,6 +117,9 @@ class Guidance(eqx.Module):
     scale: float = eqx.field(default=1.0, static=True, converter=float)
     interval: tuple[float, float] = eqx.field(default=EVERYWHERE, static=True)
     worse: Callable[..., Array] | None = None
+
+    def __check_init__(self) -> None:
+        _check_guidance(self.scale, self.interval)
 
     def __call__(self, model: Any) -> Any:
         if self.scale == 1:
@@ -154,6 +172,9 @@ class Classifier(eqx.Module):
     scale: float = eqx.field(default=1.0, static=True, converter=float)
     basis: AbstractLinearSDE | None = None
 
+    def __check_init__(self) -> None:
+        _check_guidance(self.scale)
+
     def __call__(
         self, y: Float[Array, "*dims C"], sigma: ArrayLike, cond: PyTree = None, **kwargs: Any
     ) -> Float[Array, "*dims C"]:
@@ -177,7 +198,7 @@ class Measured(eqx.Module):
             takes a vector-Jacobian product of the network, about twice a call.
         "pseudoinverse": `σ²s²/(σ² + s²)`, that of data N(0, s²) (ΠGDM, Song et al., ICLR 2023): one such product in all.
         "replacement": C and Σ Jᵀ are 1: what was measured takes the place of what D says of it. No product, and biased: what
-            was not measured does not hear of what was until the next call.
+            was not measured does not hear of what was until the next call; of which `gddim.RePaint` makes several.
 
     `denoise`: the denoiser.
     `operator`: A, a linear function of data `(*dims, C)` in pixels to an array of any shape.
@@ -202,6 +223,12 @@ class Measured(eqx.Module):
     def __check_init__(self) -> None:
         if self.by not in ("moments", "pseudoinverse", "replacement"):
             raise ValueError(f"by={self.by!r} must be 'moments', 'pseudoinverse' or 'replacement'")
+        if not 0 <= self.noise_std < np.inf:
+            raise ValueError(f"noise_std={self.noise_std} must be at least 0")
+        if not 0 < self.data_std < np.inf:
+            raise ValueError(f"data_std={self.data_std} must be > 0")
+        if self.iterations < 1:
+            raise ValueError(f"iterations={self.iterations} must be at least 1")
 
     def __call__(
         self, y: Float[Array, "*dims C"], sigma: ArrayLike, cond: PyTree = None, **kwargs: Any

@@ -14,7 +14,8 @@ from data_helpers import pixels
 
 import gddim
 from experiments import points
-from gddim.data import ArrayFile, ArraySource
+from gddim.data import ArrayFile, ArraySource, class_counts
+from gddim.data.labels import Labelled
 from gddim.errors import UserError
 from gddim.evaluation.cell import Cell, Evaluator
 from gddim.evaluation.features import PixelFeatures
@@ -242,7 +243,7 @@ def test_a_run_with_labels_from_training_to_its_table(tmp_path, capsys):
     assert do("train", *labels) == 0, capsys.readouterr().err
     config = json.loads((workdir / "config.json").read_text())
     assert (config["data"]["labels"], config["train"]["label_dropout"], config["records"]["classes"]) == (True, 0.1, 5)
-    assert do("sample", "--sampling.classes", "3", "-1", "--sampling.per-class=4") == 0
+    assert do("sample", "--classes", "3", "-1", "--per-class=4") == 0
     with np.load(workdir / "samples.npz", allow_pickle=False) as file:
         assert file["labels"].tolist() == [3] * 4 + [-1] * 4
         drawn = file["samples"]
@@ -256,8 +257,9 @@ def test_a_run_with_labels_from_training_to_its_table(tmp_path, capsys):
         dataclasses.replace(model, classes=0).sample(4, classes=[0, 0, 0, 0])
     table = (workdir / "results.md").read_text()
     assert f"only 50 samples, by class at NFE 3 | {' | '.join(f'class {k}' for k in range(5))} |" in table
-    (row,) = (row for row in read_rows(workdir / "results.jsonl") if row["cell"]["sampler"] != FLOOR)
-    assert row["provenance"]["classes"] == "i mod 5"
+    assert do("evaluate", "--eval.balance=data") == 0
+    rows = [row["provenance"] for row in read_rows(workdir / "results.jsonl") if row["cell"]["sampler"] != FLOOR]
+    assert [row["classes"] for row in rows] == ["i mod 5", "as the data"]
     capsys.readouterr()
     for words, says in (
         (["sample", "--data.no-labels"], "data.labels: the run has true, this command none"),
@@ -323,3 +325,19 @@ def test_samples_of_an_evaluation_are_as_many_of_each_class():
     numbers, solver = jnp.arange(16), sharing(cell.method.solver(model.sde))
     alone = sample_numbered(model, solver, (2,), jnp.asarray(0), numbers, cond={"label": numbers % 3}).data
     np.testing.assert_allclose(np.concatenate([kept[0], kept[8]]), alone[:14], atol=1e-5)
+
+
+def test_samples_of_an_evaluation_may_be_as_often_of_each_class_as_the_data():
+    labels = np.repeat(np.arange(4, dtype=np.int32), (100, 0, 250, 50))
+    for source in (ArraySource({"x0": np.zeros((400, 2), np.float32), "label": labels}),
+                   Labelled(ArraySource(np.zeros((400, 2), np.float32)), labels)):  # fmt: skip
+        counts = class_counts(source, 5)
+        assert counts.tolist() == [100, 0, 250, 50, 0]
+    reference = source_statistics(ArraySource(np.zeros((8, 2), np.float32)), PixelFeatures(), "points", progress=False)
+    evaluator = Evaluator(
+        gddim.Denoiser(gddim.VP(), says_its_class), (2,), PixelFeatures(), reference, {}, 8, None, 5, counts
+    )
+    numbers = np.arange(1000, dtype=np.int32)
+    np.testing.assert_allclose(np.bincount(evaluator._labels(numbers)), [250, 0, 625, 125], atol=3)
+    np.testing.assert_array_equal(evaluator._labels(numbers[300:310]), evaluator._labels(numbers)[300:310])
+    assert evaluator.origin["classes"] == "as the data"

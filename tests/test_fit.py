@@ -1,5 +1,6 @@
 """Laws of tables that learn: never worse where no gradient looked, exact on Gaussian data, the same from a file to the bit."""
 
+import dataclasses
 import itertools
 import re
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from command_line import status_of
-from runs import COLOUR, make_run
+from runs import COLOUR, LabelledColours, make_run
 
 import gddim
 from gddim import GDDIM, export
@@ -163,6 +164,14 @@ def test_a_table_is_the_same_from_a_file_to_the_bit_and_of_its_process_alone(tmp
 
 
 FIT = ["--sampling.nfe=2", "--fit.steps=25", "--fit.pairs=16", "--fit.held-out=16", "--fit.batch=16", "--fit.teacher=8"]
+
+
+@pytest.mark.slow
+def test_a_table_is_fitted_to_a_network_of_classes(tmp_path):
+    labelled = dataclasses.replace(COLOUR, data=LabelledColours(3))
+    run = make_run(tmp_path / "w", labelled)
+    execute(parse(labelled, ["fit", f"--workdir={run}", *FIT, "--fit.steps=1"]))
+    assert gddim.load_table(run / "solvers" / "vp-2.npz").about["pairs"] == 16
 
 
 @pytest.mark.slow

@@ -88,6 +88,7 @@ def test_images_of_other_sizes_are_brought_to_that_of_the_data(run, tmp_path):
         (["sample", "--from", "nowhere.png"], "--from nowhere.png cannot be read: "),
         (["sample", "--from", "FOLDER"], "is a folder: give files, as "),
         (["sample", "--from", "OTHER"], "holds records (4, 4, 3), the run's are (8, 8, 3)"),
+        (["sample", "--from", "EMPTY"], "empty.npy holds no records"),
         (["sample", "--from", "FILE", "--strength=0"], "strength must be in (0, 1], not 0"),
         (["sample", "--from", "FILE", "--strength=1e-9"], "strength 1e-09: that is time "),
         (["sample", "--from", "FILE", "FILE", "--sampling.samples=1"], "--from: 2 images, and sampling.samples is 1"),
@@ -99,7 +100,9 @@ def test_images_of_other_sizes_are_brought_to_that_of_the_data(run, tmp_path):
 )
 def test_what_cannot_be_given_is_one_line(words, says, run, files, tmp_path, capsys):
     np.save(tmp_path / "other.npy", np.zeros((2, 4, 4, 3), np.uint8))
-    places = {"FILE": files[0], "FOLDER": str(tmp_path), "OTHER": str(tmp_path / "other.npy")}
+    np.save(tmp_path / "empty.npy", np.zeros((0, 8, 8, 3), np.uint8))
+    places = {"FILE": files[0], "FOLDER": str(tmp_path)}
+    places |= {name.upper(): str(tmp_path / f"{name}.npy") for name in ("other", "empty")}
     before = sorted(run.iterdir())
     assert status_of(WHITE, words[0], f"--workdir={run}", *(places.get(word, word) for word in words[1:])) == 2
     said = capsys.readouterr().err

@@ -118,13 +118,18 @@ def gaussian() -> tuple[np.ndarray, np.ndarray]:
 
 def of_gaussian(mean: np.ndarray, covariance: np.ndarray, basis: gddim.AbstractLinearSDE | None):
     """The exact denoiser of `N(mean, covariance)`, also of noise with a spectrum."""
+    variances, axes = map(jnp.asarray, np.linalg.eigh(covariance))
+
+    def white(y, sigma, cond=None):
+        found = axes @ (variances / (variances + sigma**2) * (axes.T @ (y.ravel() - mean)))
+        return (mean + found).reshape(SHAPE)
 
     def exact(y, sigma, cond=None):
         noise = jax.vmap(lambda v: noise_covariance(v.reshape(SHAPE), sigma, basis).ravel())(jnp.eye(48))
         gain = jnp.linalg.solve(covariance + noise, covariance).T
         return (mean + gain @ (y.ravel() - mean)).reshape(SHAPE)
 
-    return exact
+    return exact if basis else white
 
 
 def half(x: Array) -> Array:
@@ -203,6 +208,11 @@ def test_a_trained_model_is_guided_through_its_process():
         (partial(Measured, operator=half, measurement=jnp.zeros(SHAPE)), r"measurement has shape \(4, 4, 3\), and the"),
         (partial(Measured, operator=half, measurement=jnp.zeros((2, 4, 3)), by="magic"), "by='magic' must be"),
         (partial(ClassifierFree, scale=2.0), "cond is None"),
+        (partial(ClassifierFree, scale=np.nan), "scale=nan must be a finite number"),
+        (partial(Classifier, log_likelihood=log_class, scale=np.inf), "scale=inf must be a finite number"),
+        (partial(Autoguidance, worse=denoise, scale=2.0, interval=(3.0, 1.0)), r"interval=\(3.0, 1.0\) must be two"),
+        (partial(Measured, operator=half, measurement=jnp.zeros((2, 4, 3)), noise_std=-1), "noise_std=-1.0 must be"),
+        (partial(Measured, operator=half, measurement=jnp.zeros((2, 4, 3)), iterations=0), "iterations=0 must be"),
     ],
 )
 def test_what_cannot_be_is_refused_before_it_is_computed(make, says):

@@ -125,8 +125,34 @@ def test_a_table_tells_guided_rows_apart(run):
     assert "Network evaluations a sample, two in a call that is guided: 8 at NFE 4." in table
 
 
-def test_pictures_by_seed_are_guided(tmp_path):
+def test_a_loaded_network_refuses_classes_that_it_does_not_know(run):
+    model = gddim.load(run, net=LinearConfig())
+    for classes, says in (
+        ([0, 3], "given are 0 to 3, accepted are 0 to 2, and -1 for no class"), ([-2, 0], "given are -2 to 0"),
+        ([0], r"given int64\[1\], accepted are whole numbers, one or 2"),
+        ([0.5, 1.0], r"given float64\[2\], accepted are"),
+    ):  # fmt: skip
+        with pytest.raises(gddim.UserError, match=says):
+            model.sample(2, classes=classes)
+    under_jit = jax.jit(lambda classes: model.sample(2, classes=classes))(jnp.array([2, 0]))
+    np.testing.assert_allclose(under_jit, model.sample(2, classes=[2, 0]), atol=1e-5)
+    with pytest.raises(ValueError, match="scale=nan must be a finite number"):
+        model.sample(2, guide=float("nan"))
+
+
+def test_pictures_by_seed_are_of_the_classes_asked_and_guided(tmp_path, capsys):
     run = make_run(tmp_path / "run", dataclasses.replace(LABELLED, net=COLOUR.net))
+    asked = [str(run), str(tmp_path / "of"), "--seeds=0-3", "--nfe=3", "--batch=4", "--classes"]
+    assert generate.main([*asked, "2", "0"]) == 0
+    model = gddim.load(run, mesh=make_mesh())
+    of = [model.sample(1, nfe=3, classes=[k], key=jax.random.key(seed))[0] for seed, k in enumerate((2, 0, 2, 0))]
+    for seed in range(4):
+        with Image.open(tmp_path / "of" / f"{seed:06d}.png") as image:
+            np.testing.assert_allclose(np.asarray(image).astype(int), to_uint8(of[seed]).astype(int), atol=1)
+            assert json.loads(image.text["gddim"])["class"] == (2, 0)[seed % 2]
+    asked[1] = str(tmp_path / "none")
+    assert generate.main([*asked, "3"]) == 2
+    assert "classes 3: accepted are 0 to 2, and -1 for no class" in capsys.readouterr().err
     words = ["--seeds=4-5", "--nfe=3", "--guide.scale=3"]
     assert generate.main([str(run), str(tmp_path / "a"), *words]) == 0
     assert (
@@ -201,6 +227,8 @@ def test_networks_that_cannot_be_guided_and_checkpoints_of_others_are_one_line(r
     assert (status, said) == (2, ("error: guide.scale 2: this run knows no classes; train one with --data.labels, or give "
                                  "--guide.checkpoint\n"))  # fmt: skip
     assert says(COLOUR, "sample", f"--workdir={plain}", "--guide.scale=2", "--guide.checkpoint=1")[0] == 0
+    status, said = says(COLOUR, "evaluate", f"--workdir={plain}", "--eval.balance=data", "--eval.features=pixels")
+    assert (status, said) == (2, "error: eval.balance data: this run knows no classes; train one with --data.labels\n")
     with pytest.raises(gddim.UserError, match="guide 2: this run knows no classes"):
         gddim.load(plain).sample(2, guide=2)
     assert generate.main([str(plain), str(tmp_path / "out"), "--guide.scale=2"]) == 2

@@ -278,3 +278,21 @@ def test_shards_take_labels_from_the_command_line_and_lose_none(tmp_path, monkey
 
 def test_the_main_job_is_described_as_it_was():
     assert describe(cld_digits.EXPERIMENT)["data"] == {"type": "Digits"}
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        ({0: "0.5"}, "labels must be all whole numbers, or all words, not 0.5"),
+        ({1: "ten"}, "labels must be all whole numbers, or all words, not 1 and ten"),
+        ({1: ""}, r"1 of 3 images have no label \(01.png\)"),
+        ({3: "2"}, "labels.csv tells 02.png twice, as 1 and as 2"),
+    ],
+)
+def test_a_table_in_which_a_label_is_no_class_is_refused_and_renumbers_nothing(tmp_path, told, says):
+    for i, name in enumerate(["00.png", "01.png", "02.png"]):
+        Image.fromarray(IMAGES[i]).save(tmp_path / name)
+    lines = [f"{i:02}.png,{told.get(i, '1')}" for i in range(3)] + [f"02.png,{told.get(3)}"] * (3 in told)
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=says):
+        ImageFolder(str(tmp_path), 8, labels=True).train()

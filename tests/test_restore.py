@@ -76,6 +76,20 @@ def test_fewer_pixels_and_their_noise(run):
     assert report["mean"]["misfit"] < 0.15 < noisy["mean"]["misfit"]
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["--sampler=rk45:rtol=1e-3:atol=1e-3"], ["--sampler=repaint:2", "--sampling.nfe=32", "--restore.by=replacement"]],
+    ids=str,
+)
+def test_samplers_that_choose_their_steps_or_go_back_restore_too(words, run, capsys):
+    samples, report = restored(run, "inpaint", *words)
+    np.testing.assert_allclose(
+        samples[:, :, :4], np.broadcast_to(TRUTH[:, None, :4], samples[:, :, :4].shape), atol=0.1
+    )
+    assert 0.3 < samples[:, :, 4:].std() < 0.6
+    assert report["nfe"] == 32 or "rk45" in words[0]
+
+
 def test_every_word_is_a_measurement():
     shapes = {"inpaint": (32, 3), "sr2": (4, 4, 3), "deblur": (8, 8, 3), "deblur:2.5": (8, 8, 3), "colour": (8, 8, 1),
               "sense": (48,), "sense:0.5": (96,)}  # fmt: skip
@@ -137,6 +151,8 @@ def test_of_classes_the_network_is_told_each_image_s_own_or_what_is_asked(tmp_pa
         (["--task=inpaint", "--mask=nowhere.png"], "--mask nowhere.png cannot be read: "),
         (["--task=inpaint", "--mask=MASK"], "is of shape (4, 8), the images are (8, 8)"),
         (["--task=inpaint", "--mask=BLACK"], "nothing is missing; what is white, or not 0, is to be filled"),
+        (["--task=inpaint", "--mask=WORDS"], "cannot be read: it holds <U1, or what is not finite: a mask is of"),
+        (["--task=inpaint", "--mask=NAN"], "cannot be read: it holds float64, or what is not finite"),
         (["--task=inpaint", "--restore.noise=-1"], "restore.noise must be at least 0, not -1"),
         (["--task=inpaint", "--restore.by=magic"], "--restore.by magic: accepted is one of moments, pseudoinverse"),
         (["--task=inpaint", "--restore.samples=0"], "restore.samples must be at least 1, not 0"),
@@ -146,7 +162,10 @@ def test_of_classes_the_network_is_told_each_image_s_own_or_what_is_asked(tmp_pa
 def test_what_cannot_be_restored_is_one_line(words, says, run, tmp_path, capsys):
     Image.fromarray(np.full((4, 8), 255, np.uint8)).save(tmp_path / "m.png")
     np.save(tmp_path / "b.npy", np.zeros((8, 8)))
-    words = [w.replace("MASK", str(tmp_path / "m.png")).replace("BLACK", str(tmp_path / "b.npy")) for w in words]
+    np.save(tmp_path / "w.npy", np.full((8, 8), "a"))
+    np.save(tmp_path / "n.npy", np.full((8, 8), np.nan))
+    for word, name in {"MASK": "m.png", "BLACK": "b.npy", "WORDS": "w.npy", "NAN": "n.npy"}.items():
+        words = [each.replace(word, str(tmp_path / name)) for each in words]
     before = sorted(run.iterdir())
     assert status_of(WHITE, "restore", f"--workdir={run}", *words) == 2
     said = capsys.readouterr().err

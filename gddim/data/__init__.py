@@ -28,7 +28,7 @@ from gddim.data.augmentation import AUGMENT, NUMBERS, augmented
 from gddim.data.content import identity
 from gddim.data.folders import CelebA, ImageFolder, holds_images, whole_images
 from gddim.data.images import random_flip, to_uint8, to_unit
-from gddim.data.labels import check_labels, classes_of, cond_of
+from gddim.data.labels import check_labels, class_counts, classes_of, cond_of
 from gddim.data.moments import moments, spectrum
 from gddim.data.official import CIFAR10, SVHN
 from gddim.data.pipeline import batch_indices, batches, prefetch
@@ -69,6 +69,7 @@ __all__ = [
     "batch_indices",
     "batches",
     "check_labels",
+    "class_counts",
     "classes_of",
     "cond_of",
     "data_alone",

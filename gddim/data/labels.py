@@ -71,6 +71,16 @@ def cond_of(data: Any) -> Mapping[str, Any] | None:
     return getattr(data, "cond", None) or ({LABEL: np.int32(0)} if classes_of(data) else None)
 
 
+def class_counts(source: Source, classes: int) -> Int[np.ndarray, " {classes}"]:
+    """How many records there are of each class."""
+    if isinstance(source, Labelled):
+        labels = [source.labels]
+    else:
+        parts = np.array_split(np.arange(len(source)), -(-len(source) // 1024))
+        labels = [x0_and_cond(source[part])[1][LABEL] for part in parts]  # pyright: ignore[reportOptionalSubscript]
+    return np.bincount(np.concatenate(labels), minlength=classes)
+
+
 def check_labels(data: Any, source: Source, where: str) -> None:
     """Raise UserError unless the labels of a data set of classes are those of classes, as far as they are in memory, or
     those of its first record."""
@@ -100,34 +110,49 @@ def image_classes(names: Sequence[str], table: str | None, content: bytes, where
         told = {name: parts[shared] for name, parts in folders.items() if len(parts) > shared}
         needed = f"give each a folder of its class, or tell them in {' or '.join(TABLES)}"
     else:
-        told = _from_json(content, where / table) if table.endswith(".json") else _from_csv(content)
+        told: dict[str, str] = {}
+        for name, word in _from_json(content, where / table) if table.endswith(".json") else _from_csv(content):
+            if word and told.setdefault(name, word) != word:
+                raise UserError(f"{where / table} tells {name} twice, as {told[name]} and as {word}")
         needed = f"{table} must tell those of all"
     if missing := [name for name in names if name not in told]:
         few = ", ".join(missing[:_FEW]) + ", …" * (len(missing) > _FEW)
         raise UserError(f"{where}: {len(missing):,} of {len(names):,} images have no label ({few}): {needed}")
     words = [told[name] for name in names]
-    whole = table is not None and all(_whole(word) for word in words)
+    numeric = [word for word in words if table and _number(word)]
+    whole = len(numeric) > 0
+    if whole and (odd := [word for word in words if not _whole(word)]):
+        found = " and ".join(dict.fromkeys([numeric[0], odd[0]]))
+        raise UserError(f"{where / (table or '')}: labels must be all whole numbers, or all words, not {found}")
     order = {word: i for i, word in enumerate(sorted(set(words), key=_natural))}
     numbers = np.array([max(-1, min(int(word), MOST)) if whole else order[word] for word in words])
     return dict(zip(names, class_numbers(numbers, len(names), where / (table or "")).tolist(), strict=True))
 
 
-def _from_json(content: bytes, where: Path) -> dict[str, str]:
+def _from_json(content: bytes, where: Path) -> list[tuple[str, str]]:
     try:
         labels = json.loads(content)["labels"]
         pairs = labels.items() if isinstance(labels, Mapping) else labels or []
         if odd := [label for _, label in pairs if not isinstance(label, int | str) or isinstance(label, bool)]:
             raise ValueError(f"label {odd[0]}")
-        return {name.replace("\\", "/"): str(label) for name, label in pairs}
+        return [(name.replace("\\", "/"), str(label)) for name, label in pairs]
     except Exception as error:  # whatever JSON and other shapes of it raise
         raise UserError(
             f'{where} must be {{"labels": [["name.png", 3], …]}}; it cannot be read ({error!r:.100})'
         ) from error
 
 
-def _from_csv(content: bytes) -> dict[str, str]:
+def _from_csv(content: bytes) -> list[tuple[str, str]]:
     lines = csv.reader(io.StringIO(content.decode("utf-8-sig", errors="replace")))
-    return {line[0].strip().replace("\\", "/"): line[1].strip() for line in lines if len(line) > 1}
+    return [(line[0].strip().replace("\\", "/"), line[1].strip()) for line in lines if len(line) > 1]
+
+
+def _number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def _whole(word: str) -> bool:

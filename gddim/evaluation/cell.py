@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Int, Int32
 
 from gddim.data import LABEL, to_uint8
 from gddim.errors import UserError
@@ -34,6 +34,7 @@ from gddim.sde.words import process_name
 
 Row = dict[str, Any]
 ROUNDING = "to the nearest uint8, clipped"
+GOLDEN = (5**0.5 - 1) / 2
 LEAST = 4  # samples that every metric needs
 
 
@@ -92,6 +93,8 @@ class Evaluator:
     sharding: jax.sharding.Sharding | None = None
     classes: int = 0
     """Of a model that is told them: sample i is of class i mod classes, as many of each."""
+    counts: Int[np.ndarray, " classes"] | None = None
+    """How many records the data have of each, where samples are of them as often."""
     guidance: Guidance = dataclasses.field(default_factory=Guidance)
     """What guides the model."""
 
@@ -107,7 +110,7 @@ class Evaluator:
             "features": self.space.name,
             "reference": self.reference.origin | {"digest": self.reference.digest()},
             "rounding": ROUNDING if len(self.shape) == 3 else "none",
-            **({"classes": f"i mod {self.classes}"} if self.classes else {}),
+            **({"classes": f"i mod {self.classes}" if self.counts is None else "as the data"} if self.classes else {}),
             **software(),
         }
 
@@ -169,7 +172,10 @@ class Evaluator:
         return key | {"metrics": compare(found, self.reference, self.space.metrics), "measured": measured}
 
     def _labels(self, numbers: Int32[np.ndarray, " n"]) -> Int32[np.ndarray, " n"] | None:
-        return numbers % np.int32(self.classes) if self.classes else None
+        if self.counts is None:
+            return numbers % np.int32(self.classes) if self.classes else None
+        shares = numbers * GOLDEN % 1  # evenly spread over [0, 1), however many there are
+        return np.searchsorted(np.cumsum(self.counts), shares * self.counts.sum(), side="right").astype(np.int32)
 
     def _evaluations(self, sde: AbstractLinearSDE, solver: AbstractSolver, nfe: float) -> Row:
         """How often a guided sample evaluates a network in its calls."""

@@ -161,6 +161,8 @@ class Evaluation:
     """In which the Inception network runs; what bfloat16 changes is told with the results."""
     keep_samples: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Write the samples of each cell into the workdir: images as PNG, anything else as npz."""
+    balance: Literal["classes", "data"] = field(default="classes", metadata=LATER)
+    """Of a run with labels: as many samples of each class, or of each as many as the data to train on have."""
     reference: str | None = None
     """Statistics to compare with, as python -m gddim.evaluation stats writes them; without it those of the data, which are
     computed once and kept in the workdir."""

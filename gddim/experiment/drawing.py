@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from gddim.data import LABEL, to_uint8, to_unit
 from gddim.experiment.config import Experiment, Sampling, require
@@ -58,6 +58,21 @@ class Start(NamedTuple):
         return Start(data, time)
 
 
+def batches(
+    mesh: jax.sharding.Mesh, n: int, batch: int, given: PyTree = None
+) -> Iterator[tuple[Int[Array, " b"], PyTree]]:
+    """The numbers of n samples, so many at a time over the devices, and of what is given, a row for each, theirs.
+
+    The last numbers go beyond n, so that all batches are of one size, and have the row of the last.
+    """
+    size = round_up(min(batch, n), mesh.size)
+    for first in range(0, n, size):
+        numbers = np.arange(first, first + size, dtype=np.int32)
+        of = np.minimum(numbers, n - 1)
+        rows = jax.tree.map(lambda x, of=of: x[of], given)
+        yield jax.device_put((numbers, rows), batch_sharding(mesh))
+
+
 def draw_samples(
     experiment: Experiment,
     mesh: jax.sharding.Mesh,
@@ -80,19 +95,15 @@ def draw_samples(
     model, solver = guidance(seen_through(model, sde)), method.solver(sde)
     classes = experiment.drawn_classes(sampling)
     n = sampling.samples if classes is None else len(classes)
-    size = round_up(min(sampling.batch, n), mesh.size)
-    parts, calls = [], []
-    for first in range(0, n, size):
-        rows = np.arange(first, first + size, dtype=np.int32)
-        cond = None if classes is None else {LABEL: classes[np.minimum(rows, n - 1)]}
-        begin = None if start is None else start.data[np.minimum(rows, n - 1) * len(start.data) // n]
-        numbers, cond, begin = jax.device_put((rows, cond, begin), batch_sharding(mesh))
-        seed = jnp.asarray(sampling.seed)
-        given = None if begin is None or start is None else (to_unit(begin), jnp.asarray(start.time, jnp.float32))
-        found, count, _ = sample_numbered(model, solver, experiment.data.shape, seed, numbers, cond=cond, begin=given)
+    told = None if classes is None else {LABEL: classes}
+    data_of = None if start is None else start.data[np.arange(n) * len(start.data) // n]
+    seed, parts, calls = jnp.asarray(sampling.seed), [], []
+    for numbers, (cond, data) in batches(mesh, n, sampling.batch, (told, data_of)):
+        begin = None if start is None else (to_unit(data), jnp.asarray(start.time, jnp.float32))
+        found, count, _ = sample_numbered(model, solver, experiment.data.shape, seed, numbers, cond=cond, begin=begin)
         parts.append(to_host(to_uint8(found) if found.ndim == 4 else found))
         calls.append(to_host(count))
-        progress(min(first + size, n))
+        progress(min(len(numbers) * len(parts), n))
     made = float(np.mean(np.concatenate(calls)))
     return np.concatenate(parts)[:n], Calls(made, guidance.evaluations(sde, made, getattr(solver, "times", None)))
 

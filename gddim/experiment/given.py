@@ -28,6 +28,8 @@ def _read(word: str, path: epath.Path, shape: tuple[int, ...]) -> np.ndarray:
         source = ArrayFile(word, test_every=0).train()
         if source.shape != shape:
             raise UserError(f"--from {word} holds records {source.shape}, the run's are {shape}")
+        if not len(source):
+            raise UserError(f"--from {word} holds no records")
         return np.asarray(source[np.arange(len(source))])
     if len(shape) != 3:
         raise UserError(f"--from {word}: of records {shape} give arrays, as .npy or .npz")

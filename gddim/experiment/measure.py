@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import PyTree
 
-from gddim.data import Source, check_labels, classes_of, data_alone
+from gddim.data import Source, check_labels, class_counts, classes_of, data_alone
 from gddim.errors import UserError, place
 from gddim.evaluation.cell import LEAST, Cell, Evaluator, check
 from gddim.evaluation.classes import Labelled
@@ -55,6 +55,8 @@ def cells(experiment: Experiment) -> list[Cell]:
             of = f"{sampler.about['process']} at {sampler.nfe(1)} calls"
             raise UserError(f"{sampler_name(sampler)} is of {of}, which is no cell of --eval.processes and --eval.nfe")
     check([*found, *([periodic_cell(experiment)] if settings.every else [])], experiment.sde)
+    classes = settings.balance == "classes" or classes_of(experiment.data) > 0
+    require(classes, f"eval.balance {settings.balance}: this run knows no classes; train one with --data.labels")
     shape = experiment.data.shape
     if settings.features == "inception" and not (len(shape) == 3 and shape[-1] in (1, 3)):
         raise UserError(f"Inception features need images of 1 or 3 channels, not {shape}: give --eval.features pixels")
@@ -162,6 +164,8 @@ class Measure:
         pixels = settings.features == "pixels"
         self.floor = statistics("training") if pixels else None
         self.reference = given or statistics("held out" if pixels else "training")
+        of_data = settings.balance == "data"
+        self.counts = class_counts(data.train(), classes_of(data)) if of_data else None
 
     def evaluator(
         self, params: PyTree, step: int, guidance: Guidance | None = None, guide: dict[str, str] | None = None
@@ -182,6 +186,7 @@ class Measure:
             },
             guidance=guidance or Guidance(),
             classes=classes_of(experiment.data),
+            counts=self.counts,
             batch=round_up(min(experiment.eval.batch, experiment.eval.samples), mesh.size),
             sharding=batch_sharding(mesh),
         )

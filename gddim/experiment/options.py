@@ -68,12 +68,14 @@ def options(value: Any, group: str = "") -> Iterator[tuple[str, Any]]:
             continue
         named = [mark.name for mark in marks if getattr(mark, "name", None) is not None]
         name = [field.name.replace("_", "-"), *named][-1]
-        prefix = "" if field.metadata.get(UNGROUPED) else group
+        alone = field.metadata.get(UNGROUPED) or any(getattr(mark, "prefix_name", None) is False for mark in marks)
+        prefix = "" if alone else group
         if dataclasses.is_dataclass(default) and find_spec(kind) is None:
             if not _made_of_functions(default):
                 yield from options(default, f"{prefix}{name}." if name else prefix)
             continue
-        yield f"--{prefix}{name}", kind
+        for each in (f"--{prefix}{name}", *(alias for mark in marks for alias in getattr(mark, "aliases", None) or ())):
+            yield each, kind
         if kind is bool:
             yield f"--{prefix}no-{name}", kind
 

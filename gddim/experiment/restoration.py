@@ -44,7 +44,7 @@ class Restoration:
     lower half is."""
     by: Literal["moments", "pseudoinverse", "replacement"] = "moments"
     """How a sample hears of the measurement: moments (MMPS), exact for Gaussian data, some vector-Jacobian products of the
-    network a call; pseudoinverse (ΠGDM), one a call; replacement, none, and biased."""
+    network a call; pseudoinverse (ΠGDM), one a call; replacement, none, and biased, less by --sampler repaint:16."""
     noise: float = 0.0
     """Standard deviation of the noise of the measurement, data being in [-1, 1]."""
     images: int = 4
@@ -96,7 +96,10 @@ class Restoration:
         try:
             if path.suffix == ".npy":
                 with path.open("rb") as file:
-                    mask = np.load(file, allow_pickle=False) != 0
+                    mask = np.load(file, allow_pickle=False)
+                if mask.dtype.kind not in "biuf" or not np.all(np.isfinite(mask)):
+                    raise ValueError(f"it holds {mask.dtype}, or what is not finite: a mask is of numbers or booleans")
+                mask = mask != 0
             else:
                 mask = np.asarray(decoded(path.read_bytes(), 1, self.mask)) >= 128
         except Exception as error:  # whatever Pillow and NumPy make of other files

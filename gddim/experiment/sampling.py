@@ -78,8 +78,8 @@ class Sampling:
         default=BEST, metadata={UNGROUPED: True}
     )
     """gddim[:ORDER][:data|:residual][:free|:corrector][:lam=λ][:data_std=…], cholesky[:ORDER], em[:lam=λ], heun, sscs,
-    rk45[:rtol=…][:atol=…], ipndm[:ORDER], dpm[:ORDER], unipc[:ORDER][:bh1], or afs:SAMPLER, its first step analytic;
-    any of them on a grid of its own, as gddim:3:data:free@tuned; or table:FILE, which fit wrote."""
+    rk45[:rtol=…][:atol=…], ipndm[:ORDER], dpm[:ORDER], unipc[:ORDER][:bh1], repaint[:REPEATS][:lam=λ], or afs:SAMPLER,
+    its first step analytic; any of them on a grid of its own, as gddim:3:data:free@tuned; or table:FILE, which fit wrote."""
     process: Annotated[Process, tyro.conf.arg(name="process", prefix_name=False)] = field(
         default=None, metadata={UNGROUPED: True, SPELLED: spell_process}
     )
@@ -103,10 +103,14 @@ class Sampling:
     """One more network call, from t_min to 0: an Euler step of the reverse SDE without noise, or the predicted data."""
     seed: int = 0
     """Sample i depends on the checkpoint, the process, the sampler, this and i."""
-    classes: tuple[int, ...] = field(default=(), metadata=LATER)
+    classes: Annotated[
+        tuple[int, ...], tyro.conf.arg(name="classes", prefix_name=False, aliases=["--sampling.classes"])
+    ] = field(default=(), metadata=LATER)
     """Those that samples are of, one after another in turn, by a run with --data.labels: without it all of the data; -1 is
     none, which train.label-dropout has the network learn. Sample i depends on its class, too."""
-    per_class: int = field(default=0, metadata=LATER)
+    per_class: Annotated[int, tyro.conf.arg(name="per-class", prefix_name=False, aliases=["--sampling.per-class"])] = (
+        field(default=0, metadata=LATER)
+    )
     """Samples of each class, whose pictures are a row, in place of sampling.samples; 0: none such."""
     ema: float = 0.0
     """Length σ_rel of the average that is sampled after training, rebuilt from the run's snapshots up to the step, at the

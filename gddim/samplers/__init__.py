@@ -21,6 +21,7 @@ from gddim.samplers.peers import IPNDM as IPNDM
 from gddim.samplers.peers import AnalyticStart as AnalyticStart
 from gddim.samplers.peers import DPMSolver as DPMSolver
 from gddim.samplers.peers import UniPC as UniPC
+from gddim.samplers.repaint import RePaint as RePaint
 from gddim.samplers.solver import AbstractSampler as AbstractSampler
 from gddim.samplers.solver import AbstractTableSampler as AbstractTableSampler
 from gddim.samplers.solver import Solution as Solution

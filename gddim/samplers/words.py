@@ -23,21 +23,24 @@ from gddim.samplers.grids import (
 )
 from gddim.samplers.learned import LearnedTable, load_table
 from gddim.samplers.peers import IPNDM, AnalyticStart, DPMSolver, UniPC
+from gddim.samplers.repaint import RePaint
 from gddim.samplers.solver import AbstractSampler, AbstractSolver, AbstractTableSampler, count_calls
 from gddim.sde import VP, AbstractLinearSDE
 
 _FORMS = {
     "gddim": GDDIM, "cholesky": CholeskyMultistep, "em": EulerMaruyama, "heun": Heun, "sscs": SSCS, "rk45": RK45,
-    "ipndm": IPNDM, "dpm": DPMSolver, "unipc": UniPC,
+    "ipndm": IPNDM, "dpm": DPMSolver, "unipc": UniPC, "repaint": RePaint,
 }  # fmt: skip
 _WORDS = {
     "eps": ("interpolate", "eps"), "data": ("interpolate", "data"), "residual": ("interpolate", "residual"),
     "corrector": ("corrector", True), "free": ("corrector", "free"),
     "bh1": ("variant", "bh1"), "bh2": ("variant", "bh2"),
 }  # fmt: skip
+_COUNT = "order"  # what a number alone sets
+_COUNTS = {_COUNT, "repeats"}  # by its name in the sampler
 ACCEPTED = (
     "gddim[:ORDER][:data|:residual][:free|:corrector][:lam=λ][:data_std=…], cholesky[:ORDER], em[:lam=λ], heun, sscs, "
-    "rk45[:rtol=…][:atol=…], ipndm[:ORDER], dpm[:ORDER] (DPM-Solver++), unipc[:ORDER][:bh1], "
+    "rk45[:rtol=…][:atol=…], ipndm[:ORDER], dpm[:ORDER] (DPM-Solver++), unipc[:ORDER][:bh1], repaint[:REPEATS][:lam=λ], "
     "or afs:SAMPLER, whose first step is analytic; any of them @GRID; or table:FILE, which fit wrote; for example "
     "gddim:3:data:free@tuned or em:lam=1"
 )
@@ -69,6 +72,7 @@ def parse_sampler(text: str, tables: str | None = None) -> AbstractSampler:
     arguments: dict[str, Any] = {}
     for option in options:
         argument, value = _argument(option)
+        argument = next(iter(known & _COUNTS), "") if argument == _COUNT else argument
         if argument not in known or argument in arguments:
             why = f"{option!r} sets {argument} again" if argument in arguments else f"{name} has no option {option!r}"
             raise UserError(f"sampler {text!r}: {why}; accepted are {ACCEPTED}")
@@ -88,7 +92,7 @@ def _table(sampler: AbstractSampler, text: str) -> AbstractTableSampler:
 def _argument(option: str) -> tuple[str, Any]:
     """The argument that one option sets; its name is empty if the option is malformed."""
     if option.isascii() and option.isdecimal():
-        return "order", int(option)
+        return _COUNT, int(option)
     if option in _WORDS:
         return _WORDS[option]
     name, _, number = option.partition("=")
@@ -112,7 +116,7 @@ def sampler_name(sampler: AbstractSampler) -> str:
     words = [name]
     for field in dataclasses.fields(sampler):
         value = getattr(sampler, field.name)
-        if field.name == "order":
+        if field.name in _COUNTS:
             words.append(str(value))
         elif value != field.default:
             word = next((word for word, setting in _WORDS.items() if setting == (field.name, value)), None)

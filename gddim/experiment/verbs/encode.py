@@ -17,13 +17,14 @@ from gddim.evaluation.figures import label_in_words
 from gddim.evaluation.page import write_page
 from gddim.experiment.checkpoints import restore_ema
 from gddim.experiment.config import Experiment, require
+from gddim.experiment.drawing import batches
 from gddim.experiment.measure import held_out
 from gddim.experiment.outputs import check_names, write_figure, write_npz
 from gddim.experiment.pictures import gallery, rows
 from gddim.experiment.plan import Plan
 from gddim.experiment.workdir import describe
 from gddim.model import seen_through
-from gddim.parallel import batch_sharding, round_up, to_host
+from gddim.parallel import to_host
 from gddim.samplers import GDDIM, OnGrid
 from gddim.samplers.inversion import Coder, interpolate, reconstruct
 from gddim.samplers.words import sampler_name, steps_for
@@ -52,14 +53,11 @@ def encode(
     which = "held-out" if given is None else "given"
     params, step = restore_ema(plan, workdir, step)
     count = min(settings.samples, len(source))
-    size = round_up(min(settings.batch, count), plan.mesh.size)
     sde = experiment.through(settings.process)
     grid = settings.flow_grid(sde, steps_for(sampler, settings.nfe, settings.last))
     coder = Coder.of(seen_through(plan.model(params), sde), grid, order)
     parts = []
-    for first in range(0, count, size):
-        numbers = np.minimum(np.arange(first, first + size), count - 1)
-        records, numbers = jax.device_put((source[numbers], numbers), batch_sharding(plan.mesh))
+    for numbers, records in batches(plan.mesh, count, settings.batch, source[np.arange(count)]):
         x, cond = x0_and_cond(records)
         parts.append(jax.tree.map(to_host, reconstruct(coder, to_unit(x), _keys(settings.seed, numbers), cond)))
     latents, data, errors = (np.concatenate(part)[:count] for part in zip(*parts, strict=True))

@@ -14,6 +14,7 @@ from gddim.data import LABEL, classes_of
 from gddim.errors import progress
 from gddim.evaluation.provenance import hardware, software
 from gddim.experiment.checkpoints import checkpoint_digest, restore_ema
+from gddim.experiment.drawing import batches
 from gddim.experiment.fitting import Problem
 from gddim.experiment.plan import Plan
 from gddim.model import seen_through
@@ -43,18 +44,19 @@ def fit_table(plan: Plan, workdir: epath.Path, problem: Problem, step: int | Non
     classes = classes_of(experiment.data)
     key = jax.random.key(np.uint32(APART + experiment.sampling.seed))
     held_out, count = round_up(settings.held_out, size), round_up(settings.pairs, size)
-    batches = (held_out + count) // size
+    n = held_out + count
+    of = {LABEL: np.asarray(experiment.sampling.class_of(np.arange(n), classes))} if classes else None
     parts: list[Pairs] = []
     path: Any = None
-    total = batches * problem.teacher.nfe + 3 * settings.steps * len(problem.grid)
+    theirs = n // size * problem.teacher.nfe
+    total = theirs + 3 * settings.steps * len(problem.grid)
     with progress(total=total, unit="call") as bar:
         bar.set_description("the teacher")
-        for first in range(0, batches * size, size):
-            numbers = np.arange(first, first + size, dtype=np.int32)
-            of = {LABEL: np.asarray(experiment.sampling.class_of(numbers, classes))} if classes else None
-            numbers, cond = jax.device_put((numbers, of), sharding)
+        for numbers, cond in batches(plan.mesh, n, size, of):
             found = sample_numbered(model, teacher, shape, key, numbers, path=True, cond=cond)
-            parts.append(Pairs(to_host(_starts(sde, shape, key, numbers)), to_host(found.data), of))
+            parts.append(
+                Pairs(to_host(_starts(sde, shape, key, numbers)), to_host(found.data), jax.tree.map(to_host, cond))
+            )
             assert found.path is not None
             path = path or (to_host(found.path.times), to_host(found.path.foreseen)[..., 0, :])
             bar.update(problem.teacher.nfe)
@@ -65,7 +67,7 @@ def fit_table(plan: Plan, workdir: epath.Path, problem: Problem, step: int | Non
 
         def told(steps: int, loss: float) -> None:
             bar.set_description(f"step {steps}, loss {loss:.3g}")
-            bar.update(max(0, batches * problem.teacher.nfe + 3 * steps * len(problem.grid) - bar.n))
+            bar.update(max(0, theirs + 3 * steps * len(problem.grid) - bar.n))
 
         left = 60 * settings.minutes - (time.perf_counter() - began)
         put = lambda pairs: jax.device_put(pairs, sharding)

@@ -19,7 +19,7 @@ from gddim.evaluation.figures import label_in_words
 from gddim.evaluation.metrics import psnr, ssim
 from gddim.evaluation.page import write_page
 from gddim.experiment.checkpoints import restore_ema
-from gddim.experiment.drawing import Calls
+from gddim.experiment.drawing import Calls, batches
 from gddim.experiment.guiding import restore_guide
 from gddim.experiment.measure import held_out
 from gddim.experiment.outputs import check_names, make_room, write_figure, write_npz
@@ -29,7 +29,7 @@ from gddim.experiment.restoration import Measuring, Restoration
 from gddim.experiment.workdir import describe
 from gddim.measurements import Operator, least_norm
 from gddim.model import seen_through
-from gddim.parallel import batch_sharding, round_up, to_host
+from gddim.parallel import to_host
 from gddim.samplers.numbered import sample_numbered
 from gddim.samplers.words import sampler_name
 from gddim.storage import write_whole
@@ -59,20 +59,14 @@ def restore(plan: Plan, workdir: epath.Path, settings: Restoration, step: int | 
     b = jax.vmap(denoise.operator)(truth)
     b = to_host(b + settings.noise * jax.random.normal(jax.random.fold_in(seed, 2**31), b.shape))
     n = count * settings.samples
-    size = round_up(min(sampling.batch, n), plan.mesh.size)
-    parts, made = [], []
+    each = jax.tree.map(lambda x: np.repeat(x, settings.samples, 0), {"measurement": b, "cond": cond})
+    through, parts, made = Through(sde, denoise), [], []
     with progress(total=n, unit="img") as bar:
-        for first in range(0, n, size):
-            numbers = np.arange(first, first + size, dtype=np.int32)
-            of = np.minimum(numbers, n - 1) // settings.samples
-            told = {"measurement": b[of], "cond": jax.tree.map(lambda x, of=of: x[of], cond)}
-            numbers, told = jax.device_put((numbers, told), batch_sharding(plan.mesh))
-            found, calls, _ = sample_numbered(
-                Through(sde, denoise), solver, experiment.data.shape, seed, numbers, cond=told
-            )
+        for numbers, told in batches(plan.mesh, n, sampling.batch, each):
+            found, calls, _ = sample_numbered(through, solver, experiment.data.shape, seed, numbers, cond=told)
             parts.append(to_host(jnp.clip(found, -1, 1)))
             made.append(to_host(calls))
-            bar.update(min(size, n - first))
+            bar.update(min(len(numbers), n - bar.n))
     samples = np.concatenate(parts)[:n].reshape(count, settings.samples, *experiment.data.shape)
     mean_calls = float(np.mean(np.concatenate(made)))
     calls = Calls(mean_calls, guidance.evaluations(sde, mean_calls, getattr(solver, "times", None)))
