@@ -32,6 +32,7 @@ from gddim.samplers import load_table as load_table
 from gddim.samplers import log_snr_grid as log_snr_grid
 from gddim.samplers import power_grid as power_grid
 from gddim.samplers import sample as sample
+from gddim.samplers import tuned_grid as tuned_grid
 from gddim.samplers import two_phase_grid as two_phase_grid
 from gddim.samplers import uniform_grid as uniform_grid
 from gddim.sde import CLD as CLD

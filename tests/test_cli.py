@@ -159,7 +159,7 @@ def test_steps_logging_sampling_and_evaluation_may_change(trained, capsys):
 
 def test_an_earlier_checkpoint_can_be_sampled(trained, capsys):
     execute(parse(points.EXPERIMENT, ["sample", f"--workdir={trained}", *SMALL, "--step=8"]))
-    assert "samples of step 8 by gddim:3:free:data@band: NFE 3" in capsys.readouterr().out
+    assert "samples of step 8 by gddim:3:free:data@tuned: NFE 3" in capsys.readouterr().out
     assert status_of(points.EXPERIMENT, "sample", f"--workdir={trained}", *SMALL, "--step=9") == 2
     assert "no whole checkpoint of step 9" in capsys.readouterr().err
 

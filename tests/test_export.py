@@ -232,7 +232,7 @@ def test_shipped_weights_are_used_where_there_is_no_trained_run(files, tmp_path,
     assert status_of(shipped, "sample", f"--workdir={workdir}") == 0
     said = capsys.readouterr()
     assert f"--workdir {workdir} holds no checkpoint: {files / 'a.safetensors'} is used\n" in said.err
-    assert "8 samples of step 2 by gddim:3:free:data@band: NFE 4" in said.out
+    assert "8 samples of step 2 by gddim:3:free:data@tuned: NFE 4" in said.out
     assert (workdir / "samples.png").exists()
     assert status_of(shipped, "sample", f"--workdir={workdir}", "--step=2") == 2
     assert "--step 2: " in capsys.readouterr().err

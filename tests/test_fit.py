@@ -200,7 +200,7 @@ def test_a_table_is_used_wherever_samplers_are_named(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "says"),
     [(["--sampler=em:lam=1"], "adds noise"), (["--sampler=gddim:2"], "interpolates no data"),
-     (["--sampler=rk45"], "such as gddim:3:data:free@band"), (["--sampling.last=data"], "no last call"),
+     (["--sampler=rk45"], "such as gddim:3:data:free@tuned"), (["--sampling.last=data"], "no last call"),
      (["--fit.teacher=4"], "must be more than"), (["--fit.name=a/b"], "is no file's name")],
 )  # fmt: skip
 def test_what_cannot_be_fitted_is_refused_before_the_work(words, says, tmp_path, capsys):

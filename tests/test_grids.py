@@ -61,6 +61,19 @@ def test_a_band_leaves_extremes_to_more_steps(sde):
         np.testing.assert_array_equal(own, told)
 
 
+def test_a_tuned_grid_follows_ends_and_data_and_is_of_several_fields_from_10_steps_on():
+    for steps in range(1, 17):
+        grids = [gddim.tuned_grid(gddim.VE(), s * 80.0, s * 0.002, steps, data_std=s * 0.5) for s in (1.0, 2.0)]
+        np.testing.assert_allclose(grids[1], 2 * grids[0], rtol=1e-9)
+        assert len(grids[0]) == steps + 1
+        assert np.all(np.diff(grids[0]) < 0)
+        assert (grids[0][0], grids[0][-1]) == (80.0, 0.002)
+        own, band = (make(gddim.CLD(), 1.0, 1e-3, steps) for make in (gddim.tuned_grid, gddim.band_grid))
+        assert np.array_equal(own, band) == (steps not in (10, 15))
+    r = gddim.tuned_grid(gddim.VE(), 80.0, 0.01, 8)  # close to those that were learned, on other ends
+    np.testing.assert_allclose(r[1:4], [3.51, 1.39, 0.643], rtol=0.05)
+
+
 def test_a_wide_band_is_log_snr_and_ends_may_be_0():
     sde = gddim.VP()
     wide = gddim.band_grid(sde, 1.0, 1e-3, 6, lo=1e-9, hi=1e9)
@@ -82,6 +95,7 @@ def test_the_karras_grid_is_edms():
         ("power:7", lambda sde: gddim.power_grid(1.0, 1e-3, 6, 7.0)),
         ("band", lambda sde: gddim.band_grid(sde, 1.0, 1e-3, 6, data_std=0.3)),
         ("band:0.16:3", lambda sde: gddim.band_grid(sde, 1.0, 1e-3, 6, data_std=0.3, lo=0.16, hi=3)),
+        ("tuned", lambda sde: gddim.tuned_grid(sde, 1.0, 1e-3, 6, data_std=0.3)),
         ("log-snr", lambda sde: gddim.log_snr_grid(sde, 1.0, 1e-3, 6)),
         ("karras:5", lambda sde: gddim.karras_grid(sde, 1.0, 1e-3, 6, 5)),
         ("two-phase:0.5:0.4", lambda sde: gddim.two_phase_grid(1.0, 1e-3, 6, 0.5, 0.4)),
@@ -150,6 +164,6 @@ def test_an_experiment_lays_out_times_by_a_word_which_those_samplers_that_bring_
 
 def test_the_grid_of_the_default_gives_way_to_one_that_is_told():
     named = lambda **told: sampler_name(Sampling(**told).method(gddim.CLD()).sampler)
-    assert named() == "gddim:3:free:data@band"
+    assert named() == "gddim:3:free:data@tuned"
     assert named(grid=Grid("power", (7.0,))) == "gddim:3:free:data@power:7"
     assert named(power=3.0) == "gddim:3:free:data"

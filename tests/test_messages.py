@@ -219,7 +219,7 @@ def test_a_terminal_without_the_letters_sees_a_dry_run_and_a_run(tmp_path):
         assert status_of(points.EXPERIMENT, f"--workdir={tmp_path / 'w'}", *SMALL, "--dry-run") == 0
         assert status_of(points.EXPERIMENT, f"--workdir={tmp_path / 'w'}", *SMALL) == 0
     assert b"devices: 8 ? cpu" in said.getvalue()
-    assert b"samples of step 4 by gddim:3:free:data@band: NFE 3" in said.getvalue()
+    assert b"samples of step 4 by gddim:3:free:data@tuned: NFE 3" in said.getvalue()
 
 
 def test_every_command_line_prints_on_any_terminal_and_every_file_names_its_encoding():

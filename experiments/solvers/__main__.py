@@ -34,7 +34,10 @@ PROCESSES: dict[str, gddim.AbstractLinearSDE] = {
     "ve": gddim.VE(),
 }  # fmt: skip
 REFERENCE = "gddim:3:data", "power:2"
-OURS = ("gddim:3:data:free@band", "gddim:4:data:free@band", "gddim:3:residual@band:0.16:3", "gddim:3:data@band")
+OURS = (
+    "gddim:3:data:free@tuned", "gddim:3:data:free@band", "gddim:4:data:free@band", "gddim:3:residual@band:0.16:3",
+    "gddim:3:data@band",
+)  # fmt: skip
 PEERS = ("gddim:4", "ipndm:3", "dpm:2", "unipc:2", "unipc:3")  # the first is DEIS-tAB3
 GRIDS = ("power:3", "power:7", "band")
 NFE = (5, 6, 8, 10, 15, 20)

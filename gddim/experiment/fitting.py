@@ -84,7 +84,7 @@ def fitted_by(experiment: Experiment, workdir: epath.Path) -> Problem:
     sampler, grid = method.sampler, method.grid(sde)
     if isinstance(sampler, OnGrid):
         sampler, grid = sampler.sampler, sampler.times(sde, grid)
-    refusal = f"sampler {sampler_name(sampling.sampler)}: fit corrects the table of one such as gddim:3:data:free@band"
+    refusal = f"sampler {sampler_name(sampling.sampler)}: fit corrects the table of one such as gddim:3:data:free@tuned"
     if not isinstance(sampler, AbstractTableSampler):
         raise UserError(refusal)
     std = np.ravel(getattr(sampler, "data_std", 0.5))[0]

@@ -79,7 +79,7 @@ class Sampling:
     )
     """gddim[:ORDER][:data|:residual][:free|:corrector][:lam=λ][:data_std=…], cholesky[:ORDER], em[:lam=λ], heun, sscs,
     rk45[:rtol=…][:atol=…], ipndm[:ORDER], dpm[:ORDER], unipc[:ORDER][:bh1], or afs:SAMPLER, its first step analytic;
-    any of them on a grid of its own, as gddim:3:data:free@band; or table:FILE, which fit wrote."""
+    any of them on a grid of its own, as gddim:3:data:free@tuned; or table:FILE, which fit wrote."""
     process: Annotated[Process, tyro.conf.arg(name="process", prefix_name=False)] = field(
         default=None, metadata={UNGROUPED: True, SPELLED: spell_process}
     )
@@ -95,8 +95,8 @@ class Sampling:
     power: float | None = None
     """Times are uniform in t^(1/power), those of the process, for samplers that bring no grid; without it 2, for ve 7."""
     grid: TimeGrid = field(default=None, metadata={SPELLED: lambda grid: grid and str(grid)})
-    """Another layout of the times, of every sampler that brings none: power[:POWER], band[:LO:HI] (in standard deviations
-    of the data), karras[:RHO], log-snr, two-phase[:SHARE:FRACTION:POWER] or uniform."""
+    """Another layout of the times, of every sampler that brings none: tuned, power[:POWER], band[:LO:HI] (in standard
+    deviations of the data), karras[:RHO], log-snr, two-phase[:SHARE:FRACTION:POWER] or uniform."""
     t_min: float | None = None
     """Time of the process at which the sampler stops; without it 0.001 of the horizon, for ve 0.002 of its 80."""
     last: Literal["none", "euler", "data"] = "none"

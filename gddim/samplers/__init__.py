@@ -11,6 +11,7 @@ from gddim.samplers.grids import band_grid as band_grid
 from gddim.samplers.grids import karras_grid as karras_grid
 from gddim.samplers.grids import log_snr_grid as log_snr_grid
 from gddim.samplers.grids import power_grid as power_grid
+from gddim.samplers.grids import tuned_grid as tuned_grid
 from gddim.samplers.grids import two_phase_grid as two_phase_grid
 from gddim.samplers.grids import uniform_grid as uniform_grid
 from gddim.samplers.learned import LearnedTable as LearnedTable

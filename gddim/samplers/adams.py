@@ -50,7 +50,7 @@ class GDDIM(AbstractTableSampler):
     `lam`: λ ≥ 0; 0 is the probability flow, without noise; 1 the reverse SDE; between and above, less or more noise.
     `corrector`: correct every step that it improves: one order more, for 2 network calls a step. "free" corrects a step once
     the call that follows it has come, with that record (`corrected_for_free`): one order more for no call, on a good grid
-    (`band_grid`) up to half the error. Polynomials of "data" are then in `arctan(r / 2 data_std)`, r the noise level, not in
+    (`band_grid`) up to half the error. Polynomials of "data" are then in `arctan(r / 2.5 data_std)`, r the noise level, not in
     t, as those of "residual" are in its `Band`: at 5 to 10 calls less is extrapolated. With ε it diverges, and is refused.
     `interpolate`: "eps", the network's ε, "data", its data prediction, better for a `Denoiser` and for λ > 0, or "residual",
     what is left of that once the prediction for data N(0, data_std²) is taken off (`Residual`): exact for these, too.
@@ -235,8 +235,8 @@ def same(t: np.ndarray) -> np.ndarray:
 
 
 def angle(sde: AbstractLinearSDE, data_std: Any) -> Clock:
-    """`arctan(r / 2 data_std)`, r the `noise_level`: of the lowest frequency, as this is."""
-    scale = 2 * np.ravel(data_std)[0]
+    """`arctan(r / 2.5 data_std)`, r the `noise_level`: of the lowest frequency, as this is."""
+    scale = 2.5 * np.ravel(data_std)[0]
 
     def clock(t: np.ndarray) -> np.ndarray:
         absent = np.isnan(t)
