@@ -49,7 +49,9 @@ def _kernel_gradient(cotangent: Array, x: Array, kernel: Any) -> Array:
 
         def part(i: int | Array) -> Array:
             above, below = (
-                lax.dynamic_slice(a, (0, i // (h // rows), i % (h // rows) * rows, 0, 0), (examples, 1, high, *a.shape[3:]))
+                lax.dynamic_slice(
+                    a, (0, i // (h // rows), i % (h // rows) * rows, 0, 0), (examples, 1, high, *a.shape[3:])
+                )
                 for a, high in zip(strided, (rows + size - 1, rows), strict=True)
             )
             above, below = above[:, 0].transpose(3, 1, 2, 0), below[:, 0].transpose(1, 2, 0, 3)
