@@ -118,14 +118,14 @@ def band_grid(
 def band_of(sde: AbstractLinearSDE, steps: Number) -> tuple[float, float]:
     """The band that was best by measurement, for so many steps of `gddim:3:data:free`: few leave the extremes out.
 
-    In units of the data's standard deviation it is 0.4 to 3 up to 4 steps, and 0.06 to 6 beyond; for several fields 0.3 to 3
+    In units of the data's standard deviation it is 0.4 to 3 up to 4 steps, and 0.06 to 6 beyond; for several fields 0.3 to 4
     up to 6 and 0.15 to 3 up to 10.
     """
     if steps <= 4:
         return 0.4, 3.0
     if sde.k == 1 or steps > 10:
         return 0.06, 6.0
-    return (0.3, 3.0) if steps <= 6 else (0.15, 3.0)
+    return (0.3, 4.0) if steps <= 6 else (0.15, 3.0)
 
 
 LEARNED_BAND = 0.06, 6.0
