@@ -14,7 +14,6 @@ from scipy.signal import correlate2d, upfirdn
 
 from gddim.errors import UserError
 from gddim.nn import MLPConfig, NCSNpp, NCSNppConfig
-from gddim.nn.convolution import conv_same
 from gddim.nn.layers import (
     Attention,
     Conv,
@@ -185,35 +184,6 @@ def test_dropout_drops_its_share_of_every_block(share):
     for a, b in itertools.pairwise([mask for mask in masks if mask.shape == fine]):
         agree = share**2 + (1 - share) ** 2
         assert abs(np.mean(a == b) - agree) < 5 * math.sqrt(agree * (1 - agree) / a.size)
-
-
-@pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize("where", ["plain", "vmap", "scan"])
-def test_gradients_of_the_convolution_are_those_of_autodiff(size, where):
-    x, kernel, cotangent = normal(0, 4, 2, 6, 5, 3), normal(1, size, size, 3, 7), normal(2, 4, 2, 6, 5, 7)
-
-    def plain(x, kernel):
-        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-    def every(conv):
-        def loss(x, kernel):
-            if where == "vmap":
-                y = jax.vmap(conv, (0, None))(x, kernel)
-            elif where == "scan":
-                y = jax.lax.scan(lambda _, x: (None, conv(x, kernel)), None, x)[1]
-            else:
-                y = jnp.stack([conv(row, kernel) for row in x])
-            return jnp.sum(y * cotangent)
-
-        return jax.jit(jax.value_and_grad(loss, (0, 1)))(x, kernel)
-
-    chex.assert_trees_all_close(every(conv_same), every(plain), rtol=1e-4, atol=1e-4)
-
-
-def test_a_kernel_for_every_example_is_convolved_with_its_own():
-    x, kernel = normal(0, 3, 2, 4, 4, 2), normal(1, 3, 3, 3, 2, 5)
-    alone = jnp.stack([conv_same(*pair) for pair in zip(x, kernel, strict=True)])
-    chex.assert_trees_all_close(jax.vmap(conv_same)(x, kernel), alone, atol=1e-5)
 
 
 @pytest.mark.parametrize("channels", [8, 48, 160])

@@ -13,6 +13,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float
 
 from gddim.nn.layers import Attention, Conv, Dense, Draw, GroupNorm, downsample, upsample
+from gddim.nn.whole import whole
 
 T = TypeVar("T")
 
@@ -89,6 +90,7 @@ class Block(eqx.Module):
     def __call__(
         self, x: Float[Array, "h w i"], time: Float[Array, " t"], keep: Bool[Array, "a b o"] | None = None
     ) -> Float[Array, "a b o"]:
+        x = whole(x)
         h = self.norm_in(x, swish=True)
         if self.resample != "none":
             resample = downsample if self.resample == "down" else upsample
@@ -96,9 +98,9 @@ class Block(eqx.Module):
         h, time = self.conv_in(h), self.time(time)[None, None]
         if self.style.modulate:
             scale, shift = jnp.split(time, 2, axis=-1)
-            h = jax.nn.swish(self.norm_out(h) * (scale + 1) + shift)
+            h = jax.nn.swish(self.norm_out(whole(h)) * (scale + 1) + shift)
         else:
-            h = self.norm_out(h + time, swish=True)
+            h = self.norm_out(whole(h + time), swish=True)
         if keep is not None:
             h = jnp.where(keep, h / (1 - self.dropout), 0)
         h = self.conv_out(h)

@@ -6,6 +6,7 @@ with those labels. It is a primitive because the backward pass of a `jax.custom_
 of the kernel for every example before it sums them.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -14,6 +15,8 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
+
+CACHED = 2**18  # values, 1 MiB: what a core's cache holds with room to spare
 
 
 def conv_same(x: Float[Array, "n h w i"], kernel: Float[Array, "k k i o"]) -> Float[Array, "n h w o"]:
@@ -34,9 +37,28 @@ def _kernel_gradient(cotangent: Array, x: Array, kernel: Any) -> Array:
     shape, dtype = kernel.aval.shape, kernel.aval.dtype
 
     def canonical(x: Array, cotangent: Array) -> Array:
-        pad = [(size // 2, size // 2) for size in shape[:2]]
-        x, cotangent = x.transpose(3, 1, 2, 0), cotangent.transpose(1, 2, 0, 3)
-        y = lax.conv_general_dilated(x, cotangent, (1, 1), pad, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        """A sum over parts of the images, as every output runs over all of the cotangent, at memory's pace if it is large."""
+        (n, h), size = cotangent.shape[:2], shape[0]
+        examples, rows = n, h
+        if cotangent.size > CACHED:
+            examples = math.gcd(n, 8) if n % 4 == 0 else n
+            while rows % 2 == 0 and cotangent.size * examples * rows > CACHED // 4 * n * h:
+                rows //= 2
+        x = jnp.pad(x, [(0, 0), (size // 2, size // 2), (size // 2, size // 2), (0, 0)])
+        strided = [a.reshape(examples, -1, *a.shape[1:]) for a in (x, cotangent)]  # every device has a share of a part
+
+        def part(i: int | Array) -> Array:
+            above, below = (
+                lax.dynamic_slice(
+                    a, (0, i // (h // rows), i % (h // rows) * rows, 0, 0), (examples, 1, high, *a.shape[3:])
+                )
+                for a, high in zip(strided, (rows + size - 1, rows), strict=True)
+            )
+            above, below = above[:, 0].transpose(3, 1, 2, 0), below[:, 0].transpose(1, 2, 0, 3)
+            return lax.conv_general_dilated(above, below, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+        y, count = part(0), n // examples * (h // rows)
+        y = lax.fori_loop(1, count, lambda i, y: y + part(i), y) if count > 1 else y
         return y.transpose(1, 2, 0, 3)
 
     def native(x: Array, cotangent: Array) -> Array:

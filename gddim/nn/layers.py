@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Key
 
 from gddim.errors import UserError
 from gddim.nn.convolution import conv_same
+from gddim.nn.whole import whole
 
 
 class Draw:
@@ -146,6 +147,7 @@ class Attention(eqx.Module):
         self.out = Dense(channels, channels, scale=0.0, draw=draw)
 
     def __call__(self, x: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
+        x = whole(x)
         h = self.norm(x).reshape(-1, x.shape[-1])
         parts = (dense(h).reshape(1, h.shape[0], self.heads, -1) for dense in (self.query, self.key, self.value))
         with jax.numpy_dtype_promotion("standard"):  # it mixes bfloat16 and float32 inside
