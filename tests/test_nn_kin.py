@@ -12,7 +12,7 @@ import pytest
 
 from gddim.errors import UserError
 from gddim.nn import NCSNppConfig
-from gddim.nn.layers import Attention, Draw, GroupNorm, downsample
+from gddim.nn.layers import Attention, Draw, GroupNorm, downsample, downsample_conv
 from gddim.nn.ncsnpp import Block
 
 SMALL = NCSNppConfig(
@@ -20,6 +20,7 @@ SMALL = NCSNppConfig(
 )
 KIN = {
     "DDPM": dataclasses.replace(SMALL, style="ddpm", groups=4),
+    "diffusers": dataclasses.replace(SMALL, style="diffusers", groups=4),
     "ADM": dataclasses.replace(SMALL, style="adm", embedding="positional_open", eps=1e-5, head=4),
     "EDM's NCSN++": dataclasses.replace(SMALL, embedding="fourier_linear", fir=True, progressive_input="residual"),
     "averaged": dataclasses.replace(SMALL, progressive_input="averaged", features=12, hidden=20),
@@ -45,6 +46,15 @@ def test_the_kin_take_any_size_and_drop_with_a_key_only(name):
     for bad in ((9, 8, 3), (8, 8, 4), (0, 8, 3)):
         with pytest.raises(ValueError, match="takes sides that are multiples of 2"):
             net(jnp.zeros(bad), 0.3)
+
+
+def test_a_strided_convolution_of_diffusers_is_that_of_ddpm_seen_in_a_mirror():
+    conv = built(KIN["DDPM"]).down[0].resample
+    x, mirrored = jax.random.normal(jax.random.key(2), (8, 6, 8)), lambda x: x[::-1, ::-1]
+    other = eqx.tree_at(lambda conv: conv.weight, conv, mirrored(conv.weight))
+    expected = mirrored(downsample_conv(x, conv, fir=False))
+    np.testing.assert_allclose(downsample_conv(mirrored(x), other, fir=False, centred=True), expected, atol=1e-6)
+    assert float(jnp.abs(downsample_conv(mirrored(x), other, fir=False) - expected).max()) > 0.1
 
 
 def test_levels_may_narrow_and_widen_again():

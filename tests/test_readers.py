@@ -121,6 +121,8 @@ def test_a_folder_of_diffusers_is_read_as_it_was_written(tmp_path):
     assert found.experiment.sde == gddim.VP.from_betas(np.linspace(1e-4, 0.3, 20))
     for mine, other in zip(jax.tree.leaves(net), jax.tree.leaves(found.model.net), strict=True):
         np.testing.assert_array_equal(other, mine)
+    centred = diffusers_folder(tmp_path / "centred", net, downsample_padding=1)
+    assert convert.read(centred).experiment.net == dataclasses.replace(config, style="diffusers")
     said = []
     net = dataclasses.replace(found.model, net=lambda x, level, cond=None, *, key=None: said.append(level) or x)
     net(np.zeros((4, 4, 1, 3), np.float32), 20.0)  # the last time, which diffusers calls 19
@@ -131,7 +133,7 @@ def test_a_folder_of_diffusers_is_read_as_it_was_written(tmp_path):
     ("options", "said"),
     [
         ({"_class_name": "UNet2DConditionModel"}, "read is UNet2DModel"),
-        ({"downsample_padding": 1}, "downsample_padding is 1"),
+        ({"downsample_padding": 2}, "downsample_padding is 2"),
         ({"class_embed_type": "timestep"}, "class_embed_type"),
         ({"block_out_channels": [8, 12]}, "not multiples"),
         ({"up_block_types": ["UpBlock2D", "UpBlock2D"]}, "mirrored"),

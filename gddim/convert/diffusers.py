@@ -29,7 +29,7 @@ FIXED = {"act_fn": ("silu", "swish"), "mid_block_scale_factor": (1,), "time_embe
          "downsample_type": ("conv",), "upsample_type": ("conv",), "center_input_sample": (False,),
          "class_embed_type": (None,), "num_class_embeds": (None,), "add_attention": (True,),
          "resnet_time_scale_shift": ("default",),
-         "mid_block_type": ("UNetMidBlock2D",), "downsample_padding": (0,), "attn_norm_num_groups": (None,)}  # fmt: skip
+         "mid_block_type": ("UNetMidBlock2D",), "downsample_padding": (1, 0), "attn_norm_num_groups": (None,)}  # fmt: skip
 READ = (
     "sample_size",
     "in_channels",
@@ -96,9 +96,8 @@ def read_diffusers(folder: Path, source: Any) -> Published:
 def _config(given: dict[str, Any]) -> tuple[NCSNppConfig, tuple[int, int, int]]:
     if given.get("_class_name") != "UNet2DModel":
         raise UserError(f"its config.json is of a {given.get('_class_name')!s:.40}; read is UNet2DModel")
-    said = {"downsample_padding": 1} | given  # which diffusers takes
     for name, accepted in FIXED.items():
-        if (value := said.get(name, accepted[0])) not in accepted:
+        if (value := given.get(name, accepted[0])) not in accepted:
             raise UserError(f"its {name} is {value!s:.40}; read is {accepted[0]}")
     if unknown := [name for name in given if name not in READ and name not in FIXED and not name.startswith("_")]:
         raise UserError(f"its config.json has options that are not known: {', '.join(unknown):.200}")
@@ -127,7 +126,7 @@ def _config(given: dict[str, Any]) -> tuple[NCSNppConfig, tuple[int, int, int]]:
         embedding="positional" if given.get("freq_shift", 0) == 1 else "positional_open",
         fir=False,
         progressive_input="none",
-        style="ddpm",
+        style="diffusers" if given.get("downsample_padding", 1) else "ddpm",
         groups=given.get("norm_num_groups", 32),
         eps=float(given.get("norm_eps", 1e-5)),
         head=given.get("attention_head_dim", 8) or 0,

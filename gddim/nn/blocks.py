@@ -25,6 +25,8 @@ class Style(NamedTuple):
     """Of the sum of a branch and its shortcut."""
     by_conv: bool = False
     """Resample by a convolution between the blocks, not inside a block."""
+    centred: bool = False
+    """A strided convolution is centred on the upper left of the four pixels that become one, not on the lower right."""
     attend_always: bool = False
     """Attend after every block of an attending level on the way up, not after the last alone."""
     modulate: bool = False
@@ -34,6 +36,7 @@ class Style(NamedTuple):
 STYLES = {
     "ncsnpp": Style(math.sqrt(0.5)),
     "ddpm": Style(1.0, by_conv=True, attend_always=True),
+    "diffusers": Style(1.0, by_conv=True, centred=True, attend_always=True),
     "adm": Style(1.0, attend_always=True, modulate=True),
 }
 

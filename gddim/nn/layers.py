@@ -230,9 +230,13 @@ def downsample(x: Float[Array, "h w c"], fir: bool) -> Float[Array, "h//2 w//2 c
     return x
 
 
-def downsample_conv(x: Float[Array, "h w i"], conv: Conv, fir: bool) -> Float[Array, "h//2 w//2 o"]:
-    """Half the size by a strided 3x3 convolution, with the filter (1, 3, 3, 1)/8 before it if `fir`."""
-    padding = "VALID" if fir else "SAME"
+def downsample_conv(
+    x: Float[Array, "h w i"], conv: Conv, fir: bool, centred: bool = False
+) -> Float[Array, "h//2 w//2 o"]:
+    """Half the size by a strided 3x3 convolution, with the filter (1, 3, 3, 1)/8 before it if `fir`; of even sizes it sees a
+    pixel beyond the lower right border, or, if `centred`, one beyond the upper left.
+    """
+    padding = "VALID" if fir else [(1, 1), (1, 1)] if centred else "SAME"
     if fir:
         for axis in (0, 1):  # with two zeros on either side: one sample longer than x
             pad = [(0, 0)] * 3

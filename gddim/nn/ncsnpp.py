@@ -50,9 +50,10 @@ class NCSNppConfig:
     """Resample with the filter (1, 3, 3, 1) instead of nearest neighbour and mean."""
     progressive_input: Literal["residual", "averaged", "none"] = "residual"
     """Whether a downsampled copy of the input enters every level; averaged: by a mean after its convolution, not a stride."""
-    style: Literal["ncsnpp", "ddpm", "adm"] = field(default="ncsnpp", metadata=LATER)
-    """Of the blocks: NCSN++'s; DDPM's, which resamples by convolutions between them; ADM's, which the noise level scales and
-    shifts. The latter two also attend after every block of an attending level on the way up, and divide no sums by √2."""
+    style: Literal["ncsnpp", "ddpm", "diffusers", "adm"] = field(default="ncsnpp", metadata=LATER)
+    """Of the blocks: NCSN++'s; DDPM's, which resamples by convolutions between them, and as diffusers centres these; ADM's,
+    which the noise level scales and shifts. All but NCSN++'s also attend after every block of an attending level on the way
+    up, and divide no sums by √2."""
     rescale: bool = field(default=True, metadata=LATER)
     """Divide the sum of a branch and its shortcut by √2, in style ncsnpp (score_sde's skip_rescale)."""
     classes: int = field(default=0, metadata=LATER)
@@ -64,7 +65,7 @@ class NCSNppConfig:
     hidden: int = field(default=0, metadata=LATER)
     """Those made of them, which the blocks see; 0: four times `width`."""
     groups: int = field(default=32, metadata=LATER)
-    """Groups of a normalisation, of 4 channels at least but in style ddpm."""
+    """Groups of a normalisation, of 4 channels at least but in styles ddpm and diffusers."""
     eps: float = field(default=1e-6, metadata=LATER)
     """Added to a variance that it divides by."""
     head: int = field(default=0, metadata=LATER)
@@ -121,7 +122,7 @@ class NCSNppConfig:
 
     def norm(self, channels: int) -> GroupNorm:
         """A normalisation of so many channels."""
-        return GroupNorm(channels, self.groups, 1 if self.style == "ddpm" else 4, self.eps)
+        return GroupNorm(channels, self.groups, 1 if STYLES[self.style].by_conv else 4, self.eps)
 
     def heads(self, channels: int) -> int:
         """Those of an attention over so many channels; where there is none whole, ADM does not attend."""
@@ -267,7 +268,7 @@ class NCSNpp(eqx.Module):
                 skips += outputs
             if stage.resample is not None:
                 if isinstance(stage.resample, Conv):
-                    h = downsample_conv(h, stage.resample, fir=False)
+                    h = downsample_conv(h, stage.resample, fir=False, centred=STYLES[self.config.style].centred)
                 else:
                     h = single(stage.resample, h)
                 if stage.progressive is not None:
