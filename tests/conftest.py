@@ -29,10 +29,19 @@ hypothesis.settings.load_profile("gddim")
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that take long by measurement, not by what they are, stand in slow.txt: they carry the mark, too."""
-    slow = set(Path(__file__).with_name("slow.txt").read_text(encoding="utf-8").splitlines())
+    """Marks by measurement, not by what tests are: those of slow.txt take about a second or more, of long.txt more than five.
+
+    Of a test whose every case takes a second the quickest stays, if it takes two at most.
+    """
+    slow, long = (
+        set(Path(__file__).with_name(f"{name}.txt").read_text(encoding="utf-8").splitlines())
+        for name in ("slow", "long")
+    )
     for item in items:
-        if item.nodeid.removeprefix("tests/") in slow:
+        name = item.nodeid.removeprefix("tests/")
+        if name in long or item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.long)
+        if name in slow | long:
             item.add_marker(pytest.mark.slow)
 
 

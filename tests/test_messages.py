@@ -25,6 +25,7 @@ import gddim.generate
 from experiments import blurred_cld_cifar10, cld_cifar10, cld_digits, points
 from experiments.benchmark import __main__ as benchmark
 from experiments.solvers import __main__ as solvers
+from experiments.solvers import tune
 from gddim.data import CelebA, Digits, Shards, prepare
 from gddim.errors import place
 from gddim.evaluation.features import PixelFeatures
@@ -191,6 +192,7 @@ ENTRIES = {
     "generate": gddim.generate.main,
     "benchmark": benchmark.main,
     "solvers": solvers.main,
+    "tune": tune.main,
 }
 
 

@@ -127,13 +127,13 @@ def test_every_entry_of_a_table_is_its_integral(sde, std, lam):
 @pytest.mark.parametrize("sde", [VP, pytest.param(CLD, marks=SLOW)], ids=name)
 @pytest.mark.parametrize("lam", [0.0, 0.7])
 def test_with_the_free_corrector_data_are_interpolated_in_the_angle_of_the_noise(sde, lam):
-    """As above, `W' = F̂W − ½(1+λ²)GGᵀΣ⁻¹Ψ(τ,t_j) ℓ_j(arctan r/2s)`."""
+    """As above, `W' = F̂W − ½(1+λ²)GGᵀΣ⁻¹Ψ(τ,t_j) ℓ_j(arctan r/2.5s)`."""
     ts, k = np.array([1.0, 0.72, 0.5, 0.31, 0.05]), sde.k
     table = GDDIM(3, lam, corrector="free", interpolate="data", data_std=0.3).both(sde, ts)
 
     def angle(tau):
         psi = sde.transition(tau, 0.0)[:, :1]
-        return np.arctan((psi.T @ np.linalg.solve(sde.covariance(tau), psi))[0, 0] ** -0.5 / 0.6)
+        return np.arctan((psi.T @ np.linalg.solve(sde.covariance(tau), psi))[0, 0] ** -0.5 / 0.75)
 
     for i in range(len(ts) - 1):
         times = ts[i::-1][: table.orders[i]]

@@ -24,6 +24,7 @@ import optax
 import gddim
 from experiments.solvers.__main__ import PROCESSES, T_MIN, Problem, errors, problem
 from experiments.solvers.mixtures import DATA_STD, KINDS
+from gddim.errors import printable
 from gddim.samplers.base import Coefficients
 from gddim.samplers.fit import Family
 from gddim.samplers.grids import LEARNED_BAND, Band
@@ -77,6 +78,7 @@ def gained(family: Family, grids: Sequence[np.ndarray], problems: Sequence[Probl
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
+    printable()
     parser = argparse.ArgumentParser("python -m experiments.solvers.tune", description=__doc__)
     parser.add_argument("--process", choices=PROCESSES, default="vp")
     parser.add_argument("--nfe", type=int, nargs="+", default=(5, 6, 8, 10, 15, 20))
