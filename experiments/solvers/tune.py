@@ -31,31 +31,32 @@ from gddim.samplers.grids import LEARNED_BAND, Band
 from gddim.samplers.solver import TableSolver
 from gddim.sde.linalg import Array
 
-RMS = 0.3  # weight of the root mean square's logarithm beside that of the mean logarithm
 ANCHOR = 4  # steps of Adam for which a table is taken as linear in its times
 
 
 @eqx.filter_jit
-def descent(anchor: Coefficients, slopes: Coefficients, moved: Array, problem: Problem) -> tuple[Array, Array]:
+def descent(
+    anchor: Coefficients, slopes: Coefficients, moved: Array, problem: Problem, rms: Array
+) -> tuple[Array, Array]:
     """The loss of a problem, and its gradient by how far the gaps are moved from the anchor."""
 
     def loss(moved: Array) -> Array:
         table = jax.tree.map(lambda x, slope: x + jnp.tensordot(moved, slope, 1), anchor, slopes)
         table = dataclasses.replace(table, noise=np.zeros(table.noise.shape))
         found = jnp.log(errors(TableSolver.of(table, problem.sde), problem) + 1e-12)
-        return jnp.mean(found.mean(-1) + RMS * jax.nn.logsumexp(2 * found, -1, b=1 / found.shape[-1]) / 2)
+        return jnp.mean(found.mean(-1) + rms * jax.nn.logsumexp(2 * found, -1, b=1 / found.shape[-1]) / 2)
 
     return jax.value_and_grad(loss)(moved)
 
 
-def tuned(family: Family, gaps: np.ndarray, problems: Sequence[Problem], steps: int) -> np.ndarray:
+def tuned(family: Family, gaps: np.ndarray, problems: Sequence[Problem], steps: int, rms: float) -> np.ndarray:
     """The best gaps that `steps` of Adam meet."""
     adam = optax.adam(optax.cosine_decay_schedule(0.03, steps))
     state, best = adam.init(jnp.asarray(gaps)), (np.inf, gaps)
     for step in range(steps):
         if step % ANCHOR == 0:
             at, anchor, slopes = gaps, family.table(family.times(gaps)), family.slopes(gaps)
-        found = [descent(anchor, slopes, jnp.asarray(gaps - at), problem) for problem in problems]
+        found = [descent(anchor, slopes, jnp.asarray(gaps - at), problem, jnp.asarray(rms)) for problem in problems]
         value, slope = (np.mean([np.asarray(x) for x in part], 0) for part in zip(*found, strict=True))
         if value < best[0]:
             best = float(value), gaps
@@ -85,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--mixtures", type=int, default=12, help="of each kind (12); others, a third as many, judge")
     parser.add_argument("--samples", type=int, default=16, help="from each (16)")
     parser.add_argument("--steps", type=int, default=120, help="of Adam (120)")
+    parser.add_argument("--rms", type=float, default=0.3, help="the share of their root mean square (0.3)")
     parser.add_argument("--seed", type=int, default=7000, help="of the first mixture (7000)")
     options = parser.parse_args(argv)
     sde, own = PROCESSES[options.process], options.seed + np.arange(options.mixtures)
@@ -98,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for calls in options.nfe:
             began = time.perf_counter()
             default = gddim.tuned_grid(sde, sde.horizon, t_min, calls, DATA_STD)
-            gaps = tuned(family, family.gaps(default), learn, options.steps)
+            gaps = tuned(family, family.gaps(default), learn, options.steps, options.rms)
             shares = np.cumsum(np.exp(gaps - gaps.max()))
             grid = family.times(gaps)
             told = [gained(family, (default, grid), problems) for problems in (learn, judge)]
