@@ -29,9 +29,9 @@ hypothesis.settings.load_profile("gddim")
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks by measurement, not by what tests are: those of slow.txt take about a second or more, of long.txt more than five.
+    """Marks by measurement, not by what tests are: those of slow.txt take half a second or more, of long.txt more than five.
 
-    Of a test whose every case takes a second the quickest stays, if it takes two at most.
+    Of a test whose every case does the quickest stays, if it takes little over a second.
     """
     slow, long = (
         set(Path(__file__).with_name(f"{name}.txt").read_text(encoding="utf-8").splitlines())

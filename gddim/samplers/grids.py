@@ -144,8 +144,9 @@ LEARNED: dict[tuple[bool, int], tuple[float, ...]] = {
 """By whether there are several fields, and steps: the shares of the way in Φ at which the inner times of `tuned_grid` lie.
 
 Found by Adam as in `experiments.solvers.tune`, on 30 to 80 mixtures, those of one field through VP and others through CLD; at
-first the scale of `arctan(r / 2.5 s)` was free with them. Those of 5 steps, and of 6 of several fields, are a quarter of the way back to a band of 0.3 to 6, and two thirds to one of 0.3
-to 4: what was learned has smaller median errors still, but larger root mean squares and Fréchet distances of the digits."""
+first the scale of `arctan(r / 2.5 s)` was free with them. Those of 5 steps are a quarter of the way back to the band of 0.3 to
+6, those of 6 of several fields two thirds to that of 0.3 to 4: what was learned has smaller median errors still, but larger
+root mean squares and Fréchet distances of the digits."""
 
 
 def tuned_grid(
