@@ -228,11 +228,11 @@ class OnGrid(AbstractSampler):
 BEST = OnGrid(GDDIM(3, corrector="free", interpolate="data"), Grid("tuned"))
 """What an experiment samples with unless it is told. Its times are those of `tuned_grid`.
 
-Of mixtures that were not tuned on, its median error at 5 6 8 10 15 20 calls through VP is .33 .31 .33 .33 .30 .25 of that of
-`gddim:3:data` on power 2, where UniPC has .50 .37 .35 .39 .50 .48. On the digits, at 3 4 5 6 8 10 calls, its Fréchet distance
-is 1.47 1.20 1.18 1.12 1.04 .94 through CLD and 1.22 1.01 1.00 .96 .92 .90 through VP (means of three sampling seeds; of
-`gddim:3:data` on power 2 9.32 2.16 1.56 1.30 1.08 1.02 and 1.47 1.07 .95 .92 .89 .88, of one). See
-experiments/results/solvers.md."""
+On Gaussian mixtures that were not tuned on its median error at 5 6 8 10 15 20 calls through VP is .33 .23 .20 .19 .17 .23 of
+that of `gddim:3:data` on power 2, where the best peer has .49 .30 .30 .32 .38 .30; through CLD .29 .27 .21 .16 .19 .22. On the
+digits, at 3 4 5 6 8 10 calls, its Fréchet distance is 1.54 1.25 1.21 1.13 1.00 .95 through CLD and 1.24 1.01 1.00 .94 .92 .91
+through VP (means of three sampling seeds; of `gddim:3:data` on power 2 9.32 2.16 1.56 1.30 1.08 1.02 and 1.47 1.07 .95 .92 .89
+.88, of one). See experiments/results/solvers.md."""
 
 
 def laid_out(sampler: AbstractSampler, grid: Grid | None, power: float | None) -> AbstractSampler:
