@@ -2,7 +2,8 @@
 
     python -m experiments.cifar10_dit --workdir runs/cifar10_dit
 
-Paper: Peebles and Xie 2023 (arXiv 2212.09748), with preconditioning and noise levels of Karras et al. 2022 (arXiv 2206.00364).
+Paper: Peebles and Xie 2023 (arXiv 2212.09748), with preconditioning, noise levels and augmentation of Karras et al. 2022 (arXiv
+2206.00364).
 Sizes (width, depth, heads): S 384, 12, 6; B 768, 12, 12; L 1024, 24, 16; XL 1152, 28, 16. `--dry-run` prints parameters and
 operations: S/2 has 32.5 M and 12.3 GFLOP an image, forward (published on 4 channels, with labels: 33 M, 6.06 G multiply-adds).
 Hardware: 8 accelerators of the A100 class for a day. Steps: 400,000 of 256 images.
@@ -29,6 +30,7 @@ EXPERIMENT = Experiment(
         learning_rate=2e-4,
         warmup=5_000,
         ema_profiles=(0.05, 0.1),
+        augment=0.12,  # it sees every image 2,000 times
     ),
     sampling=Sampling(nfe=20),
     eval=Evaluation(processes=(None, CLD()), samples=50_000),
