@@ -38,7 +38,7 @@ MOST = 10_000  # pictures that a grid shows
 
 
 def parse_numbers(option: str, words: list[str], least: int = 0) -> list[int]:
-    """The different numbers of `0-63`, `1,5,9` or `0-3,7`. Raises `UserError` for anything else."""
+    """The numbers of `0-63`, `1,5,9` or `0-3,7`. Raises `UserError` for anything else."""
     found: list[int] = []
     for part in ",".join(words).split(","):
         if not (ends := re.fullmatch(r"(-?\d+)(?:-(\d+))?", part.strip())):
@@ -47,7 +47,7 @@ def parse_numbers(option: str, words: list[str], least: int = 0) -> list[int]:
         if not least <= first <= last < 2**31 or last - first >= 10**7:
             raise UserError(f"{option} {part}: a range rises, within {least} … {2**31 - 1}, by less than ten million")
         found += range(first, last + 1)
-    return list(dict.fromkeys(found))
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -73,8 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     if options.out is None and len(options.classes or ()) > 1:  # --classes 3 5 OUT
         *options.classes, options.out = options.classes
-    if options.out is None:
-        parser.error("the following arguments are required: OUT")
+    if options.out is None or re.fullmatch(r"-?\d+", options.out):
+        parser.error("the following arguments are required: OUT, a folder, not a number")
     try:
         check_backend()
         print(_generate(options))
@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _generate(options: argparse.Namespace) -> str:
-    seeds, out = parse_numbers("--seeds", [options.seeds]), place(options.out)
+    seeds, out = list(dict.fromkeys(parse_numbers("--seeds", [options.seeds]))), place(options.out)
     if options.batch < 1:
         raise UserError(f"--batch must be at least 1, not {options.batch}")
     check_empty(out)
@@ -119,7 +119,7 @@ def _generate(options: argparse.Namespace) -> str:
         "checkpoint": found.about.get("checkpoint"),
         "step": found.about.get("step"),
         "process": process_name(through.sde),
-        "sampler": how.get("sampler") or sampler_name(settings.sampler),
+        "sampler": how.get("sampler") or sampler_name(settings.method(through.sde).sampler),
         "nfe": how.get("nfe") or (solver.nfe if isinstance(solver, TableSolver) else settings.nfe),
         **({"guide": str(guide)} if guide.acts else {}),
     }

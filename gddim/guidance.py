@@ -208,7 +208,8 @@ class Measured(eqx.Module):
     `iterations`: of conjugate gradients, at most.
     `basis`: the process, where its noise has a spectrum.
 
-    Raises `ValueError`, when it is first called, for an operator that is not linear and a measurement of another shape.
+    Raises `ValueError` for another `by`, a negative `noise_std`, a `data_std` ≤ 0 and `iterations` < 1; and, when it is first
+    called, for an operator that is not linear and a measurement of another shape.
     """
 
     denoise: Callable[..., Array]

@@ -145,7 +145,7 @@ class Loaded(eqx.Module):
             "nfe": nfe,
         }
         how = dataclasses.replace(self.settings, **{name: x for name, x in given.items() if x is not None})
-        if how.process not in (None, self.sde, self.settings.process):  # the run's times are not those of another
+        if (how.process or self.sde) != (self.settings.process or self.sde):  # the run's times are not those of another
             how = dataclasses.replace(how, power=None, t_min=None)
         model = self.model if how.process is None else seen_through(self.model, how.process)
         method = how.method(model.sde)
@@ -170,7 +170,10 @@ class Loaded(eqx.Module):
         """The class of each sample."""
         if not self.classes:
             raise UserError("classes: this run knows none; train one with --data.labels")
-        given = classes if isinstance(classes, jax.Array) else np.asarray(classes)
+        try:
+            given = classes if isinstance(classes, jax.Array) else np.asarray(classes)
+        except jax.errors.TracerArrayConversionError:
+            given = jnp.asarray(classes)
         if not jnp.issubdtype(given.dtype, jnp.integer) or given.shape not in ((), shape):
             raise UserError(
                 f"classes: given {given.dtype}{[*given.shape]}, accepted are whole numbers, one or {shape[0]}"

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 import gddim
-from experiments.solvers.__main__ import main, problem
+from experiments.solvers import tune
+from experiments.solvers.__main__ import T_MIN, errors, main, problem
 from experiments.solvers.mixtures import DATA_STD, KINDS, mixture
+from gddim.samplers.grids import LEARNED, LEARNED_BAND
+from gddim.samplers.solver import sharing
 
 
 def draw(made, rng, n):
@@ -64,10 +67,43 @@ def test_the_command_measures_and_draws(tmp_path, capsys):
     assert "is not overwritten" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [1, 2])
+def test_learned_times_have_smaller_errors_on_mixtures_that_they_were_not_learned_on(fields):
+    """Than a band as wide; at every number of steps, the geometric mean of medians over one mixture of each kind."""
+    sde = {1: gddim.VP(), 2: gddim.CLD()}[fields]
+    sampler = gddim.GDDIM(3, interpolate="data", corrector="free")
+    with jax.enable_x64(True):
+        problems = [problem(sde, kind, [31, 32], 32) for kind in KINDS]
+
+        def error(grid):
+            solver = sharing(sampler.solver(sde, grid))
+            found = [np.median(np.asarray(errors(solver, each)), -1) for each in problems]
+            return np.exp(np.mean(np.log(found)))
+
+        for steps in {steps for several, steps in LEARNED if several == (fields > 1) and steps > 6}:
+            band = gddim.band_grid(sde, 1.0, T_MIN, steps, DATA_STD, *LEARNED_BAND)
+            assert error(gddim.tuned_grid(sde, 1.0, T_MIN, steps, DATA_STD)) < 0.9 * error(band), steps
+
+
+@pytest.mark.slow
+def test_times_are_tuned_by_a_command(capsys):
+    tune.main(["--nfe", "5", "--mixtures", "2", "--samples", "8", "--steps", "8"])
+    said = capsys.readouterr().out
+    shares = [float(word) for word in said.splitlines()[0].removeprefix("5: ").split(", ")]
+    assert len(shares) == 4
+    assert np.all(np.diff([0, *shares, 1]) > 0)
+    assert 0.5 < float(said.split("rms: ")[1].split()[0]) < 1.1  # of what a few mixtures say
+    with pytest.raises(SystemExit):
+        tune.main(["--mixtures", "0"])
+    assert "must be at least 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [(["--samplers", "em:lam=1"], "adds noise"), (["--samplers", "rk45"], "chooses its own steps"),
-     (["--grids", "cosine"], "unknown grid"), (["--processes", "abc"], "no process 'abc'"), (["--nfe", "0"], "at least 1")],
+    [(["--samplers", "em:lam=1"], "adds noise"), (["--samplers", "repaint:4:lam=0"], "adds noise"),
+     (["--samplers", "rk45"], "chooses its own steps"), (["--grids", "cosine"], "unknown grid"),
+     (["--processes", "abc"], "no process 'abc'"), (["--nfe", "0"], "at least 1")],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_before_the_work(arguments, says, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):

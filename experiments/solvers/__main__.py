@@ -25,7 +25,7 @@ import numpy as np
 import gddim
 from experiments.solvers.mixtures import DATA_STD, KINDS, Mixture, mixture
 from gddim.errors import UserError, printable
-from gddim.samplers.solver import AbstractSampler, AbstractSolver, sharing
+from gddim.samplers.solver import AbstractSampler, AbstractSolver, TableSolver, sharing
 from gddim.samplers.words import Grid, OnGrid, parse_grid, parse_sampler, sampler_name, steps_for
 from gddim.sde.linalg import Array, product
 
@@ -182,6 +182,17 @@ def on(word: str, grids: Sequence[str]) -> list[tuple[AbstractSampler, Grid]]:
     return [(sampler, parse_grid(grid)) for grid in grids]
 
 
+def noisy(sampler: AbstractSampler) -> bool:
+    """Whether it adds noise, on the first process that it is made for."""
+    for sde in PROCESSES.values():
+        try:
+            solver = sampler.solver(sde, gddim.power_grid(sde.horizon, T_MIN * sde.horizon, 4))
+            return isinstance(solver, TableSolver) and solver.stochastic
+        except ValueError:
+            pass
+    return False
+
+
 def run(options: argparse.Namespace) -> None:
     """Measure, print, and write into the folder."""
     pairs = [pair for word in ("@".join(REFERENCE), *options.samplers) for pair in on(word, options.grids)]
@@ -191,7 +202,7 @@ def run(options: argparse.Namespace) -> None:
     if min(options.mixtures, options.samples, *options.nfe) < 1:
         raise UserError("--mixtures, --samples and --nfe must be at least 1")
     for sampler, _ in pairs:
-        if getattr(sampler, "lam", 0.0) > 0 or sampler.nfe(1) is None:
+        if noisy(sampler) or sampler.nfe(1) is None:
             raise UserError(
                 f"{sampler_name(sampler)} adds noise or chooses its own steps: it has no error at few calls"
             )

@@ -56,7 +56,7 @@ def tuned(family: Family, gaps: np.ndarray, problems: Sequence[Problem], steps: 
     for step in range(steps):
         if step % ANCHOR == 0:
             at, anchor, slopes = gaps, family.table(family.times(gaps)), family.slopes(gaps)
-        found = [descent(anchor, slopes, jnp.asarray(gaps - at), problem, jnp.asarray(rms)) for problem in problems]
+        found = [descent(anchor, slopes, jnp.asarray(gaps - at), each, jnp.asarray(rms)) for each in problems]
         value, slope = (np.mean([np.asarray(x) for x in part], 0) for part in zip(*found, strict=True))
         if value < best[0]:
             best = float(value), gaps
@@ -65,16 +65,16 @@ def tuned(family: Family, gaps: np.ndarray, problems: Sequence[Problem], steps: 
     return best[1]
 
 
-def gained(family: Family, grids: Sequence[np.ndarray], problems: Sequence[Problem]) -> tuple[float, float]:
+def gained(family: Family, grids: Sequence[np.ndarray], problems: Sequence[Problem]) -> str:
     """Median and root mean square error on the second grid over those on the first: geometric means over mixtures."""
 
     def of(grid: np.ndarray) -> np.ndarray:
         solver = TableSolver.of(family.table(grid), family.sde)
-        found = np.concatenate([np.asarray(errors(solver, problem)) for problem in problems])
+        found = np.concatenate([np.asarray(errors(solver, each)) for each in problems])
         return np.log([np.median(found, -1), np.sqrt(np.mean(found**2, -1))])
 
     median, rms = np.exp(np.mean(of(grids[1]) - of(grids[0]), -1))
-    return float(median), float(rms)
+    return f"{median:.3f} and {rms:.3f}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -89,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rms", type=float, default=0.3, help="the share of their root mean square (0.3)")
     parser.add_argument("--seed", type=int, default=7000, help="of the first mixture (7000)")
     options = parser.parse_args(argv)
+    if min(options.mixtures, options.samples, options.steps, *options.nfe) < 1:
+        parser.error("--nfe, --mixtures, --samples and --steps must be at least 1")
     sde, own = PROCESSES[options.process], options.seed + np.arange(options.mixtures)
     others = own[-1] + 1 + np.arange(-(-options.mixtures // 3))
     with jax.enable_x64(True):

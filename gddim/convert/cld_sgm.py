@@ -8,7 +8,7 @@ decays: that changes the score of the velocity by less than 1e-4, from t = 1e-3 
 from typing import Any
 
 from gddim.convert.published import Elsewhere, Published
-from gddim.convert.score_sde import RESCALED, State, names
+from gddim.convert.score_sde import UNTOLD, State, names
 from gddim.experiment import Experiment, Model, Sampling
 from gddim.samplers import GDDIM
 from gddim.sde import CLD
@@ -28,5 +28,5 @@ def read_cld_sgm(state: State, source: Any) -> Published:
         dict(state.arrays),
         names,
         state.step,
-        f"CLD-SGM's, taken for one of M = 1/4, β = 4, γ = 0.04, mixed (--sde.gamma …, --model.no-mixed-score){RESCALED}",
+        f"CLD-SGM's, taken for one of M = 1/4, β = 4, γ = 0.04, mixed (--sde.gamma …, --model.no-mixed-score){UNTOLD}",
     )

@@ -10,7 +10,8 @@ Nothing in it is imported or run. What a file does not tell is taken for what wa
 experiment may say it, as --sde.beta-max 10, --net.fir, --net.no-rescale where skip_rescale was False, or --net.width 64 where
 a state of gDDIM differs from its experiment. A run of such a state is one that python -m experiments.NAME samples, evaluates
 and trains on, with fresh moments of Adam. A network of one field (EDM's, score_sde's, diffusers') samples through every
-process; those of CLD through CLD. What draws is the default of python -m gddim.generate; EDM's own is its --sampler heun.
+process; those of CLD through CLD, by gddim:3:data. What draws the others is the default of python -m gddim.generate; EDM's
+own is its --sampler heun.
 """
 
 from __future__ import annotations

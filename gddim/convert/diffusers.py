@@ -98,7 +98,7 @@ def _config(given: dict[str, Any]) -> tuple[NCSNppConfig, tuple[int, int, int]]:
         raise UserError(f"its config.json is of a {given.get('_class_name')!s:.40}; read is UNet2DModel")
     for name, accepted in FIXED.items():
         if (value := given.get(name, accepted[0])) not in accepted:
-            raise UserError(f"its {name} is {value!s:.40}; read is {accepted[0]}")
+            raise UserError(f"its {name} is {value!s:.40}; read is {' or '.join(map(str, accepted))}")
     if unknown := [name for name in given if name not in READ and name not in FIXED and not name.startswith("_")]:
         raise UserError(f"its config.json has options that are not known: {', '.join(unknown):.200}")
     outputs, size, channels = given["block_out_channels"], given["sample_size"], given["in_channels"]

@@ -92,7 +92,7 @@ def _process(outer: Thing, found: dict[str, np.ndarray], config: NCSNppConfig, c
                 raise UserError("its VEPrecond tells a positional network the logarithm of σ, which none of ours takes")
             found |= {name: -found[name] for name in last}
             net, end = dataclasses.replace(config, embedding="fourier"), float(state.get("sigma_min", 0.02))
-            how = {"model": Model("eps", time_scale=0.5), "sampling": Sampling(power=7.0, t_min=end)}
+            how = {"model": Model("eps", time_scale=0.5), "sampling": Sampling(t_min=end)}
             return {"sde": VE(float(state["sigma_max"])), "net": net, **how}
         case "iDDPMPrecond":  # counts noise levels down to 0, which are told up from 0
             found |= {name: found[name][..., :channels] for name in last}

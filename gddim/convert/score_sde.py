@@ -28,8 +28,8 @@ LAYERS = {"norm_in": "GroupNorm_0", "conv_in": "Conv_0", "time": "Dense_0", "nor
 ATTENTION = {"norm": "GroupNorm_0", "query": "NIN_0", "key": "NIN_1", "value": "NIN_2", "out": "NIN_3"}
 ATTEND_AT = 16  # the height of images with attention in the published configurations
 SIGMA_MAX = 50.0  # CIFAR-10's, of a file that does not tell it
-RESCALED = (
-    "; nor does it tell that sums are divided by √2, as published (--net.no-rescale), or how large images are (--size)"
+UNTOLD = (
+    "; taken as published is also that sums are divided by √2, (--net.no-rescale), and how large images are (--size)"
 )
 FIXED = ("sigmas", "all_modules.0.W")  # are in no average
 SUB_VP = ("subvp", "sub_vp", "sub-vp")  # as names of published files have it
@@ -102,7 +102,7 @@ def read_score_sde(state: State, source: Any, process: Process | None = None) ->
             found[name] = -found[name]
         # on data in [-1, 1] all σ are twice those on [0, 1]
         sde, model, told = VE(2 * sigma_max), Model("eps", time_scale=0.5), "VE, on images that it saw in [0, 1]"
-        sampling = Sampling(power=7.0, t_min=0.02)
+        sampling = Sampling(t_min=0.02)
     elif process == "ve":
         raise UserError("its network is told times, not σ: VE of discrete times is not read")
     else:
@@ -112,7 +112,7 @@ def read_score_sde(state: State, source: Any, process: Process | None = None) ->
         told = f"{one}, which the file does not tell from {other} (--process), or from networks of discrete times"
     data = Elsewhere((state.side, state.side, state.outputs))
     experiment = Experiment("score_sde", sde, config, data, model, sampling=sampling)
-    return Published(source, experiment, found, names, state.step, f"score_sde's, taken for one of {told}{RESCALED}")
+    return Published(source, experiment, found, names, state.step, f"score_sde's, taken for one of {told}{UNTOLD}")
 
 
 def shapes_of(found: dict[str, np.ndarray], size: int | None = None) -> tuple[NCSNppConfig, int, int, int]:

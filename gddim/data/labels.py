@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -101,8 +102,8 @@ TABLES = ("dataset.json", "labels.csv")
 def image_classes(names: Sequence[str], table: str | None, content: bytes, where: Path) -> dict[str, int]:
     """The class of every image, by name: what a table says, else a number for each folder, or UserError.
 
-    Whole numbers in a table are classes as they are; words, and folders, are numbered in their order, that of numbers
-    where they are such. Folders are those just below the one that holds all images.
+    A table is of whole numbers, classes as they are, or of words that are none; words, and folders, are numbered in their
+    order, folders that are numbers in that of these. Folders are those just below the one that holds all images.
     """
     if table is None:
         shared = len(PurePosixPath(os.path.commonpath([f"{PurePosixPath(name).parent}" for name in names])).parts)
@@ -148,11 +149,7 @@ def _from_csv(content: bytes) -> list[tuple[str, str]]:
 
 
 def _number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
+    return re.fullmatch(r"[+-]?\d+(\.\d*)?", word) is not None
 
 
 def _whole(word: str) -> bool:

@@ -92,7 +92,7 @@ class Evaluator:
     batch: int = 128
     sharding: jax.sharding.Sharding | None = None
     classes: int = 0
-    """Of a model that is told them: sample i is of class i mod classes, as many of each."""
+    """Of a model that is told them: without `counts` sample i is of class i mod classes, as many of each."""
     counts: Int[np.ndarray, " classes"] | None = None
     """How many records the data have of each, where samples are of them as often."""
     guidance: Guidance = dataclasses.field(default_factory=Guidance)

@@ -162,7 +162,8 @@ class Evaluation:
     keep_samples: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Write the samples of each cell into the workdir: images as PNG, anything else as npz."""
     balance: Literal["classes", "data"] = field(default="classes", metadata=LATER)
-    """Of a run with labels: as many samples of each class, or of each as many as the data to train on have."""
+    """Of a run with labels, distances are of as many samples of each class, or of each as often as the data to train
+    on have it."""
     reference: str | None = None
     """Statistics to compare with, as python -m gddim.evaluation stats writes them; without it those of the data, which are
     computed once and kept in the workdir."""

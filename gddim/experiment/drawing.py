@@ -58,7 +58,7 @@ class Start(NamedTuple):
         return Start(data, time)
 
 
-def batches(
+def numbered_batches(
     mesh: jax.sharding.Mesh, n: int, batch: int, given: PyTree = None
 ) -> Iterator[tuple[Int[Array, " b"], PyTree]]:
     """The numbers of n samples, so many at a time over the devices, and of what is given, a row for each, theirs.
@@ -98,7 +98,7 @@ def draw_samples(
     told = None if classes is None else {LABEL: classes}
     data_of = None if start is None else start.data[np.arange(n) * len(start.data) // n]
     seed, parts, calls = jnp.asarray(sampling.seed), [], []
-    for numbers, (cond, data) in batches(mesh, n, sampling.batch, (told, data_of)):
+    for numbers, (cond, data) in numbered_batches(mesh, n, sampling.batch, (told, data_of)):
         begin = None if start is None else (to_unit(data), jnp.asarray(start.time, jnp.float32))
         found, count, _ = sample_numbered(model, solver, experiment.data.shape, seed, numbers, cond=cond, begin=begin)
         parts.append(to_host(to_uint8(found) if found.ndim == 4 else found))

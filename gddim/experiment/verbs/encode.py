@@ -17,7 +17,7 @@ from gddim.evaluation.figures import label_in_words
 from gddim.evaluation.page import write_page
 from gddim.experiment.checkpoints import restore_ema
 from gddim.experiment.config import Experiment, require
-from gddim.experiment.drawing import batches
+from gddim.experiment.drawing import numbered_batches
 from gddim.experiment.measure import held_out
 from gddim.experiment.outputs import check_names, write_figure, write_npz
 from gddim.experiment.pictures import gallery, rows
@@ -57,7 +57,7 @@ def encode(
     grid = settings.flow_grid(sde, steps_for(sampler, settings.nfe, settings.last))
     coder = Coder.of(seen_through(plan.model(params), sde), grid, order)
     parts = []
-    for numbers, records in batches(plan.mesh, count, settings.batch, source[np.arange(count)]):
+    for numbers, records in numbered_batches(plan.mesh, count, settings.batch, source[np.arange(count)]):
         x, cond = x0_and_cond(records)
         parts.append(jax.tree.map(to_host, reconstruct(coder, to_unit(x), _keys(settings.seed, numbers), cond)))
     latents, data, errors = (np.concatenate(part)[:count] for part in zip(*parts, strict=True))

@@ -14,7 +14,7 @@ from gddim.data import LABEL, classes_of
 from gddim.errors import progress
 from gddim.evaluation.provenance import hardware, software
 from gddim.experiment.checkpoints import checkpoint_digest, restore_ema
-from gddim.experiment.drawing import batches
+from gddim.experiment.drawing import numbered_batches
 from gddim.experiment.fitting import Problem
 from gddim.experiment.plan import Plan
 from gddim.model import seen_through
@@ -52,7 +52,7 @@ def fit_table(plan: Plan, workdir: epath.Path, problem: Problem, step: int | Non
     total = theirs + 3 * settings.steps * len(problem.grid)
     with progress(total=total, unit="call") as bar:
         bar.set_description("the teacher")
-        for numbers, cond in batches(plan.mesh, n, size, of):
+        for numbers, cond in numbered_batches(plan.mesh, n, size, of):
             found = sample_numbered(model, teacher, shape, key, numbers, path=True, cond=cond)
             parts.append(
                 Pairs(to_host(_starts(sde, shape, key, numbers)), to_host(found.data), jax.tree.map(to_host, cond))

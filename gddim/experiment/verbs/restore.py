@@ -19,7 +19,7 @@ from gddim.evaluation.figures import label_in_words
 from gddim.evaluation.metrics import psnr, ssim
 from gddim.evaluation.page import write_page
 from gddim.experiment.checkpoints import restore_ema
-from gddim.experiment.drawing import Calls, batches
+from gddim.experiment.drawing import Calls, numbered_batches
 from gddim.experiment.guiding import restore_guide
 from gddim.experiment.measure import held_out
 from gddim.experiment.outputs import check_names, make_room, write_figure, write_npz
@@ -62,7 +62,7 @@ def restore(plan: Plan, workdir: epath.Path, settings: Restoration, step: int | 
     each = jax.tree.map(lambda x: np.repeat(x, settings.samples, 0), {"measurement": b, "cond": cond})
     through, parts, made = Through(sde, denoise), [], []
     with progress(total=n, unit="img") as bar:
-        for numbers, told in batches(plan.mesh, n, sampling.batch, each):
+        for numbers, told in numbered_batches(plan.mesh, n, sampling.batch, each):
             found, calls, _ = sample_numbered(through, solver, experiment.data.shape, seed, numbers, cond=told)
             parts.append(to_host(jnp.clip(found, -1, 1)))
             made.append(to_host(calls))
