@@ -1,6 +1,7 @@
 """What the tests of the command line share."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,16 @@ def status_of(experiment: Experiment, *argv: str) -> int:
     with pytest.raises(SystemExit) as caught:
         main(experiment, argv)
     return int(caught.value.code or 0)
+
+
+def refusal(experiment: Experiment, run: Path, capsys: pytest.CaptureFixture[str], verb: str, *words: str) -> str:
+    """The line in which a verb refuses a run, which stays as it was, with status 2."""
+    before = sorted(run.iterdir())
+    assert status_of(experiment, verb, f"--workdir={run}", *words) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert sorted(run.iterdir()) == before
+    return said
 
 
 def options_told(text: str) -> set[str]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from command_line import status_of
+from command_line import refusal, status_of
 from PIL import Image
 from runs import WHITE, Colours, LabelledColours, make_run
 
@@ -166,12 +166,7 @@ def test_what_cannot_be_restored_is_one_line(words, says, run, tmp_path, capsys)
     np.save(tmp_path / "n.npy", np.full((8, 8), np.nan))
     for word, name in {"MASK": "m.png", "BLACK": "b.npy", "WORDS": "w.npy", "NAN": "n.npy"}.items():
         words = [each.replace(word, str(tmp_path / name)) for each in words]
-    before = sorted(run.iterdir())
-    assert status_of(WHITE, "restore", f"--workdir={run}", *words) == 2
-    said = capsys.readouterr().err
-    assert says in said
-    assert said.count("\n") == 1
-    assert sorted(run.iterdir()) == before
+    assert says in refusal(WHITE, run, capsys, "restore", *words)
 
 
 def test_runs_and_verbs_that_restore_nothing_are_one_line(run, tmp_path, capsys):

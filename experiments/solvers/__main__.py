@@ -97,6 +97,12 @@ def errors(solver: AbstractSolver, problem: Problem) -> Array:
     return jnp.sqrt(jnp.mean((ends - problem.end) ** 2, -1))
 
 
+def typical(solver: AbstractSolver, problems: Sequence[Problem]) -> tuple[np.ndarray, np.ndarray]:
+    """Median and root mean square error in each mixture of all problems."""
+    found = np.concatenate([np.asarray(errors(solver, problem)) for problem in problems])
+    return np.median(found, -1), np.sqrt(np.mean(found**2, -1))
+
+
 @dataclasses.dataclass(frozen=True)
 class Cell:
     """A sampler on a grid, and its errors in each mixture."""
@@ -122,8 +128,7 @@ def measure(
             except ValueError as error:  # not of this process, or of so few calls
                 print(f"{process}, {sampler_name(sampler)} on {grid}, {calls} calls: {error}", file=sys.stderr)
                 continue
-            found = np.concatenate([np.asarray(errors(solver, problem)) for problem in problems])
-            median, rms = np.median(found, -1), np.sqrt(np.mean(found**2, -1))
+            median, rms = typical(solver, problems)
             yield Cell(process, sampler_name(sampler), str(grid), calls, median.tolist(), rms.tolist())
 
 

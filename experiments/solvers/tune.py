@@ -10,7 +10,6 @@ square. It prints the shares of the way in the clock of the band at which the ti
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -22,11 +21,11 @@ import numpy as np
 import optax
 
 import gddim
-from experiments.solvers.__main__ import PROCESSES, T_MIN, Problem, errors, problem
+from experiments.solvers.__main__ import PROCESSES, T_MIN, Problem, errors, problem, typical
 from experiments.solvers.mixtures import DATA_STD, KINDS
 from gddim.errors import printable
 from gddim.samplers.base import Coefficients
-from gddim.samplers.fit import Family
+from gddim.samplers.fit import Family, beside
 from gddim.samplers.grids import LEARNED_BAND, Band
 from gddim.samplers.solver import TableSolver
 from gddim.sde.linalg import Array
@@ -41,9 +40,8 @@ def descent(
     """The loss of a problem, and its gradient by how far the gaps are moved from the anchor."""
 
     def loss(moved: Array) -> Array:
-        table = jax.tree.map(lambda x, slope: x + jnp.tensordot(moved, slope, 1), anchor, slopes)
-        table = dataclasses.replace(table, noise=np.zeros(table.noise.shape))
-        found = jnp.log(errors(TableSolver.of(table, problem.sde), problem) + 1e-12)
+        solver = TableSolver.of(beside(anchor, slopes, moved), problem.sde)
+        found = jnp.log(errors(solver, problem) + 1e-12)
         return jnp.mean(found.mean(-1) + rms * jax.nn.logsumexp(2 * found, -1, b=1 / found.shape[-1]) / 2)
 
     return jax.value_and_grad(loss)(moved)
@@ -67,14 +65,8 @@ def tuned(family: Family, gaps: np.ndarray, problems: Sequence[Problem], steps: 
 
 def gained(family: Family, grids: Sequence[np.ndarray], problems: Sequence[Problem]) -> str:
     """Median and root mean square error on the second grid over those on the first: geometric means over mixtures."""
-
-    def of(grid: np.ndarray) -> np.ndarray:
-        solver = TableSolver.of(family.table(grid), family.sde)
-        found = np.concatenate([np.asarray(errors(solver, each)) for each in problems])
-        return np.log([np.median(found, -1), np.sqrt(np.mean(found**2, -1))])
-
-    median, rms = np.exp(np.mean(of(grids[1]) - of(grids[0]), -1))
-    return f"{median:.3f} and {rms:.3f}"
+    first, second = (np.log(typical(TableSolver.of(family.table(grid), family.sde), problems)) for grid in grids)
+    return " and ".join(f"{ratio:.3f}" for ratio in np.exp(np.mean(second - first, -1)))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -86,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--mixtures", type=int, default=12, help="of each kind (12); others, a third as many, judge")
     parser.add_argument("--samples", type=int, default=16, help="from each (16)")
     parser.add_argument("--steps", type=int, default=120, help="of Adam (120)")
-    parser.add_argument("--rms", type=float, default=0.3, help="the share of their root mean square (0.3)")
+    parser.add_argument("--rms", type=float, default=0.3, help="weight of their root mean square (0.3)")
     parser.add_argument("--seed", type=int, default=7000, help="of the first mixture (7000)")
     options = parser.parse_args(argv)
     if min(options.mixtures, options.samples, options.steps, *options.nfe) < 1:

@@ -201,8 +201,7 @@ def _adapted(found: dict[str, np.ndarray], config: NCSNppConfig) -> dict[str, np
         *_, module, leaf = f".{name}".split(".")
         if leaf == "resample_filter":
             continue
-        heads = max(config.heads(max(value.shape[0] // 3, 1)), 1) if module == "qkv" else 0
-        if heads and value.shape[0] % (3 * heads) == 0:
+        if module == "qkv" and value.shape[0] % (3 * (heads := config.heads(max(value.shape[0] // 3, 1)) or 1)) == 0:
             split = value.reshape(heads, -1, 3, *value.shape[1:2])  # of a kernel (3C, C, 1, 1), or a bias (3C,)
             for i in range(3):
                 part = split[:, :, i].reshape(-1, *value.shape[1:2])

@@ -29,7 +29,7 @@ ATTENTION = {"norm": "GroupNorm_0", "query": "NIN_0", "key": "NIN_1", "value": "
 ATTEND_AT = 16  # the height of images with attention in the published configurations
 SIGMA_MAX = 50.0  # CIFAR-10's, of a file that does not tell it
 UNTOLD = (
-    "; taken as published is also that sums are divided by √2, (--net.no-rescale), and how large images are (--size)"
+    "; taken as published is also that sums are divided by √2 (--net.no-rescale), and how large images are (--size)"
 )
 FIXED = ("sigmas", "all_modules.0.W")  # are in no average
 SUB_VP = ("subvp", "sub_vp", "sub-vp")  # as names of published files have it

@@ -194,6 +194,12 @@ def distance(model: ProcessModel, solver: TableSolver, pairs: Pairs, unit: Array
     return jnp.mean((ours - theirs) ** 2) + SPREAD * spread
 
 
+def beside(anchor: Coefficients, slopes: Coefficients, gaps: Array) -> Coefficients:
+    """The table of which the gaps are so much, `(n,)`, from those of an anchor without noise: to first order, see `slopes`."""
+    table = jax.tree.map(lambda x, slope: x + jnp.tensordot(gaps, slope, 1), anchor, slopes)
+    return dataclasses.replace(table, noise=np.zeros(table.noise.shape))  # 0, and not traced as if it were more
+
+
 class Moves(NamedTuple):
     """What gradients change."""
 
@@ -220,8 +226,7 @@ def _descend(
     """One step of Adam; the rate is a share of `RATES`."""
 
     def loss(moves: Moves) -> Array:
-        table = jax.tree.map(lambda x, slope: x + jnp.tensordot(moves.gaps, slope, 1), anchor, slopes)
-        table = dataclasses.replace(table, noise=np.zeros(table.noise.shape))  # 0, and not traced as if it were more
+        table = beside(anchor, slopes, moves.gaps)
         return distance(model, TableSolver.of(corrected(table, scale, moves.weights), sde), pairs, unit)
 
     value, slope = jax.value_and_grad(loss)(moves)
