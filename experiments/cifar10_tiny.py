@@ -33,13 +33,13 @@ EXPERIMENT = Experiment(
     data=CIFAR10(),  # mirrored at random
     model=Model(data_std=0.5),
     train=Training(
-        steps=200_000,
+        steps=6_600,
         batch=64,
         sigma_mean=-0.9,  # as far as σ = 157, where sampling starts
         sigma_std=1.6,
         learning_rate=1e-3,
         warmup=500,
-        cooldown=50_000,
+        cooldown=2_500,
         ema=0.9995,
         report_every=500,
         save_every=2_000,

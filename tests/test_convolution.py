@@ -44,11 +44,20 @@ def test_gradients_of_the_convolution_are_those_of_autodiff(size, where):
 
 @pytest.mark.parametrize(
     ("shape", "size", "outputs"),
-    [((16, 4, 6, 3), 3, 5), ((12, 6, 4, 2), 5, 3), ((3, 8, 3, 1), 3, 4), ((8, 5, 4, 2), 1, 2)],
-    ids=["examples", "fours of examples", "rows", "an odd number of rows"],
+    [
+        ((16, 4, 6, 3), 3, 5),
+        ((16, 4, 6, 5), 3, 3),
+        ((24, 6, 4, 2), 5, 3),
+        ((3, 8, 3, 1), 3, 4),
+        ((3, 8, 3, 4), 3, 1),
+        ((8, 5, 4, 2), 1, 2),
+    ],
+    ids=["examples", "fewer outputs", "threes of examples", "rows", "rows, fewer outputs", "an odd number of rows"],
 )
 def test_a_gradient_of_the_kernel_in_parts_is_the_whole_one(shape, size, outputs, monkeypatch):
-    monkeypatch.setattr(convolution, "CACHED", 64)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(convolution, "LEAST", 16)
+    monkeypatch.setattr(convolution, "MOST", 64)
     check(normal(0, 2, *shape), normal(1, size, size, shape[-1], outputs), outputs, "scan")
 
 

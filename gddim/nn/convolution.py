@@ -6,7 +6,6 @@ with those labels. It is a primitive because the backward pass of a `jax.custom_
 of the kernel for every example before it sums them.
 """
 
-import math
 from typing import Any
 
 import jax
@@ -16,7 +15,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
-CACHED = 2**18  # values, 1 MiB: what a core's cache holds with room to spare
+LEAST, MOST = 2**16, 3 * 2**17  # values of a part, 256 KiB to 1.5 MiB: what a core's cache holds with room to spare
+LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
 def conv_same(x: Float[Array, "n h w i"], kernel: Float[Array, "k k i o"]) -> Float[Array, "n h w o"]:
@@ -25,7 +25,9 @@ def conv_same(x: Float[Array, "n h w i"], kernel: Float[Array, "k k i o"]) -> Fl
 
 
 def _canonical(x: Array, kernel: Array) -> Array:
-    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    if kernel.shape[0] == 1:
+        return x @ kernel[0, 0]
+    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT)
 
 
 def _input_gradient(cotangent: Array, _: Any, kernel: Array) -> Array:
@@ -37,25 +39,34 @@ def _kernel_gradient(cotangent: Array, x: Array, kernel: Any) -> Array:
     shape, dtype = kernel.aval.shape, kernel.aval.dtype
 
     def canonical(x: Array, cotangent: Array) -> Array:
-        """A sum over parts of the images, as every output runs over all of the cotangent, at memory's pace if it is large."""
-        (n, h), size = cotangent.shape[:2], shape[0]
-        examples, rows = n, h
-        if cotangent.size > CACHED:
-            examples = math.gcd(n, 8) if n % 4 == 0 else n
-            while rows % 2 == 0 and cotangent.size * examples * rows > CACHED // 4 * n * h:
-                rows //= 2
-        x = jnp.pad(x, [(0, 0), (size // 2, size // 2), (size // 2, size // 2), (0, 0)])
+        """A sum over parts of the images, as every output runs over all of the cotangent, at memory's pace if it is large.
+
+        XLA gathers the patches of the first for every number of the second: the first is the one of fewer channels.
+        """
+        if x.shape[-1] > cotangent.shape[-1]:
+            return jnp.flip(canonical(cotangent, x), (0, 1)).swapaxes(2, 3)
+        if shape[0] == 1:
+            return jnp.tensordot(x, cotangent, ((0, 1, 2), (0, 1, 2)))[None, None]
+        (n, h), border, devices = cotangent.shape[:2], shape[0] // 2, jax.device_count()
+        examples, rows, values = n, h, cotangent.size // devices
+        while examples % 2 == 0 and examples >= 8 * devices and values * examples >= 2 * LEAST * n:
+            examples //= 2
+        while rows % 2 == 0 and values * examples * rows > MOST * n * h:
+            rows //= 2
+        above = border if rows < h else 0  # rows that a part takes from its neighbours, or zeros
+        x = jnp.pad(x, [(0, 0), (above, above), (0, 0), (0, 0)])
         strided = [a.reshape(examples, -1, *a.shape[1:]) for a in (x, cotangent)]  # every device has a share of a part
 
         def part(i: int | Array) -> Array:
-            above, below = (
-                lax.dynamic_slice(
-                    a, (0, i // (h // rows), i % (h // rows) * rows, 0, 0), (examples, 1, high, *a.shape[3:])
-                )
-                for a, high in zip(strided, (rows + size - 1, rows), strict=True)
+            example, row = i // (h // rows), i % (h // rows) * rows
+            patches, kernel = (
+                lax.dynamic_slice(a, (0, example, row, 0, 0), (examples, 1, high, *a.shape[3:]))[:, 0]
+                for a, high in zip(strided, (rows + 2 * above, rows), strict=True)
             )
-            above, below = above[:, 0].transpose(3, 1, 2, 0), below[:, 0].transpose(1, 2, 0, 3)
-            return lax.conv_general_dilated(above, below, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            padding = [(border - above,) * 2, (border,) * 2]
+            return lax.conv_general_dilated(
+                patches.transpose(3, 1, 2, 0), kernel.transpose(1, 2, 0, 3), (1, 1), padding, dimension_numbers=LAYOUT
+            )
 
         y, count = part(0), n // examples * (h // rows)
         y = lax.fori_loop(1, count, lambda i, y: y + part(i), y) if count > 1 else y

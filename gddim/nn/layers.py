@@ -81,9 +81,7 @@ class Conv(eqx.Module):
         self.bias = constant(0.0, outputs)
 
     def __call__(self, x: Float[Array, "h w i"]) -> Float[Array, "h w o"]:
-        weight = self.weight.astype(x.dtype)
-        y = x @ weight[0, 0] if weight.shape[0] == 1 else conv_same(x[None], weight)[0]
-        return y + self.bias.astype(x.dtype)[None, None]
+        return conv_same(x[None], self.weight.astype(x.dtype))[0] + self.bias.astype(x.dtype)[None, None]
 
 
 class GroupNorm(eqx.Module):
@@ -205,15 +203,14 @@ def sinusoidal_embedding(t: Float[Array, ""], features: int, last: int = 1) -> F
 
 def upsample(x: Float[Array, "h w c"], fir: bool) -> Float[Array, "2*h 2*w c"]:
     """Twice the size: nearest neighbour, or zeros in between filtered with (1, 3, 3, 1)/4 along both axes."""
-    for axis in (0, 1):
-        if fir:  # the two phases of the filter, each of two taps
-            before, after = _neighbours(x, axis)
-            phases = [0.25 * before + 0.75 * x, 0.75 * x + 0.25 * after]
-        else:
-            phases = [x, x]
+    if not fir:
+        height, width, channels = x.shape
+        return jnp.broadcast_to(x[:, None, :, None], (height, 2, width, 2, channels)).reshape(2 * height, 2 * width, -1)
+    for axis in (0, 1):  # the two phases of the filter, each of two taps
+        before, after = _neighbours(x, axis)
         shape = list(x.shape)
         shape[axis] *= 2
-        x = jnp.stack(phases, axis=axis + 1).reshape(shape)
+        x = jnp.stack([0.25 * before + 0.75 * x, 0.75 * x + 0.25 * after], axis=axis + 1).reshape(shape)
     return x
 
 
