@@ -4,7 +4,7 @@
     python -m experiments.cifar10_tiny --workdir runs/cifar10_tiny --train.minutes 180
 
 Paper: none; `cifar10` in small, with the same preconditioning and noise levels. 1,260,547 parameters, 0.58 GFLOP an image.
-Hardware: two CPU cores, some hours: 10 to 40 images/s. Steps: as many of 64 images as there is time for.
+Hardware: two idle CPU cores, 67 images/s, two hours. Steps: 6,600 of 64 images, the last 2,500 of falling learning rate.
 Expected: colours and outlines, no objects; samplers and processes in the order that large networks have.
 Measured: FID and KID of 5,000 samples stand with the weights, once they are there.
 """
@@ -50,6 +50,7 @@ EXPERIMENT = Experiment(
         processes=(None, CLD()),
         nfe=(5, 10, 20, 50),
         samples=5_000,
+        batch=100,
     ),
     weights=str(Path(__file__).parent / "weights" / "cifar10_tiny.safetensors"),
 )
