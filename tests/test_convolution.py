@@ -50,9 +50,18 @@ def test_gradients_of_the_convolution_are_those_of_autodiff(size, where):
         ((24, 6, 4, 2), 5, 3),
         ((3, 8, 3, 1), 3, 4),
         ((3, 8, 3, 4), 3, 1),
-        ((8, 5, 4, 2), 1, 2),
+        ((8, 5, 4, 2), 3, 2),
+        ((8, 5, 4, 3), 1, 2),
     ],
-    ids=["examples", "fewer outputs", "threes of examples", "rows", "rows, fewer outputs", "an odd number of rows"],
+    ids=[
+        "examples",
+        "fewer outputs",
+        "sixes of examples",
+        "rows",
+        "rows, fewer outputs",
+        "an odd number of rows",
+        "pixels",
+    ],
 )
 def test_a_gradient_of_the_kernel_in_parts_is_the_whole_one(shape, size, outputs, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)

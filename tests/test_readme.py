@@ -22,7 +22,8 @@ COMMANDS = {command for line in LINES for command in re.findall(r"python -m (?:e
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_code_of_the_readme(block):
+def test_code_of_the_readme(block, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
     names = {"__name__": "readme"}
     exec(compile(block, "README.md", "exec"), names)
     if "images" in names:

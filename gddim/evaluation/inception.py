@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 
 import equinox as eqx
@@ -101,7 +100,7 @@ class Conv(eqx.Module):
             return run(x, "SAME")
         height, width = ((side - self.kernel.shape[0]) // self.stride + 1 for side in x.shape[:2])
         return jax.lax.platform_dependent(
-            x,  # XLA:CPU runs an unpadded convolution at half the speed of one with an edge too many, here cut off again
+            x,  # XLA:CPU runs an unpadded convolution at half the speed of one with an edge, whose outputs are cut off here
             cpu=lambda x: run(x, ((0, 1), (0, 1)))[:height, :width],
             default=lambda x: run(x, "VALID"),
         )
@@ -131,28 +130,22 @@ class InceptionV3(eqx.Module):
         return self.convs[prefix + part](x)
 
 
-def _windows(combine: Callable[[Array, Array], Array], x: Float[Array, "h w c"], stride: int = 1) -> Array:
-    """Over windows of 3×3 pixels, along one axis and then the other, which XLA:CPU runs faster than `reduce_window`."""
-    for axis in (0, 1):
-        last = (x.shape[axis] - 3) // stride * stride
-        taps = [jax.lax.slice_in_dim(x, i, i + last + 1, stride, axis) for i in range(3)]
-        x = combine(combine(taps[0], taps[1]), taps[2])
-    return x
-
-
-def _bordered(x: Float[Array, "h w c"], value: float) -> Float[Array, "h+2 w+2 c"]:
-    return jnp.pad(x, ((1, 1), (1, 1), (0, 0)), constant_values=value)
+def _max_pool(x: Float[Array, "h w c"], stride: int, padding: str) -> Float[Array, "h2 w2 c"]:
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (3, 3, 1), (stride, stride, 1), padding)
 
 
 def _mean_pool(x: Float[Array, "h w c"]) -> Float[Array, "h w c"]:
     """Mean over the neighbours that exist: TensorFlow does not count its padding, PyTorch does."""
-    count = _windows(jnp.add, _bordered(jnp.ones((*x.shape[:2], 1), x.dtype), 0.0))
-    return _windows(jnp.add, _bordered(x, 0.0)) / count
+
+    def total(x: Array) -> Array:
+        return jax.lax.reduce_window(x, jnp.zeros((), x.dtype), jax.lax.add, (3, 3, 1), (1, 1, 1), "SAME")
+
+    return total(x) / total(jnp.ones((*x.shape[:2], 1), x.dtype))
 
 
 _POOLS = {
-    "max": lambda x: _windows(jnp.maximum, _bordered(x, -jnp.inf)),
-    "max/2": lambda x: _windows(jnp.maximum, x, 2),
+    "max": lambda x: _max_pool(x, 1, "SAME"),
+    "max/2": lambda x: _max_pool(x, 2, "VALID"),
     "mean": _mean_pool,
 }
 

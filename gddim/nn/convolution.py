@@ -15,7 +15,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
-LEAST, MOST = 2**16, 3 * 2**17  # values of a part, 256 KiB to 1.5 MiB: what a core's cache holds with room to spare
+LEAST, MOST = 2**16, 3 * 2**17  # numbers of the wider of two parts, on each device: of the size of a core's cache
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
@@ -41,7 +41,7 @@ def _kernel_gradient(cotangent: Array, x: Array, kernel: Any) -> Array:
     def canonical(x: Array, cotangent: Array) -> Array:
         """A sum over parts of the images, as every output runs over all of the cotangent, at memory's pace if it is large.
 
-        XLA gathers the patches of the first for every number of the second: the first is the one of fewer channels.
+        XLA copies the first k² times, as it gathers its patches: it is the one of fewer channels.
         """
         if x.shape[-1] > cotangent.shape[-1]:
             return jnp.flip(canonical(cotangent, x), (0, 1)).swapaxes(2, 3)
@@ -49,7 +49,7 @@ def _kernel_gradient(cotangent: Array, x: Array, kernel: Any) -> Array:
             return jnp.tensordot(x, cotangent, ((0, 1, 2), (0, 1, 2)))[None, None]
         (n, h), border, devices = cotangent.shape[:2], shape[0] // 2, jax.device_count()
         examples, rows, values = n, h, cotangent.size // devices
-        while examples % 2 == 0 and examples >= 8 * devices and values * examples >= 2 * LEAST * n:
+        while examples % (2 * devices) == 0 and examples >= 8 * devices and values * examples >= 2 * LEAST * n:
             examples //= 2
         while rows % 2 == 0 and values * examples * rows > MOST * n * h:
             rows //= 2
@@ -59,13 +59,13 @@ def _kernel_gradient(cotangent: Array, x: Array, kernel: Any) -> Array:
 
         def part(i: int | Array) -> Array:
             example, row = i // (h // rows), i % (h // rows) * rows
-            patches, kernel = (
+            patches, weights = (
                 lax.dynamic_slice(a, (0, example, row, 0, 0), (examples, 1, high, *a.shape[3:]))[:, 0]
                 for a, high in zip(strided, (rows + 2 * above, rows), strict=True)
             )
             padding = [(border - above,) * 2, (border,) * 2]
             return lax.conv_general_dilated(
-                patches.transpose(3, 1, 2, 0), kernel.transpose(1, 2, 0, 3), (1, 1), padding, dimension_numbers=LAYOUT
+                patches.transpose(3, 1, 2, 0), weights.transpose(1, 2, 0, 3), (1, 1), padding, dimension_numbers=LAYOUT
             )
 
         y, count = part(0), n // examples * (h // rows)

@@ -205,7 +205,9 @@ def upsample(x: Float[Array, "h w c"], fir: bool) -> Float[Array, "2*h 2*w c"]:
     """Twice the size: nearest neighbour, or zeros in between filtered with (1, 3, 3, 1)/4 along both axes."""
     if not fir:
         height, width, channels = x.shape
-        return jnp.broadcast_to(x[:, None, :, None], (height, 2, width, 2, channels)).reshape(2 * height, 2 * width, -1)
+        return jnp.broadcast_to(x[:, None, :, None], (height, 2, width, 2, channels)).reshape(
+            2 * height, 2 * width, channels
+        )
     for axis in (0, 1):  # the two phases of the filter, each of two taps
         before, after = _neighbours(x, axis)
         shape = list(x.shape)
