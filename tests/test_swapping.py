@@ -128,7 +128,7 @@ def test_every_word_is_sampled_and_told_by_name(trained: Path, capsys):
 @pytest.mark.parametrize("word", quick("flow", THIRD))
 def test_latents_and_likelihood_are_those_of_the_process(word: str, trained: Path, capsys):
     sde = parse_process(word)
-    do(RUN, trained, "encode", f"--process={word}", "--sampling.nfe=10")
+    do(RUN, trained, "encode", f"--process={word}", "--sampling.nfe=40")
     latents = samples_in(trained / "latents.npz")
     assert latents.shape == (8, sde.k, 2)
     assert np.isfinite(latents).all()
