@@ -1,7 +1,7 @@
 """One denoiser of 1.3 million parameters for every process: CIFAR-10 as far as two CPU cores carry it.
 
     python -m experiments.cifar10_tiny sample      # with experiments/weights, where nothing was trained
-    python -m experiments.cifar10_tiny --workdir runs/cifar10_tiny --train.minutes 180
+    python -m experiments.cifar10_tiny --workdir runs/cifar10_tiny
 
 Paper: none; `cifar10` in small, with the same preconditioning and noise levels. 1,260,547 parameters, 0.58 GFLOP an image.
 Hardware: two idle CPU cores, 67 images/s, two hours. Steps: 6,600 of 64 images, the last 2,500 of falling learning rate.

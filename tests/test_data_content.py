@@ -237,8 +237,8 @@ def test_an_experiment_is_built_helped_and_sampled_without_its_data(form, tmp_pa
     assert ended(data, "sample", workdir) == 0, capsys.readouterr().err
     with np.load(workdir / "samples.npz") as file:
         assert file["samples"].shape == (8, 3)
-    for verb in ("train", "evaluate"):
+    for verb, notes in (("train", ["as the run has it"]), ("evaluate", [])):
         assert ended(data, verb, workdir, "--train.steps=2") == 2
         *told, error = capsys.readouterr().err.splitlines()
+        assert [line.split(",")[0] for line in told] == notes
         assert error.startswith("error: ")
-        assert all("as the run has it" in line for line in told)

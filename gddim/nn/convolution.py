@@ -30,8 +30,13 @@ def _canonical(x: Array, kernel: Array) -> Array:
     return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT)
 
 
+def _mirrored(kernel: Array) -> Array:
+    """That of the transposed convolution: about its centre, and outputs for inputs."""
+    return jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+
+
 def _input_gradient(cotangent: Array, _: Any, kernel: Array) -> Array:
-    return conv_same(cotangent, jnp.flip(kernel, (0, 1)).swapaxes(2, 3))
+    return conv_same(cotangent, _mirrored(kernel))
 
 
 def _kernel_gradient(cotangent: Array, x: Array, kernel: Any) -> Array:
@@ -44,7 +49,7 @@ def _kernel_gradient(cotangent: Array, x: Array, kernel: Any) -> Array:
         XLA copies the first k² times, as it gathers its patches: it is the one of fewer channels.
         """
         if x.shape[-1] > cotangent.shape[-1]:
-            return jnp.flip(canonical(cotangent, x), (0, 1)).swapaxes(2, 3)
+            return _mirrored(canonical(cotangent, x))
         if shape[0] == 1:
             return jnp.tensordot(x, cotangent, ((0, 1, 2), (0, 1, 2)))[None, None]
         (n, h), border, devices = cotangent.shape[:2], shape[0] // 2, jax.device_count()
