@@ -140,7 +140,10 @@ class PathDenoiser(eqx.Module):
 
 
 def as_denoiser(
-    net: Callable[..., Any], path: AbstractLinearSDE, predicts: str, label: Callable[[Array], Array] = lambda t: t
+    net: Callable[..., Any],
+    path: AbstractLinearSDE,
+    predicts: str = "eps",
+    label: Callable[[Array], Array] = lambda t: t,
 ) -> PathDenoiser:
     """A network that was trained on `x_t = α_t x₀ + σ_t n`, with its own time and scaling, as `denoise(y, sigma)`.
 

@@ -1,5 +1,7 @@
 """Paths of one field, and the Langevin chains."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,6 +104,9 @@ def test_a_flow_at_its_start_where_nothing_is_left_of_the_data():
         (lambda: gddim.GaussianPath(lambda t: 1.0, lambda t: 2 - t), "sigma/alpha"),
         (lambda: gddim.GaussianPath(lambda t: 1.0, lambda t: 0 * t), "sigma must"),
         (lambda: gddim.PSLD(beta=0.0), "PSLD"),
+        (lambda: gddim.PSLD(gamma=0.0), "gamma"),
+        (lambda: gddim.CriticallyDamped(epsilon=0.0), "epsilon"),
+        (lambda: gddim.GaussianPath(math.exp, lambda t: t), "of math do not"),
         (lambda: gddim.CriticallyDamped(1), "order"),
     ],
 )

@@ -16,7 +16,7 @@ WORDS = re.split(
     " ",
     "vp vp:beta_max=10 cosine cosine:horizon=1 subvp:beta_min=0.2 ve ve:sigma_max=50 flow flow:horizon=0.99 cld "
     "cld:gamma=0.1 cld:m_inv=1:epsilon=1e-05 psld psld:gamma=0.3333333333333333 langevin langevin:order=4:beta=2 "
-    "experiments.processes:third_order_langevin experiments.processes:third_order_langevin:beta=5 "
+    "experiments.processes:third_order_langevin:beta=5 "
     "test_process_words:OURS",
 )
 FORMS = "vp, cosine, subvp, ve, flow, cld, psld, langevin, and module:object"
@@ -36,6 +36,7 @@ def test_a_process_and_its_word_are_each_others_inverse(word: str):
     [
         ("CLD", "cld"), ("cld:gamma=0.04", "cld"), ("cld:gamma=1e-1", "cld:gamma=0.1"), ("gddim:CLD", "cld"),
         ("langevin:order=3", "langevin"), ("experiments.processes:phase_space_langevin", "psld"),
+        ("experiments.processes:third_order_langevin", "langevin"),
         ("cld:epsilon=1e-5:m_inv=1", "cld:m_inv=1:epsilon=1e-05"), (" vp ", "vp"),
     ],
 )  # fmt: skip

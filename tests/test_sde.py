@@ -218,12 +218,16 @@ def test_bad_processes_are_refused_by_name(make, says):
         make()
 
 
-@pytest.mark.parametrize("number", [np.float32, jnp.float32])
+@pytest.mark.parametrize("number", [int, np.float32, np.array, jnp.float32])
 def test_parameters_are_numbers_of_any_library(number):
     for sde, same in (
-        (gddim.CLD(m_inv=number(4), gamma=number(0.25)), gddim.CLD(gamma=0.25)),
+        (gddim.CLD(m_inv=number(4), beta0=number(2)), gddim.CLD(beta0=2.0)),
         (gddim.VP(beta_max=number(20)), gddim.VP()),
         (gddim.Blurring(np.int64(8), sigma_max=number(10)), gddim.Blurring(8)),
+        (gddim.VE(number(80)), gddim.VE()),
+        (gddim.VP.cosine(horizon=number(1)), gddim.VP.cosine(horizon=1.0)),
+        (gddim.PSLD(number(8), m_inv=number(4)), gddim.PSLD()),
+        (gddim.CriticallyDamped(np.int64(3), horizon=number(1)), gddim.CriticallyDamped()),
     ):
         assert sde == same
         assert hash(sde) == hash(same)
@@ -252,6 +256,33 @@ def test_loss_takes_numpy_data_and_keys_of_both_kinds(key, array):
     model = gddim.Denoiser(gddim.CLD(), lambda x, level, cond=None, *, key=None: jnp.zeros_like(x))
     expected = gddim.denoising_loss(model, jnp.ones((5, 4, 4, 3)), jax.random.key(0))
     np.testing.assert_allclose(gddim.denoising_loss(model, array((5, 4, 4, 3), np.float32), key(0)), expected)
+
+
+def test_a_factor_of_nothing_is_nothing():
+    """At t = 0 a state is the data."""
+    for sde in (gddim.VP(), gddim.Blurring(4)):
+        np.testing.assert_array_equal(sde.cholesky_factor(0.0), sde.noise_factor(0.0))
+
+
+@pytest.mark.parametrize("t", [-0.1, 1.2, np.array([0.5, 1.1])])
+def test_a_solved_process_has_an_end(t):
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1.0\]"):
+        gddim.PSLD().noise_factor(t)
+
+
+class OneTime(gddim.VP):
+    """In NumPy, of one time only."""
+
+    def transition(self, t, s):
+        return np.asarray(super().transition(t, s)) * np.ones((1, 1, 1))
+
+    def noise_factor(self, t):
+        return np.sqrt(-np.expm1(-t)) * np.ones((1, 1))
+
+
+def test_a_process_of_one_time_at_once_is_named():
+    with pytest.raises(ValueError, match=r"OneTime\.noise_factor of times of shape"):
+        gddim.GDDIM(2).coefficients(OneTime(), gddim.power_grid(1.0, 1e-3, 5))
 
 
 def test_wrong_state_shape():

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Key, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, ScalarLike
 
 from gddim.errors import UserError
 from gddim.nn.layers import Dense, Draw, augment_features, constant, one_hot_label, sinusoidal_embedding
@@ -51,7 +51,7 @@ class DiTConfig:
         if self.dtype not in (accepted := ("float32", "bfloat16")):
             raise UserError(f"dtype: got {self.dtype!r}, accepted are {', '.join(accepted)}")
 
-    def build(self, in_shape: tuple[int, ...], out_channels: int, key: Key[Array, ""]) -> "DiT":
+    def build(self, in_shape: tuple[int, ...], out_channels: int, key: PRNGKeyArray) -> "DiT":
         """A `DiT` with fresh parameters, from images `in_shape` = `(H, W, C_in)` to `(H, W, out_channels)`."""
         return DiT(self, in_shape, out_channels, key=key)
 
@@ -114,7 +114,7 @@ class DiT(eqx.Module):
     config: DiTConfig = eqx.field(static=True)
     in_shape: tuple[int, ...] = eqx.field(static=True)
 
-    def __init__(self, config: DiTConfig, in_shape: tuple[int, ...], out_channels: int, *, key: Key[Array, ""]):
+    def __init__(self, config: DiTConfig, in_shape: tuple[int, ...], out_channels: int, *, key: PRNGKeyArray):
         if len(in_shape) != 3:
             raise UserError(f"a DiT takes images (H, W, C), not records of {len(in_shape)} axes")
         height, width, channels = in_shape
@@ -134,10 +134,10 @@ class DiT(eqx.Module):
     def __call__(
         self,
         x: Float[Array, "h w i"],
-        level: Float[ArrayLike, ""],
+        level: ScalarLike,
         cond: PyTree = None,
         *,
-        key: Key[Array, ""] | None = None,
+        key: PRNGKeyArray | None = None,
     ) -> Float[Array, "h w o"]:
         """`x` `(H, W, C_in)` at a level to float32 `(H, W, C_out)`; `key` is as of every network, and nothing is random."""
         label = one_hot_label(self, cond, self.config.classes, self.config.augment)

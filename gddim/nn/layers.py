@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from gddim.errors import UserError
 from gddim.nn.convolution import conv_same
@@ -25,7 +25,7 @@ from gddim.nn.whole import whole
 class Draw:
     """Hands out initial values, cut from draws of 2²² at a time: a draw for each parameter compiles for a minute."""
 
-    def __init__(self, key: Key[Array, ""]):
+    def __init__(self, key: PRNGKeyArray):
         self._key, self._draws = key, 0
         self._left: Any = np.zeros(0, np.float32)
 

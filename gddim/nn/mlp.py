@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Key, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree, ScalarLike
 
 from gddim.errors import UserError
 from gddim.nn.layers import Dense, Draw, one_hot_label, sinusoidal_embedding
@@ -32,7 +32,7 @@ class MLPConfig:
         if self.classes < 0:
             raise UserError(f"classes: got {self.classes}, needs at least 0")
 
-    def build(self, in_shape: tuple[int, ...], out_channels: int, key: Key[Array, ""]) -> "MLP":
+    def build(self, in_shape: tuple[int, ...], out_channels: int, key: PRNGKeyArray) -> "MLP":
         """An `MLP` with fresh parameters, from points `in_shape` = `(D,)` to `(out_channels,)`."""
         return MLP(self, in_shape, out_channels, key=key)
 
@@ -57,7 +57,7 @@ class MLP(eqx.Module):
     layers: list[tuple[Dense, Dense]]
     last: Dense
 
-    def __init__(self, config: MLPConfig, in_shape: tuple[int, ...], out_channels: int, *, key: Key[Array, ""]):
+    def __init__(self, config: MLPConfig, in_shape: tuple[int, ...], out_channels: int, *, key: PRNGKeyArray):
         if len(in_shape) != 1:
             raise UserError(f"an MLP takes points (D,), not records of {len(in_shape)} axes")
         width, draw = config.width, Draw(key)
@@ -70,10 +70,10 @@ class MLP(eqx.Module):
     def __call__(
         self,
         x: Float[Array, " i"],
-        level: Float[ArrayLike, ""],
+        level: ScalarLike,
         cond: PyTree = None,
         *,
-        key: Key[Array, ""] | None = None,
+        key: PRNGKeyArray | None = None,
     ) -> Float[Array, " o"]:
         """`x` `(D,)` at a level to `(out_channels,)`; `key` is taken as by every network, and nothing is random."""
         classes = 0 if self.label is None else self.label.weight.shape[0]

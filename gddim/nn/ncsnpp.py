@@ -9,7 +9,7 @@ from typing import Any, Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Key, PyTree
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree, ScalarLike
 
 from gddim.errors import UserError
 from gddim.nn.blocks import STYLES, Block, Level, apply_block, stack_runs, unstack
@@ -129,7 +129,7 @@ class NCSNppConfig:
         whole = channels // (self.head or channels)
         return whole if self.style == "adm" else max(whole, 1)
 
-    def build(self, in_shape: tuple[int, ...], out_channels: int, key: Key[Array, ""]) -> "NCSNpp":
+    def build(self, in_shape: tuple[int, ...], out_channels: int, key: PRNGKeyArray) -> "NCSNpp":
         """An `NCSNpp` with fresh parameters, from images `in_shape` = `(H, W, C_in)` to `(H, W, out_channels)`."""
         return NCSNpp(self, in_shape, out_channels, key=key)
 
@@ -163,7 +163,7 @@ class NCSNpp(eqx.Module):
     in_shape: tuple[int, ...] = eqx.field(static=True)
     logarithmic: bool = eqx.field(static=True)  # takes the logarithm of the level, which must then be positive
 
-    def __init__(self, config: NCSNppConfig, in_shape: tuple[int, ...], out_channels: int, *, key: Key[Array, ""]):
+    def __init__(self, config: NCSNppConfig, in_shape: tuple[int, ...], out_channels: int, *, key: PRNGKeyArray):
         if len(in_shape) != 3:
             raise UserError(f"an NCSN++ takes images (H, W, C), not records of {len(in_shape)} axes")
         height, width, channels = in_shape
@@ -226,10 +226,10 @@ class NCSNpp(eqx.Module):
     def __call__(
         self,
         x: Float[Array, "h w i"],
-        level: Float[ArrayLike, ""],
+        level: ScalarLike,
         cond: PyTree = None,
         *,
-        key: Key[Array, ""] | None = None,
+        key: PRNGKeyArray | None = None,
     ) -> Float[Array, "h w o"]:
         """`x` `(H, W, C_in)` at a level to float32 `(H, W, C_out)`; dropout acts if a key is given."""
         factor = 2 ** (len(self.down) - 1)
@@ -291,7 +291,7 @@ class NCSNpp(eqx.Module):
             return downsample(conv(pyramid), fir=False)
         return downsample_conv(pyramid, conv, self.config.fir)
 
-    def _embed(self, level: Float[ArrayLike, ""], cond: PyTree) -> Float[Array, " hidden"]:
+    def _embed(self, level: ScalarLike, cond: PyTree) -> Float[Array, " hidden"]:
         """The features of level and class as every block takes them, swish included."""
         level, config = jnp.asarray(level, jnp.float32), self.config
         label = one_hot_label(self, cond, config.classes, config.augment)
@@ -307,7 +307,7 @@ class NCSNpp(eqx.Module):
             features = features + self.label(label)
         return jax.nn.swish(features).astype(config.dtype)
 
-    def _masks(self, key: Key[Array, ""], height: int, width: int) -> list[Bool[Array, "*n a b o"]]:
+    def _masks(self, key: PRNGKeyArray, height: int, width: int) -> list[Bool[Array, "*n a b o"]]:
         """What dropout keeps in each run or block, in the order of their calls: 16 random bits a value, all in one draw.
 
         A draw for each block would take most of the time of compiling a training step.

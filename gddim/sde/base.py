@@ -1,6 +1,7 @@
 """What a linear SDE is: the interface that samplers, models and losses see."""
 
 import abc
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -130,7 +131,7 @@ class AbstractLinearSDE(eqx.Module):
         self.check_state(eps, "eps")
         return product(self.transition(t, 0.0), u0) + product(self.noise_factor(t), eps)
 
-    def sample_prior(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
+    def sample_prior(self, key: PRNGKeyArray, shape: Sequence[int]) -> Float[Array, "..."]:
         """A state of `shape = (*dims, k, C)` from `N(0, Σ_T + ψψᵀ)`, the `prior_covariance` at T.
 
         For VP this is N(0, 1), for CLD N(0, 1) × N(0, M) up to e^{−2B(T)√m_inv}.

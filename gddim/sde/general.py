@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, SupportsFloat
 
 import equinox as eqx
 import jax
@@ -59,10 +59,11 @@ class LinearSDE(AbstractLinearSDE):
         drift: Coefficient,
         diffusion_squared: Coefficient,
         initial_covariance: Any,
-        horizon: float = 1.0,
+        horizon: SupportsFloat = 1.0,
         basis: tuple[Callable, Callable] | None = None,
         breakpoints: Any = (),
     ):
+        horizon = float(horizon)
         if not 0 < horizon < np.inf:
             raise ValueError(f"horizon={horizon} must be > 0")
         with jax.enable_x64(True):
@@ -78,7 +79,7 @@ class LinearSDE(AbstractLinearSDE):
             strict = name == "initial_covariance" and self.k > 1
             if smallest < -1e-12 * np.abs(value).max() or (strict and smallest <= 0):
                 raise ValueError(f"{name} must be symmetric and positive {'' if strict else 'semi'}definite")
-        self.horizon, self.basis = float(horizon), basis
+        self.horizon, self.basis = horizon, basis
         whole = np.broadcast_to(covariance, np.broadcast_shapes(F.shape, GG.shape, covariance.shape))
         breaks = np.unique(np.asarray(breakpoints, np.float64).reshape(-1))
         if not np.all((breaks >= 0) & (breaks <= horizon)):
@@ -127,7 +128,9 @@ class Solution:
 
     def _locate(self, t: Array) -> tuple[Array, Array]:
         """The panel of each time and `P_n(ξ)`, `(*t.shape, NODES)`."""
-        xp = namespace(t)
+        xp, horizon = namespace(t), self.coefficients.horizon
+        if xp is np and not np.all((t >= 0) & (t <= horizon * (1 + 1e-9))):
+            raise ValueError(f"t={np.min(t)} … {np.max(t)} must lie in [0, {horizon}], where this LinearSDE is solved")
         edges = xp.asarray(self.polynomials.edges, t.dtype)
         y = xp.sqrt(t)
         panel = xp.clip(xp.searchsorted(edges, y, side="right") - 1, 0, len(edges) - 2)

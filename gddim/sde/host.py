@@ -56,5 +56,11 @@ def on_host(fn: Callable[..., Any], *times: np.ndarray) -> np.ndarray:
     """Like `in_float64` for a process's own methods, which answer NumPy times in NumPy unless a user wrote them in JAX."""
     probe = fn(*(np.asarray(t, np.float64).reshape(-1)[0] for t in times))
     if isinstance(probe, np.ndarray):
-        return fn(*(np.asarray(t, np.float64) for t in times))
+        values = fn(*(np.asarray(t, np.float64) for t in times))
+        if values.shape[: times[0].ndim] != times[0].shape:
+            raise ValueError(
+                f"{fn.__qualname__} of times of shape {times[0].shape} has shape {values.shape}: it must begin with theirs, "
+                "or the function be written in jax.numpy, which is mapped over them"
+            )
+        return values
     return in_float64(fn, *times)

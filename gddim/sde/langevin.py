@@ -1,14 +1,30 @@
 """Langevin diffusions without a closed form of R: constant F and GGᵀ, solved by `LinearSDE`."""
 
-from functools import lru_cache
+import inspect
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any
 
 import numpy as np
 
 from gddim.sde.general import LinearSDE
-from gddim.sde.host import as_index
 
 
-@lru_cache(maxsize=32)
+def _one_of_each(build: Callable[..., LinearSDE]) -> Callable[..., LinearSDE]:
+    """Of the same numbers, of whatever library, the same object, so that it is solved once."""
+    kept, signature = lru_cache(maxsize=32)(build), inspect.signature(build)
+    real = {name for name, each in signature.parameters.items() if isinstance(each.default, float)}
+
+    @wraps(build)
+    def made(*args: Any, **named: Any) -> LinearSDE:
+        given = signature.bind(*args, **named)
+        given.apply_defaults()
+        return kept(*(float(x) if name in real else np.asarray(x).item() for name, x in given.arguments.items()))
+
+    return made
+
+
+@_one_of_each
 def PSLD(
     beta: float = 8.0,
     m_inv: float = 4.0,
@@ -26,19 +42,23 @@ def PSLD(
     `beta`: per unit of time, > 0. `m_inv`: 1/M, > 0. `gamma_x`, `gamma_v`: friction of the fields, ≥ 0. `gamma`: variance of
     the initial velocity over M, > 0. `epsilon`: variance of the position at t = 0, > 0.
     """
-    if not (min(beta, m_inv, gamma_x + gamma_v) > 0 and min(gamma_x, gamma_v) >= 0):
+    if not (min(beta, m_inv, gamma_x + gamma_v, gamma, epsilon) > 0 and min(gamma_x, gamma_v) >= 0):
         raise ValueError(
-            f"PSLD(beta={beta}, m_inv={m_inv}, gamma_x={gamma_x}, gamma_v={gamma_v}): beta and m_inv must be > 0, "
-            "gamma_x and gamma_v ≥ 0 and not both 0"
+            f"PSLD(beta={beta}, m_inv={m_inv}, gamma_x={gamma_x}, gamma_v={gamma_v}, gamma={gamma}, epsilon={epsilon}): "
+            "beta, m_inv, gamma and epsilon must be > 0, gamma_x and gamma_v ≥ 0 and not both 0"
         )
     F = beta / 2 * np.array([[-gamma_x, m_inv], [-1.0, -gamma_v]])
     GG = beta * np.diag([gamma_x, gamma_v / m_inv])
     return LinearSDE(lambda t: F, lambda t: GG, np.diag([epsilon, gamma / m_inv]), horizon)
 
 
-@lru_cache(maxsize=32)
+@_one_of_each
 def CriticallyDamped(
-    order: int = 3, beta: float = 4.0, gamma: float = 0.04, epsilon: float = 1e-4, horizon: float = 1.0
+    order: int = 3,
+    beta: float = 4.0,
+    gamma: float = 0.04,
+    epsilon: float = 1e-4,
+    horizon: float = 1.0,
 ) -> LinearSDE:
     """Critically damped Langevin diffusion of order n: a chain of n fields, noise on the last, F with one n-fold eigenvalue.
 
@@ -50,9 +70,12 @@ def CriticallyDamped(
     `order`: n, the number of fields, ≥ 2. `beta`: per unit of time, > 0. `gamma`: variance of the other fields at t = 0 over
     that at which they settle, > 0. `epsilon`: variance of the data's field at t = 0, > 0.
     """
-    n = as_index(order)
-    if not (isinstance(n, int) and n >= 2 and beta > 0):
-        raise ValueError(f"CriticallyDamped(order={order}, beta={beta}): order must be an integer ≥ 2, beta > 0")
+    n = order
+    if not (isinstance(n, int) and n >= 2 and min(beta, gamma, epsilon) > 0):
+        raise ValueError(
+            f"CriticallyDamped(order={order}, beta={beta}, gamma={gamma}, epsilon={epsilon}): order must be an integer ≥ 2, "
+            "beta, gamma and epsilon > 0"
+        )
     j = np.arange(n - 1, 0, -1)
     coupling = np.sqrt((2 * n - 3) * (n**2 - j**2) / ((2 * j - 1) * (2 * j + 1)))
     last = np.diag([*np.zeros(n - 1), n * np.sqrt(2 * n - 3)])

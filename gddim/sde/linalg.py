@@ -83,7 +83,7 @@ def lq(A: Array) -> tuple[Array, Array]:
             residual = residual - entry[..., None] * direction
             entries.append(entry)
         norm = xp.sqrt(dot(residual, residual))
-        directions.append(residual / norm[..., None])
+        directions.append(residual / xp.where(norm > 0, norm, 1)[..., None])
         rows.append([*entries, norm, *[xp.zeros_like(norm)] * (k - 1 - i)])
     return matrix(xp, rows), xp.stack(directions, -2)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, SupportsFloat
 
 import equinox as eqx
 import jax
@@ -77,12 +77,12 @@ class GaussianPath(AbstractPath):
     horizon: float = eqx.field(static=True)
     """T, the time at which sampling starts."""
 
-    def __init__(self, alpha: Callable[[Any], Any], sigma: Callable[[Any], Any], horizon: float = 1.0):
-        if not 0 < horizon < math.inf:
-            raise ValueError(f"GaussianPath: horizon={horizon} must be > 0 and finite")
+    def __init__(self, alpha: Callable[[Any], Any], sigma: Callable[[Any], Any], horizon: SupportsFloat = 1.0):
         self.alpha, self.sigma, self.horizon = alpha, sigma, float(horizon)
 
     def __check_init__(self) -> None:
+        if not 0 < self.horizon < math.inf:
+            raise ValueError(f"GaussianPath: horizon={self.horizon} must be > 0 and finite")
         with np.errstate(all="ignore"):
             alpha, sigma = self.alpha_sigma(np, self.horizon * np.linspace(0, 1, 257))
             ratio = sigma[:-1] / alpha[:-1]
@@ -109,10 +109,12 @@ class VE(AbstractPath):
     grid_end: ClassVar[float] = 0.002 / 80
     grid_power: ClassVar[float] = 7.0
 
-    def __init__(self, sigma_max: float = 80.0):
-        if not 0 < sigma_max < math.inf:
-            raise ValueError(f"VE: sigma_max={sigma_max} must be > 0 and finite")
+    def __init__(self, sigma_max: SupportsFloat = 80.0):
         self.sigma_max = float(sigma_max)
+
+    def __check_init__(self) -> None:
+        if not 0 < self.sigma_max < math.inf:
+            raise ValueError(f"VE: sigma_max={self.sigma_max} must be > 0 and finite")
 
     @property
     def horizon(self) -> float:
@@ -193,7 +195,12 @@ class DiscreteVP(AbstractPath):
 def _evaluated(fn: Callable[[Any], Any], t: Array) -> Array:
     """A user's elementwise function at times, however it is written: float64 at NumPy times, traceable at JAX times."""
     if isinstance(t, np.ndarray):
-        value = fn(t)
+        try:
+            value = fn(t)
+        except TypeError as error:
+            raise ValueError(
+                f"a function of time must take arrays, as those of numpy do and of math do not: {error}"
+            ) from error
         return in_float64(fn, t) if isinstance(value, jax.Array) else np.broadcast_to(np.float64(value), t.shape)
     try:
         value = fn(t)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, SupportsFloat
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -35,12 +35,12 @@ class VP(AbstractLinearSDE):
         _check_betas(self)
 
     @staticmethod
-    def cosine(offset: float = 0.008, horizon: float = 0.9946) -> CosineVP:
+    def cosine(offset: SupportsFloat = 0.008, horizon: SupportsFloat = 0.9946) -> CosineVP:
         """The cosine schedule: `α_t = cos((t+s)/(1+s)·π/2) / cos(s/(1+s)·π/2)`, s the offset, on [0, horizon]."""
         return CosineVP(offset=offset, horizon=horizon)
 
     @staticmethod
-    def from_betas(betas: Any, horizon: float | None = None) -> DiscreteVP:
+    def from_betas(betas: Any, horizon: SupportsFloat | None = None) -> DiscreteVP:
         """The path of a network trained at N discrete times: `α_i² = ∏_{j≤i} (1 − β_j)`, i = 1 … N, log α linear between.
 
         `betas`: (N,), in (0, 1). Discrete time i is `t = i/N·horizon`; by default the horizon is N, so that t is i itself.
@@ -54,7 +54,7 @@ class VP(AbstractLinearSDE):
             return _discrete(np.cumsum(np.log1p(-np.asarray(betas, np.float64).reshape(-1))) / 2, horizon)
 
     @staticmethod
-    def from_alphas(alphas_cumprod: Any, horizon: float | None = None) -> DiscreteVP:
+    def from_alphas(alphas_cumprod: Any, horizon: SupportsFloat | None = None) -> DiscreteVP:
         """`from_betas` of the cumulative products `α_i²` (diffusers' `alphas_cumprod`), (N,), falling within (0, 1)."""
         with np.errstate(divide="ignore", invalid="ignore"):
             return _discrete(np.log(np.asarray(alphas_cumprod, np.float64).reshape(-1)) / 2, horizon)
@@ -107,5 +107,5 @@ def _check_betas(sde: VP | SubVP) -> None:
         )
 
 
-def _discrete(log_alphas: np.ndarray, horizon: float | None) -> DiscreteVP:
+def _discrete(log_alphas: np.ndarray, horizon: SupportsFloat | None) -> DiscreteVP:
     return DiscreteVP(log_alphas=tuple(log_alphas), horizon=len(log_alphas) if horizon is None else horizon)
