@@ -238,6 +238,8 @@ def test_files_tell_what_they_are_and_those_of_others_are_kept(tmp_path: Path):
     }
     write_figure(folder / "s", gallery(np.zeros((4, 8, 8, 3), np.uint8)), origin)
     assert not (tmp_path / "s.svg").exists(), "pixels are no plot"
+    write_figure(folder / "s-0.25", gallery(np.zeros((4, 8, 8, 3), np.uint8)), origin)
+    assert (tmp_path / "s-0.25.png").exists(), "what follows a dot of the name is no suffix"
     check_names(folder, "x", "t", "s")
     (tmp_path / "t.svg").write_text("<svg>drawn by hand</svg>")
     with pytest.raises(UserError, match=r"t\.svg was not written by this program"):

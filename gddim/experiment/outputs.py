@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from typing import Any
@@ -20,8 +21,9 @@ def write_figure(path: epath.Path, figure: Any, origin: dict[str, Any]) -> None:
     """A figure as `path`.png, and a plot as .svg and .pdf too; see `make_room` for what happens to files that are there."""
     for suffix in SUFFIXES[:1] if figure.images else SUFFIXES:
         content = encode(figure, suffix, json.dumps(origin))
-        make_room(path.with_suffix(suffix), origin)
-        write_whole(path.with_suffix(suffix), content)
+        file = path.with_name(f"{path.name}{suffix}")  # a name may have a dot of its own, as restored-sense-0.25
+        make_room(file, origin)
+        write_whole(file, content)
 
 
 def write_npz(
@@ -32,6 +34,11 @@ def write_npz(
     np.savez_compressed(buffer, allow_pickle=False, **arrays | ({} if labels is None else {"labels": labels}))
     make_room(path, origin)
     write_whole(path, buffer.getvalue())
+
+
+def digest_of_data(data: Shaped[np.ndarray, "n ..."]) -> str:
+    """Tells apart in an origin what was given."""
+    return hashlib.sha256(np.ascontiguousarray(data).tobytes()).hexdigest()[:16]
 
 
 def make_room(path: epath.Path, origin: dict[str, Any]) -> None:
