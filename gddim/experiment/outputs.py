@@ -36,6 +36,12 @@ def write_npz(
     write_whole(path, buffer.getvalue())
 
 
+def write_json(path: epath.Path, told: dict[str, Any], origin: dict[str, Any]) -> None:
+    """What a verb found; see `make_room` for what happens to a file that is there."""
+    make_room(path, origin)
+    write_whole(path, (json.dumps(told | {KEY: origin}, indent=2) + "\n").encode())
+
+
 def digest_of_data(data: Shaped[np.ndarray, "n ..."]) -> str:
     """Tells apart in an origin what was given."""
     return hashlib.sha256(np.ascontiguousarray(data).tobytes()).hexdigest()[:16]
@@ -62,19 +68,19 @@ def origin_of(path: epath.Path) -> dict[str, Any] | None:
             with np.load(io.BytesIO(content), allow_pickle=False) as file:
                 return json.loads(str(file[KEY]))
         if path.suffix == ".json":
-            return json.loads(content)[KEY]
+            return json.loads(content).get(KEY, {})  # likelihood.json and classes.json of earlier releases have none
         return json.loads(description_in(content, path.suffix))
     except Exception as error:  # whatever a reader makes of a file that is not what its name says
         raise UserError(f"{path} was not written by this program and is not overwritten: move it away") from error
 
 
-def check_names(workdir: epath.Path, arrays: str, *figures: str) -> None:
+def check_names(workdir: epath.Path, name: str, *figures: str) -> None:
     """Raise `UserError` if one of these, an .npz and a .json file and figures, or the page of the run is there and no verb
     wrote it."""
     for path in (
-        workdir / f"{arrays}.npz",
-        workdir / f"{arrays}.json",
-        *(workdir / f"{name}{suffix}" for name in figures for suffix in SUFFIXES),
+        workdir / f"{name}.npz",
+        workdir / f"{name}.json",
+        *(workdir / f"{figure}{suffix}" for figure in figures for suffix in SUFFIXES),
     ):
         origin_of(path)
     check_page(workdir / REPORT)

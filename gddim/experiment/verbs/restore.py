@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +21,7 @@ from gddim.experiment.checkpoints import restore_ema
 from gddim.experiment.drawing import Calls, numbered_batches
 from gddim.experiment.guiding import restore_guide
 from gddim.experiment.measure import held_out
-from gddim.experiment.outputs import check_names, make_room, write_figure, write_npz
+from gddim.experiment.outputs import check_names, write_figure, write_json, write_npz
 from gddim.experiment.pictures import rows
 from gddim.experiment.plan import Plan
 from gddim.experiment.restoration import Measuring, Restoration
@@ -32,7 +31,6 @@ from gddim.model import seen_through
 from gddim.parallel import to_host
 from gddim.samplers.numbered import sample_numbered
 from gddim.samplers.words import sampler_name
-from gddim.storage import write_whole
 
 Images = Float[np.ndarray, "..."]
 NEIGHBOURS = 50_000  # records to train on among which the nearest is looked for
@@ -85,11 +83,8 @@ def restore(plan: Plan, workdir: epath.Path, settings: Restoration, step: int | 
         strip = np.concatenate([truth[:, None], seen[:, None], samples], 1)
         write_figure(workdir / name, rows(strip, f"{run}{noise}: truth, what is seen, samples\n{by}"), origin)
         write_npz(workdir / f"{name}.npz", np.asarray(jnp.round((samples + 1) * 127.5)).astype(np.uint8), origin)
-        report = {
-            "nfe": calls.made, "evaluations": calls.evaluations, "mean": mean, "each": each, "gddim": origin,
-        }  # fmt: skip
-        make_room(workdir / f"{name}.json", origin)
-        write_whole(workdir / f"{name}.json", (json.dumps(report, indent=1) + "\n").encode())
+        report = {"nfe": calls.made, "evaluations": calls.evaluations, "mean": mean, "each": each}
+        write_json(workdir / f"{name}.json", report, origin)
         write_page(workdir)
         told = "{psnr:.2f} of a sample, {psnr_of_mean:.2f} of their mean, {psnr_measured:.2f} of what was measured"
         print(
