@@ -32,7 +32,7 @@ from gddim.experiment.checkpoints import checkpoint_digest
 from gddim.experiment.outputs import write_figure
 from gddim.experiment.pictures import gallery
 from gddim.experiment.trained import find
-from gddim.experiment.workdir import describe
+from gddim.experiment.workdir import describe, reserved
 from gddim.export.card import card, results
 from gddim.export.model import exported, shareable
 from gddim.nn import DiTConfig
@@ -299,6 +299,20 @@ def test_what_cannot_be_drawn_is_one_line_and_nothing_is_written(words, files, t
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_of_shipped_weights_alone_is_held_as_it_is_and_names_them(tmp_path):
+    run = epath.Path(make_run(tmp_path / "w", steps=(), weights="a.safetensors"))
+    with (
+        reserved(run, training=False),
+        pytest.raises(gddim.UserError, match="in use by another command that samples"),
+        reserved(run, training=False),
+    ):
+        pass
+    with reserved(run), reserved(run, training=False):
+        assert [path.name for path in run.iterdir()] == ["config.json"], "nothing of a run is made"
+    with pytest.raises(gddim.UserError, match=r"train it first, or give a\.safetensors, its weights without one"):
+        gddim.load(run)
+
+
 def test_shipped_weights_are_used_where_there_is_no_trained_run(files, tmp_path, capsys):
     shipped = dataclasses.replace(COLOUR, weights=str(files / "a.safetensors"))
     workdir = tmp_path / "w"
@@ -307,6 +321,9 @@ def test_shipped_weights_are_used_where_there_is_no_trained_run(files, tmp_path,
     assert f"--workdir {workdir} holds no checkpoint: {files / 'a.safetensors'} is used\n" in said.err
     assert "8 samples of step 2 by gddim:3:free:data@tuned: NFE 4" in said.out
     assert (workdir / "samples.png").exists()
+    assert not (workdir / "checkpoints").exists()
+    with pytest.raises(gddim.UserError, match=rf"train it first, or give {files / 'a.safetensors'}, its weights"):
+        gddim.load(workdir)
     assert status_of(shipped, "sample", f"--workdir={workdir}", "--step=2") == 2
     assert "--step 2: " in capsys.readouterr().err
     assert status_of(shipped, "sample", f"--workdir={workdir}", "--net.width=8") == 2
