@@ -100,16 +100,17 @@ class Checkpointer:
         with self._writing():
             manager.save(step, args=ocp.args.Composite(manifest=ocp.args.JsonSave(manifest), **saves), force=True)
 
-    def restore(self, items: dict[str, PyTree], step: int | None = None) -> tuple[dict[str, PyTree], int]:
+    def restore(self, items: dict[str, PyTree] | None, step: int | None = None) -> tuple[dict[str, PyTree], int]:
         """The named items of the newest whole step, each array with the sharding that its leaf asks for, and that step.
 
+        Without names all that it holds, item by item, on one device of each process.
         Leaves are arrays or `ShapeDtypeStruct`s with shardings, on any mesh and any number of processes; `{"ema": …}` reads
         the EMA alone, `{"train.model": …}` a part. A damaged step is reported and passed over, on every process alike.
         Raises `UserError` when there is no whole step, when the explicit `step` is not one, or when its arrays are
         those of another model.
         """
-        wanted = {name: by_path(tree) for name, tree in items.items()}
-        for name, arrays in wanted.items():
+        wanted = None if items is None else {name: by_path(tree) for name, tree in items.items()}
+        for name, arrays in (wanted or {}).items():
             if bare := [path for path, leaf in arrays.items() if getattr(leaf, "sharding", None) is None]:
                 raise TypeError(f"{name}: {bare[0]} has no sharding: where it is to be placed must be said")
         while True:
@@ -120,7 +121,7 @@ class Checkpointer:
                 raise UserError(f"{self.directory}: {what} (saved: {self.steps()}, damaged: {sorted(self._damaged)})")
             restored, problem = self._read(candidate, wanted)
             if problem is None:
-                return {name: from_paths(tree, restored[name]) for name, tree in items.items()}, candidate
+                return {name: from_paths(tree, restored[name]) for name, tree in (items or restored).items()}, candidate
             self._damaged.add(candidate)
             if jax.process_index() == 0 and candidate in self.steps():  # a run beside this one may have deleted it
                 log.warning("checkpoint %s is damaged: %s", self.directory / str(candidate), problem)
@@ -131,17 +132,6 @@ class Checkpointer:
             return self._manifest(step)["config"]
         except Exception as error:
             raise UserError(f"checkpoint {self.directory / str(step)}: {_line(error)}") from error
-
-    def shapes(self, step: int) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-        """What a step holds, item by item, for `restore` to place on one device; raises `UserError` as `config` does."""
-        self.config(step)
-        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        return {
-            item: {
-                path: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for path, (shape, dtype, _) in arrays.items()
-            }
-            for item, arrays in self._manifest(step)["items"].items()
-        }
 
     def wait(self) -> None:
         """Wait until what was saved so far is complete."""
@@ -206,12 +196,14 @@ class Checkpointer:
             raise ValueError("the manifest does not match its digest")
         return manifest
 
-    def _read(self, step: int, wanted: dict[str, dict[str, Any]]) -> tuple[dict[str, dict[str, jax.Array]], str | None]:
-        """The arrays of a step, or why it is damaged."""
+    def _read(
+        self, step: int, wanted: dict[str, dict[str, Any]] | None
+    ) -> tuple[dict[str, dict[str, jax.Array]], str | None]:
+        """The arrays of a step, those wanted or all, or why it is damaged."""
         restored, sums, problem = {}, {}, None
         try:
             items = self._manifest(step)["items"]
-            for name, arrays in wanted.items():
+            for name, arrays in (_shapes(items) if wanted is None else wanted).items():
                 item, _, part = name.partition(".")
                 prefix = f"{part}." if part else ""
                 told = items.get(item, {}).items()
@@ -253,6 +245,15 @@ def by_path(tree: PyTree) -> dict[str, Any]:
 def from_paths(tree: PyTree, arrays: dict[str, Any]) -> PyTree:
     """A tree of this structure of arrays by their names."""
     return jax.tree.unflatten(jax.tree.structure(tree), [arrays[path] for path in by_path(tree)])
+
+
+def _shapes(items: dict[str, dict[str, list]]) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+    """What a manifest tells of, to be placed on one device."""
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return {
+        item: {path: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for path, (shape, dtype, _) in arrays.items()}
+        for item, arrays in items.items()
+    }
 
 
 def _seal(manifest: dict[str, Any]) -> dict[str, Any]:

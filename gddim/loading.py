@@ -51,6 +51,8 @@ class Loaded(eqx.Module):
     """The digest of the parameters."""
     tables: str | None = eqx.field(default=None, static=True)
     """The folder of the tables that were fitted to the network."""
+    rounded_from: str | None = eqx.field(default=None, static=True)
+    """The digest of what the parameters of a file were before they were rounded."""
 
     @property
     def sde(self) -> AbstractLinearSDE:
@@ -137,7 +139,7 @@ class Loaded(eqx.Module):
         sampler = parse_sampler(sampler, self.tables) if isinstance(sampler, str) else sampler
         if isinstance(sampler, LearnedTable):
             nfe = nfe or count_calls(sampler, 1, self.settings.last)
-            if line := sampler.foreign(self.checkpoint):
+            if line := sampler.foreign(self.checkpoint, self.rounded_from):
                 warnings.warn(line, stacklevel=3)
         given = {
             "sampler": sampler,
@@ -229,5 +231,5 @@ def load(
 def loaded(found: Any, mesh: jax.sharding.Mesh | None = None) -> Loaded:
     """What `gddim.experiment.trained.find` found, to draw from."""
     shape, settings = tuple(found.experiment.data.shape), found.experiment.sampling
-    told = found.about.get("checkpoint"), found.tables
+    told = found.about.get("checkpoint"), found.tables, found.about.get("rounded_from")
     return Loaded(found.model, shape, settings, mesh, found.classes, found.label_dropout, *told)

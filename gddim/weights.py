@@ -32,7 +32,8 @@ class Weights(NamedTuple):
     config: dict[str, Any]
     """The configuration of its run."""
     about: dict[str, Any]
-    """Where it comes from: step, images, which average, digest of the checkpoint, versions, commit."""
+    """Where it comes from: step, images, which average, digest of the parameters and of what they were rounded
+    from, versions, commit."""
     licence: str = ""
 
 

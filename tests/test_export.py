@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,17 +18,23 @@ from command_line import status_of
 from etils import epath
 from PIL import Image
 from runs import COLOUR, LabelledColours, make_run
+from test_report import cifar_row
 
 import gddim
-from gddim import export, generate, weights
+from experiments.cifar10_tiny import EXPERIMENT
+from gddim import compact, export, generate, weights
 from gddim.checkpoint import by_path
 from gddim.data import ImageFolder, to_uint8
 from gddim.errors import place
 from gddim.evaluation.figures import KEY
+from gddim.evaluation.sweep import RESULTS
+from gddim.experiment.checkpoints import checkpoint_digest
 from gddim.experiment.outputs import write_figure
 from gddim.experiment.pictures import gallery
-from gddim.experiment.workdir import describe
-from gddim.export.model import shareable
+from gddim.experiment.trained import find
+from gddim.experiment.workdir import describe, reserved
+from gddim.export.card import card, results
+from gddim.export.model import exported, shareable
 from gddim.nn import DiTConfig
 
 PAGE = Path(__file__).parents[1] / "experiments" / "weights" / "README.md"
@@ -148,6 +155,12 @@ REFUSED = {
     "RUN --stablehlo new --process=blurred": "unknown process 'blurred'",
     "RUN --stablehlo new --sampler=heun --nfe=1": "makes at least",
     "RUN --state": "--state is written to a folder of its own",
+    "RUN new --state --step=9": "no whole checkpoint of step 9",
+    "RUN new --state --weights=raw": "--weights is of FILE.safetensors, --hub-layout and --stablehlo",
+    "RUN new --state --licence=mit": "--licence is of FILE.safetensors and --hub-layout",
+    "RUN new --state --sampler=heun": "--sampler is of --stablehlo",
+    "RUN new.safetensors --moments=both": "--moments is of --state",
+    "RUN --stablehlo new --dtype=bfloat16": "--dtype is of FILE.safetensors and --hub-layout",
 }
 
 
@@ -159,6 +172,48 @@ def test_what_cannot_be_exported_is_one_line_and_nothing_is_written(words, run, 
     assert REFUSED[words] in said
     assert said.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_state_is_of_the_step_that_is_asked_for_or_the_newest_whole_one(run, tmp_path, caplog):
+    assert export.main([str(run), str(tmp_path / "1"), "--state", "--step=1"]) == 0
+    assert compact.peek(epath.Path(tmp_path / "1"))[0] == 1
+    shutil.copytree(run, tmp_path / "w")
+    manifest = tmp_path / "w" / "checkpoints" / "2" / "manifest" / "metadata"
+    manifest.write_text(manifest.read_text()[:-9])
+    assert export.main([str(tmp_path / "w"), str(tmp_path / "left"), "--state"]) == 0
+    assert "2 is damaged" in caplog.text
+    first, left = (compact.read(epath.Path(tmp_path / name)) for name in ("1", "left"))
+    assert left.step == 1
+    np.testing.assert_array_equal(left.vectors["model"], first.vectors["model"])
+
+
+def test_a_file_names_the_digest_of_what_it_holds_and_rows_and_tables_of_it_go_with_it(run, files, tmp_path):
+    """Which is what the verbs call the network when they read the file, and `gddim.load` when a table is of it."""
+    of = {name: find(epath.Path(files / name)) for name in ("a.safetensors", "b.safetensors", "hub")}
+    whole, rounded = (checkpoint_digest(of[name].params) for name in ("a.safetensors", "b.safetensors"))
+    assert whole != rounded
+    assert of["a.safetensors"].about["checkpoint"] == find(epath.Path(run)).about["checkpoint"] == whole
+    for name in ("b.safetensors", "hub"):
+        assert (of[name].about["checkpoint"], of[name].about["rounded_from"]) == (rounded, whole)
+    again = exported(of["b.safetensors"], "float32", "")
+    assert (again.about["checkpoint"], again.about["rounded_from"]) == (rounded, whole)
+    page = card(again, "again.safetensors", None, "")
+    assert f"| digest of the parameters | {rounded} |\n| rounded from those of | {whole} |" in page
+    table = cifar_row("gddim:3", 10, 7.25)
+    rows = [table | {"provenance": table["provenance"] | {"checkpoint": each}} for each in (whole, rounded, "another")]
+    (tmp_path / RESULTS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = results(epath.Path(tmp_path), again)
+    assert [each for each in (whole, rounded, "another") if f"checkpoint {each}" in told] == [whole, rounded]
+
+
+def test_the_file_that_travels_with_the_repository_names_its_digest():
+    found = find(epath.Path(str(EXPERIMENT.weights)))
+    assert checkpoint_digest(found.params) == found.about["checkpoint"]
+    row = json.loads((PAGE.parents[1] / "results" / "cifar10.jsonl").read_text().splitlines()[0])
+    assert row["provenance"]["checkpoint"] == found.about["checkpoint"]
+    assert (
+        f"| digest of the parameters | {found.about['checkpoint']} |" in (PAGE.parent / "cifar10_tiny.md").read_text()
+    )
 
 
 ALONE = """
@@ -244,6 +299,20 @@ def test_what_cannot_be_drawn_is_one_line_and_nothing_is_written(words, files, t
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_of_shipped_weights_alone_is_held_as_it_is_and_names_them(tmp_path):
+    run = epath.Path(make_run(tmp_path / "w", steps=(), weights="a.safetensors"))
+    with (
+        reserved(run, training=False),
+        pytest.raises(gddim.UserError, match="in use by another command that samples"),
+        reserved(run, training=False),
+    ):
+        pass
+    with reserved(run), reserved(run, training=False):
+        assert [path.name for path in run.iterdir()] == ["config.json"], "nothing of a run is made"
+    with pytest.raises(gddim.UserError, match=r"train it first, or give a\.safetensors, its weights without one"):
+        gddim.load(run)
+
+
 def test_shipped_weights_are_used_where_there_is_no_trained_run(files, tmp_path, capsys):
     shipped = dataclasses.replace(COLOUR, weights=str(files / "a.safetensors"))
     workdir = tmp_path / "w"
@@ -252,6 +321,9 @@ def test_shipped_weights_are_used_where_there_is_no_trained_run(files, tmp_path,
     assert f"--workdir {workdir} holds no checkpoint: {files / 'a.safetensors'} is used\n" in said.err
     assert "8 samples of step 2 by gddim:3:free:data@tuned: NFE 4" in said.out
     assert (workdir / "samples.png").exists()
+    assert not (workdir / "checkpoints").exists()
+    with pytest.raises(gddim.UserError, match=rf"train it first, or give {files / 'a.safetensors'}, its weights"):
+        gddim.load(workdir)
     assert status_of(shipped, "sample", f"--workdir={workdir}", "--step=2") == 2
     assert "--step 2: " in capsys.readouterr().err
     assert status_of(shipped, "sample", f"--workdir={workdir}", "--net.width=8") == 2

@@ -156,6 +156,7 @@ def test_a_table_is_the_same_from_a_file_to_the_bit_and_of_its_process_alone(tmp
         parse_sampler(f"afs:table:{file}")
     assert "abc, and this is def" in sampler.foreign("def")
     assert not sampler.foreign("abc")
+    assert not sampler.foreign("def", rounded_from="abc")
     for content in (b"no table", file.read_bytes()[:-100]):
         with pytest.raises(UserError, match="no table that fit wrote"):
             decode(content, "x")

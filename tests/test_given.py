@@ -10,8 +10,11 @@ from PIL import Image
 from runs import WHITE, Colours, make_run
 
 import gddim
+from gddim.experiment.cli import execute, parse
 from gddim.experiment.drawing import Start
+from gddim.samplers import OnGrid
 from gddim.samplers.grids import noise_level, time_at
+from gddim.samplers.inversion import Coder
 
 IMAGES = Colours().train()[np.arange(2)]
 
@@ -72,6 +75,39 @@ def test_what_lies_between_given_images(run, files, tmp_path, capsys):
         with np.load(run / "latents.npz", allow_pickle=False) as file:
             assert file["samples"].shape == (2, 8, 8, 1, 3)
     assert (run / "interpolations.png").exists()
+    np.save(tmp_path / "b.npy", IMAGES[::-1])
+    assert status_of(WHITE, *argv[:-1], str(tmp_path / "b.npy")) == 0
+    assert status_of(WHITE, *argv[: argv.index("--from")], "--sampling.samples=2") == 0
+    for name in ("latents.npz", "reconstructions.png", "interpolations.png"):
+        first, last = name.split(".")
+        kept = [run / name, run / f"{first}-1.{last}", run / f"{first}-2.{last}"]
+        assert all(path.exists() for path in kept), "what is of other data, given or held out, is kept"
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "words",
+    [[], ["--sampling.grid=karras"], ["--sampling.power=3"], ["--sampler=gddim:2", "--sampling.grid=log-snr"],
+     ["--sampler=gddim:2@uniform"], ["--sampler=gddim:2@uniform", "--sampling.power=3"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_the_times_of_latents_are_those_that_samples_have(words, run, monkeypatch):
+    seen = []
+
+    def stop(model, grid, order):
+        seen.append(grid)
+        raise Stopped
+
+    monkeypatch.setattr(Coder, "of", stop)
+    command = parse(WHITE, ["encode", f"--workdir={run}", *words])
+    with pytest.raises(Stopped):
+        execute(command)
+    method = command.experiment.sampling.method(WHITE.sde)
+    times, sampler = method.grid(WHITE.sde), method.sampler
+    np.testing.assert_allclose(*seen, sampler.times(WHITE.sde, times) if isinstance(sampler, OnGrid) else times)
 
 
 def test_images_of_other_sizes_are_brought_to_that_of_the_data(run, tmp_path):

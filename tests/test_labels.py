@@ -15,6 +15,7 @@ from gddim.data import CIFAR10, SVHN, ArrayFile, ArraySource, Digits, FiveRings,
 from gddim.data import __main__ as command
 from gddim.data.labels import check_labels, classes_of, cond_of
 from gddim.errors import UserError
+from gddim.evaluation.classes import classify
 from gddim.experiment.workdir import describe
 
 COUNT = 24
@@ -296,3 +297,26 @@ def test_a_table_in_which_a_label_is_no_class_is_refused_and_renumbers_nothing(t
     (tmp_path / "labels.csv").write_text("\n".join(lines))
     with pytest.raises(UserError, match=says):
         ImageFolder(str(tmp_path), 8, labels=True).train()
+
+
+class TwoGreys:
+    """Labelled records, dark ones and light ones."""
+
+    labels = np.arange(40) % 2
+
+    def train(self) -> ArraySource:
+        greys = np.random.default_rng(0).integers(0, 50, (40, 4, 4, 1)) + 200 * self.labels[:, None, None, None]
+        return ArraySource(greys.astype(np.uint8))
+
+    test = train
+
+    def known_classes(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.labels, self.labels
+
+
+def test_a_classifier_tells_what_it_finds_beside_what_was_asked():
+    samples = TwoGreys().train()[np.array([0, 2, 1, 3])]
+    found = classify(TwoGreys(), samples, np.array([0, 0, 0, 1]))
+    assert (found["shares"], found["shares_asked"]) == ({0: 0.5, 1: 0.5}, {0: 0.75, 1: 0.25})
+    assert (found["as_asked"], found["accuracy_real"]) == (0.75, 1.0)
+    assert not {"shares_asked", "as_asked"} & classify(TwoGreys(), samples).keys()

@@ -15,7 +15,7 @@ from gddim.errors import UserError
 from gddim.evaluation.figures import PALETTE, description_in, encode, looks
 from gddim.evaluation.report import chart, plot, table
 from gddim.experiment.drawing import Paths
-from gddim.experiment.outputs import check_names, write_figure
+from gddim.experiment.outputs import check_names, write_figure, write_json
 from gddim.experiment.pictures import film, gallery, pixels, rows, trajectory
 from gddim.samplers import power_grid
 from gddim.sde import CLD, VP, Blurring
@@ -164,6 +164,19 @@ def test_processes_that_one_network_serves_stand_in_one_table_and_have_their_own
     assert "| gddim:3 | CLD(m_inv=1.0) |" in table([*results(1.0, 60.0), *again]), "two of a class are not mixed"
 
 
+def test_samples_of_classes_in_equal_numbers_and_as_the_data_are_two_tables_and_two_panels():
+    balanced, as_data = (
+        [row | {"provenance": row["provenance"] | {"classes": how}} for row in results(1.0, high)]
+        for how, high in (("i mod 10", 60.0), ("as the data", 50.0))
+    )
+    lines = [line for line in table([*balanced, *as_data]).splitlines() if line.startswith("## ")]
+    assert len({*lines}) == 2
+    assert "500 samples, of classes in equal numbers, against CIFAR10" in lines[0]
+    assert "500 samples, of classes as often as in the data, against CIFAR10" in lines[1]
+    assert "500 samples against CIFAR10" in table(results(1.0, 60.0))
+    assert len(chart([*balanced, *as_data]).axes) == 2
+
+
 def test_a_plot_is_written_as_png_svg_and_pdf_the_same_bytes_each_time(tmp_path: Path):
     plot(results(1.0, 60.0), tmp_path / "a.png")
     plot(results(1.0, 60.0), tmp_path / "b.png")
@@ -238,10 +251,17 @@ def test_files_tell_what_they_are_and_those_of_others_are_kept(tmp_path: Path):
     }
     write_figure(folder / "s", gallery(np.zeros((4, 8, 8, 3), np.uint8)), origin)
     assert not (tmp_path / "s.svg").exists(), "pixels are no plot"
+    write_figure(folder / "s-0.25", gallery(np.zeros((4, 8, 8, 3), np.uint8)), origin)
+    assert (tmp_path / "s-0.25.png").exists(), "what follows a dot of the name is no suffix"
     check_names(folder, "x", "t", "s")
     (tmp_path / "t.svg").write_text("<svg>drawn by hand</svg>")
     with pytest.raises(UserError, match=r"t\.svg was not written by this program"):
         check_names(folder, "x", "t")
+    (tmp_path / "t.svg").unlink()
+    write_json(folder / "l.json", {"bits": 2}, origin)
+    (tmp_path / "l.json").write_text('{"bits": 1}')  # as it was written before it told its origin
+    write_json(folder / "l.json", {"bits": 3}, origin)
+    assert [json.loads((tmp_path / name).read_text())["bits"] for name in ("l.json", "l-1.json")] == [3, 1]
     (tmp_path / "report.html").write_text("<html>mine</html>")
     with pytest.raises(UserError, match=r"report\.html was not written by this program"):
         check_names(folder, "x", "s")

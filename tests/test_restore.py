@@ -169,6 +169,23 @@ def test_what_cannot_be_restored_is_one_line(words, says, run, tmp_path, capsys)
     assert says in refusal(WHITE, run, capsys, "restore", *words)
 
 
+@dataclasses.dataclass(frozen=True)
+class HeldOut(Colours):
+    """Of which those to train on are not there."""
+
+    def train(self):
+        raise gddim.UserError("the records to train on are not there")
+
+    def test(self):
+        return Colours().test()
+
+
+def test_records_that_are_not_there_are_missed_before_the_work(run, capsys, monkeypatch):
+    monkeypatch.setattr("gddim.experiment.verbs.restore.sample_numbered", None)  # which would be an error of its own
+    lost = dataclasses.replace(WHITE, data=HeldOut())
+    assert "are not there" in refusal(lost, run, capsys, "restore", "--task=sr2")
+
+
 def test_runs_and_verbs_that_restore_nothing_are_one_line(run, tmp_path, capsys):
     says = lambda experiment, *words: (status_of(experiment, *words), capsys.readouterr().err)
     assert says(WHITE, "sample", f"--workdir={run}", "--task=sr2") == (

@@ -70,9 +70,23 @@ def test_likelihood_is_told_and_written(trained, capsys):
     assert np.isfinite(found["bits_per_dimension"])
     assert found["standard_error"] > 0
     assert f"{found['bits_per_dimension']:.4f} ± {found['standard_error']:.4f} bits" in capsys.readouterr().out
+    assert found["t_min"] == 1e-5
+    for _ in range(2):
+        do(points.EXPERIMENT, trained, "likelihood", "--sampling.seed=1", "--sampling.t_min=0.1")
+    assert json.loads((trained / "likelihood-1.json").read_text()) == found, "what is of another origin is kept"
+    again = json.loads((trained / "likelihood.json").read_text())
+    assert again["bits_per_dimension"] != found["bits_per_dimension"]
+    assert again["t_min"] == found["t_min"], "the time at which samplers stop is none of it"
+    assert not (trained / "likelihood-2.json").exists(), "of the same origin it is replaced"
+    assert "gddim." not in re.search('id="likelihood".*?<h2', (trained / "report.html").read_text(), re.DOTALL)[0]
     with pytest.raises(SystemExit, match="2"):
         main(points.EXPERIMENT, ["likelihood", f"--workdir={trained}", *POINTS, "--eval.samples=1"])
     assert "eval.samples: 1 given, likelihood needs at least 2" in capsys.readouterr().err
+    (trained / "likelihood.json").write_text("[]")
+    with pytest.raises(SystemExit, match="2"):
+        main(points.EXPERIMENT, ["likelihood", f"--workdir={trained}", *POINTS])
+    assert "likelihood.json was not written by this program" in capsys.readouterr().err
+    (trained / "likelihood.json").unlink()
 
 
 def test_a_dry_run_speaks_on_process_0_alone(monkeypatch, capsys):
@@ -129,6 +143,12 @@ def test_kept_points_are_arrays(trained):
 def test_kept_images_are_pictures(trained_digits):
     do(cld_digits.EXPERIMENT, trained_digits, "evaluate", "--eval.keep-samples")
     assert len(list((trained_digits / "samples").rglob("*.png"))) == 16  # through either process
+    found = json.loads((trained_digits / "classes.json").read_text())
+    assert (found["step"], found["sampler"], found["nfe"]) == (2, "gddim:3:free:data@tuned", 3)
+    row = read_rows(trained_digits / "results.jsonl")[-1]
+    assert found["checkpoint"] == row["provenance"]["checkpoint"] in (trained_digits / "report.html").read_text()
+    do(cld_digits.EXPERIMENT, trained_digits, "evaluate", "--sampling.seed=1", "--eval.samplers=em")
+    assert json.loads((trained_digits / "classes-1.json").read_text()) == found, "what is of another origin is kept"
 
 
 def test_several_seeds_are_a_mean_and_its_spread(trained):

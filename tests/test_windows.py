@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
+from runs import make_run
 
 from experiments import points
 from gddim import compact, export
 from gddim.checkpoint import Checkpointer, by_path
+from gddim.compact import Packed
 from gddim.experiment.checkpoints import restore_ema
 from gddim.experiment.cli import main, parse
 from gddim.experiment.plan import Plan
@@ -75,7 +77,7 @@ def run(tmp_path_factory) -> Path:
 
 def state(workdir: Path, step: int) -> dict[str, np.ndarray]:
     with contextlib.closing(Checkpointer(workdir / "checkpoints")) as saved:
-        items, _ = saved.restore(saved.shapes(step), step)
+        items, _ = saved.restore(None, step)
     return {f"{item}.{path}": np.asarray(leaf) for item, tree in items.items() for path, leaf in tree.items()}
 
 
@@ -132,6 +134,26 @@ def test_lengths_are_rebuilt_from_snapshots(run, capsys):
     apart = far(renamed, wanted, "ema")
     assert 0.1 * apart < far(vectors[0.07], wanted, "ema") < apart
     assert far(vectors[0.07], renamed, "ema") < apart
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_snapshots_of_a_run_that_saved_no_checkpoint_are_no_part_of_the_next(
+    checkpointed, tmp_path, capsys, monkeypatch
+):
+    """One that diverged, say, or was killed before: its configuration may be corrected. Nothing of another is lost."""
+    run, words = tmp_path / "w", (*PROFILES, "--train.snapshot-every=1")
+    make_run(run, parse(points.EXPERIMENT, ["train", *WORDS, *words]).experiment, (1,) if checkpointed else ())
+    for name in ("1", "2", "theirs"):
+        vectors = {"ema": np.zeros(2, np.float32)}
+        left = Packed(2, [("x", (2,))], vectors, {"ema": "whole"}, {"widths": {"ema": 0.05}})
+        compact.write(epath.Path(run) / "snapshots" / name, left)
+    trained = lambda state, *_, steps, **__: (steps, state)
+    monkeypatch.setattr("gddim.experiment.verbs.train.train", trained)
+    assert train(run, *words) == 0
+    said = "snapshots of a run that saved no checkpoint are deleted: steps 1, 2\n" in capsys.readouterr().out
+    assert said != checkpointed
+    steps = sorted(path.name for path in (run / "snapshots").iterdir())
+    assert steps == (["1", "2", "3", "theirs"] if checkpointed else ["3", "theirs"])
 
 
 def test_what_cannot_be_handed_over_is_refused_in_a_line(run, tmp_path, capsys):

@@ -30,8 +30,8 @@ def classify(
     """A support-vector classifier trained on the real records, and what it says about samples.
 
     `shares` of the samples by class; `confidence`, the mean probability of the class that wins, of the samples and of
-    the held-out records; `accuracy` on the latter; `as_asked`, the share of samples in which it finds the class that they
-    are to be of.
+    the held-out records; `accuracy` on the latter; `shares_asked`, of the samples by the class that they are to be of, and
+    `as_asked`, the share of samples in which it finds that.
     """
     with from_extra("eval"):
         from sklearn.calibration import CalibratedClassifierCV
@@ -47,12 +47,18 @@ def classify(
     model.fit(pixels(train[np.arange(len(train))]), labels)
     real, drawn = (model.predict_proba(pixels(x)) for x in (test[np.arange(len(test))], samples))
     classes, won = np.unique(labels), drawn.argmax(1)
+    told = {}
+    if asked is not None:
+        told = {
+            "shares_asked": {int(c): float(np.mean(asked == c)) for c in classes},
+            "as_asked": float(np.mean(classes[won] == asked)),
+        }
     return {
         "shares": {int(c): float(np.mean(won == i)) for i, c in enumerate(classes)},
         "confidence": float(drawn.max(1).mean()),
         "confidence_real": float(real.max(1).mean()),
         "accuracy_real": float(np.mean(classes[real.argmax(1)] == held_out)),
-        **({} if asked is None else {"as_asked": float(np.mean(classes[won] == asked))}),
+        **told,
     }
 
 

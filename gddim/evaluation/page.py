@@ -11,7 +11,7 @@ from etils import epath
 
 from gddim.errors import UserError
 from gddim.evaluation.cell import Row
-from gddim.evaluation.figures import PALETTE, encode, new_figure, number, processes_in_words
+from gddim.evaluation.figures import KEY, PALETTE, encode, new_figure, number, processes_in_words
 from gddim.evaluation.provenance import flatten
 from gddim.evaluation.report import about, chart, groups, tables
 from gddim.evaluation.sweep import RESULTS, read_rows
@@ -83,8 +83,8 @@ def page(folder: epath.Path, rows: Sequence[Row]) -> str:
         "Trajectories": shown["Trajectories"],
         "Latents": shown["Latents"],
         "Restored": [_picture(folder, path.stem, _RESTORED) for path in sorted(folder.glob("restored-*.png"))],
-        "Likelihood": [_facts(_read(folder, "likelihood.json") | {"experiment": None})],
-        "Classes": [_facts(_read(folder, "classes.json"))],
+        "Likelihood": [_facts(_read(folder, "likelihood.json") | {"experiment": None, KEY: None})],
+        "Classes": [_facts(_read(folder, "classes.json") | {KEY: None})],
         "Training": [_curve(read_scalars(folder / "tensorboard", "train/loss"))],
         "Configuration": [_facts(config)],
         "Provenance": [_origin(group) for group in found],

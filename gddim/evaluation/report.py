@@ -102,9 +102,9 @@ class Group(NamedTuple):
     @property
     def against(self) -> str:
         """What is compared with what."""
-        return (
-            f"{self.samples:,} samples against {self.provenance['reference']['source']}, {self.provenance['features']}"
-        )
+        of = {None: "", "as the data": ", of classes as often as in the data,"}
+        drawn = f"{self.samples:,} samples{of.get(self.provenance.get('classes'), ', of classes in equal numbers,')}"
+        return f"{drawn} against {self.provenance['reference']['source']}, {self.provenance['features']}"
 
     def title(self, metric: str) -> str:
         """What a metric is called here: a Fréchet distance of few samples says how few."""

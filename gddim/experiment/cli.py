@@ -276,7 +276,8 @@ def execute(command: Command) -> None:
 
         def reserve() -> None:
             if shipped and read_config(workdir) is None:
-                write_config(workdir, shipped[1])  # so that the folder is that of a run, which may still be trained
+                # so that the folder is that of a run, which may still be trained
+                write_config(workdir, shipped[1] | {"weights": experiment.weights})
             stack.enter_context(reserved(workdir, training))
             check_config(workdir, config, free)
             if training:

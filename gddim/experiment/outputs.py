@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from typing import Any
@@ -20,8 +21,9 @@ def write_figure(path: epath.Path, figure: Any, origin: dict[str, Any]) -> None:
     """A figure as `path`.png, and a plot as .svg and .pdf too; see `make_room` for what happens to files that are there."""
     for suffix in SUFFIXES[:1] if figure.images else SUFFIXES:
         content = encode(figure, suffix, json.dumps(origin))
-        make_room(path.with_suffix(suffix), origin)
-        write_whole(path.with_suffix(suffix), content)
+        file = path.with_name(f"{path.name}{suffix}")  # a name may have a dot of its own, as restored-sense-0.25
+        make_room(file, origin)
+        write_whole(file, content)
 
 
 def write_npz(
@@ -32,6 +34,17 @@ def write_npz(
     np.savez_compressed(buffer, allow_pickle=False, **arrays | ({} if labels is None else {"labels": labels}))
     make_room(path, origin)
     write_whole(path, buffer.getvalue())
+
+
+def write_json(path: epath.Path, told: dict[str, Any], origin: dict[str, Any]) -> None:
+    """What a verb found; see `make_room` for what happens to a file that is there."""
+    make_room(path, origin)
+    write_whole(path, (json.dumps(told | {KEY: origin}, indent=2) + "\n").encode())
+
+
+def digest_of_data(data: Shaped[np.ndarray, "n ..."]) -> str:
+    """Tells apart in an origin what was given."""
+    return hashlib.sha256(np.ascontiguousarray(data).tobytes()).hexdigest()[:16]
 
 
 def make_room(path: epath.Path, origin: dict[str, Any]) -> None:
@@ -55,19 +68,19 @@ def origin_of(path: epath.Path) -> dict[str, Any] | None:
             with np.load(io.BytesIO(content), allow_pickle=False) as file:
                 return json.loads(str(file[KEY]))
         if path.suffix == ".json":
-            return json.loads(content)[KEY]
+            return json.loads(content).get(KEY, {})  # likelihood.json and classes.json of earlier releases have none
         return json.loads(description_in(content, path.suffix))
     except Exception as error:  # whatever a reader makes of a file that is not what its name says
         raise UserError(f"{path} was not written by this program and is not overwritten: move it away") from error
 
 
-def check_names(workdir: epath.Path, arrays: str, *figures: str) -> None:
+def check_names(workdir: epath.Path, name: str, *figures: str) -> None:
     """Raise `UserError` if one of these, an .npz and a .json file and figures, or the page of the run is there and no verb
     wrote it."""
     for path in (
-        workdir / f"{arrays}.npz",
-        workdir / f"{arrays}.json",
-        *(workdir / f"{name}{suffix}" for name in figures for suffix in SUFFIXES),
+        workdir / f"{name}.npz",
+        workdir / f"{name}.json",
+        *(workdir / f"{figure}{suffix}" for figure in figures for suffix in SUFFIXES),
     ):
         origin_of(path)
     check_page(workdir / REPORT)

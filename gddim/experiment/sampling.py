@@ -98,7 +98,8 @@ class Sampling:
     """Another layout of the times, of every sampler that brings none: tuned, power[:POWER], band[:LO:HI] (in standard
     deviations of the data), karras[:RHO], log-snr, two-phase[:SHARE:FRACTION:POWER] or uniform."""
     t_min: float | None = None
-    """Time of the process at which the sampler stops; without it 0.001 of the horizon, for ve 0.002 of its 80."""
+    """Time of the process at which the sampler stops; without it 0.001 of the horizon, for ve 0.002 of its 80. The verb
+    likelihood begins at a hundredth of these, whatever is told here."""
     last: Literal["none", "euler", "data"] = "none"
     """One more network call, from t_min to 0: an Euler step of the reverse SDE without noise, or the predicted data."""
     seed: int = 0

@@ -36,6 +36,18 @@ def snapshot(plan: Plan, workdir: epath.Path, step: int, state: TrainState) -> N
         compact.write(workdir / SNAPSHOTS / str(step), Packed(step, leaves, vectors, ways, about))
 
 
+def drop_snapshots(workdir: epath.Path, after: int) -> list[int]:
+    """Delete those of later steps, which a run that saved no checkpoint has left; returns their steps. What was copied there
+    under another name than a step's stays.
+    """
+    folder = workdir / SNAPSHOTS
+    named = [int(each.name) for each in folder.iterdir() if each.name.isdigit()] if folder.is_dir() else []
+    left = sorted(step for step in named if step > after)
+    for step in left:
+        (folder / str(step)).rmtree()
+    return left
+
+
 def average_names(count: int) -> list[str]:
     """How a state calls its averages."""
     return ["ema", *(f"averages.{i}" for i in range(count - 1))]

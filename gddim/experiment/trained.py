@@ -118,7 +118,8 @@ def _of_run(
         item = {"ema": "ema", "raw": "train.model"}[average]
         with contextlib.closing(Checkpointer(path / "checkpoints")) as saved:
             if not saved.any():
-                raise UserError(f"{path} holds a run without a checkpoint: train it first")
+                shipped = f", or give {config['weights']}, its weights without one" if config.get("weights") else ""
+                raise UserError(f"{path} holds a run without a checkpoint: train it first{shipped}")
             items, step = saved.restore({item: shapes}, step)
         params = items[item]
     else:

@@ -263,9 +263,11 @@ def check_shared(path: epath.Path) -> None:
 def reserved(path: epath.Path, training: bool = True, wait: bool = False) -> Iterator[None]:
     """Hold a workdir for this process alone; one that is in use is waited for, or raises `UserError`.
 
-    What is made of checkpoints holds their folder alone: it goes on beside a training, but not two at a time.
+    What is made of checkpoints holds their folder alone, or, where there is none, the configuration: it goes on beside a
+    training, but not two at a time.
     """
-    folder = path if training else path / "checkpoints"
+    saved = path / "checkpoints"
+    held = path if training else saved if saved.exists() else path / CONFIG
 
     def busy() -> None:
         user = "run" if training else "command that samples or evaluates it"
@@ -276,10 +278,10 @@ def reserved(path: epath.Path, training: bool = True, wait: bool = False) -> Ite
     with contextlib.ExitStack() as stack:
         try:
             if is_local(path):
-                folder.mkdir(parents=True, exist_ok=True)
+                path.mkdir(parents=True, exist_ok=True)
                 if not os.access(path, os.W_OK):
                     raise UserError(f"--workdir {path} cannot be written")
-            stack.enter_context(locked(folder, busy))
+            stack.enter_context(locked(held, busy))
         except OSError as error:
             raise UserError(f"--workdir {path} cannot be used: {error}") from error
         yield

@@ -31,17 +31,21 @@ def picture(run: epath.Path, weights: Weights) -> epath.Path | None:
 
 
 def results(run: epath.Path, weights: Weights) -> str:
-    """The run's table of the very parameters that are exported; nothing where it has none."""
+    """The run's table of the parameters that are exported, before or after they are rounded; nothing where it has none."""
     path = run / RESULTS
     rows = read_rows(path) if run.is_dir() and path.exists() else []
-    rows = [row for row in rows if row["provenance"].get("checkpoint") == weights.about.get("checkpoint")]
+    rows = [row for row in rows if row["provenance"].get("checkpoint") in _digests(weights)]
     return table(rows) if rows else ""
 
 
 def tables(folder: epath.Path, weights: Weights) -> list[epath.Path]:
-    """The files of the tables that were fitted to the very parameters that are exported."""
+    """The files of the tables that were fitted to the parameters that are exported, before or after they are rounded."""
     found = sorted(folder.glob("*.npz")) if folder.exists() else []
-    return [path for path in found if load_table(path).about["network"] == weights.about.get("checkpoint")]
+    return [path for path in found if load_table(path).about["network"] in _digests(weights)]
+
+
+def _digests(weights: Weights) -> set[str]:
+    return {weights.about[name] for name in ("checkpoint", "rounded_from") if name in weights.about}
 
 
 def card(weights: Weights, file: str, image: str | None, results: str, note: str = "") -> str:
@@ -85,7 +89,8 @@ def _facts(weights: Weights) -> str:
             str(average), f"average, σ_rel {average}"
         ),
         "kept in": about["dtype"],
-        "digest of the checkpoint": about.get("checkpoint"),
+        "digest of the parameters": about.get("checkpoint"),
+        "rounded from those of": about.get("rounded_from"),
         "exported by": ", ".join(f"{name} {version}" for name, version in about["versions"].items()),
         "commit": about.get("commit"),
         "licence": weights.licence or UNSTATED,

@@ -37,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     printable()
     options = _parser().parse_args(arguments)
     try:
+        _check(options)
         check_backend()
         for line in (_state if options.state else _model)(options):
             print(line)
@@ -59,24 +60,38 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stablehlo", metavar="FILE", help="a new file")
     parser.add_argument("--step", type=int, help="of the checkpoint (the newest)")
     parser.add_argument("--weights", help="ema, raw or a length σ_rel (what the run samples with)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="in which the parameters are kept (float32)")
-    parser.add_argument("--licence", default="", help="of the weights, as apache-2.0; told in the file and its page")
-    parser.add_argument(
-        "--note", default="", help="a sentence for the page, as on what it was trained and for how long"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, help="in which the parameters are kept (float32)")
+    parser.add_argument("--licence", help="of the weights, as apache-2.0; told in the file and its page")
+    parser.add_argument("--note", help="a sentence for the page, as on what it was trained and for how long")
     parser.add_argument("--sampler", help="of --stablehlo, as gddim:3:data (that of the run)")
     parser.add_argument("--process", help="of --stablehlo, as cld (that of the run)")
     parser.add_argument("--nfe", type=int, help="network calls of --stablehlo (those of the run)")
     parser.add_argument("--state", action="store_true", help="the state, to go on with")
-    parser.add_argument("--moments", choices=MOMENTS, default="both", help="of Adam: each is a byte a parameter (both)")
+    parser.add_argument("--moments", choices=MOMENTS, help="of --state, Adam's: each is a byte a parameter (both)")
     return parser
 
 
-def _state(options: argparse.Namespace) -> list[str]:
-    if options.out is None or options.hub_layout or options.stablehlo:
+def _check(options: argparse.Namespace) -> None:
+    """Raise `UserError` for an option that nothing which is asked for hears of."""
+    if options.state and (options.out is None or options.hub_layout or options.stablehlo):
         raise UserError("--state is written to a folder of its own: python -m gddim.export RUN DIR --state")
+    if not (options.out or options.hub_layout or options.stablehlo):
+        raise UserError(f"give FILE{SUFFIX}, --hub-layout DIR or --stablehlo FILE")
+    for names, heard, of in (
+        (("weights",), not options.state, f"FILE{SUFFIX}, --hub-layout and --stablehlo: a state has all averages"),
+        (("dtype", "licence", "note"), not options.state and (options.out or options.hub_layout),
+         f"FILE{SUFFIX} and --hub-layout"),
+        (("sampler", "process", "nfe"), options.stablehlo, "--stablehlo, the program that draws samples"),
+        (("moments",), options.state, "--state, the folder to go on with"),
+    ):  # fmt: skip
+        for name in names:
+            if getattr(options, name) is not None and not heard:
+                raise UserError(f"--{name} is of {of}")
+
+
+def _state(options: argparse.Namespace) -> list[str]:
     folder = place(options.out)
-    packed = export_state(place(options.run), folder, options.moments)
+    packed = export_state(place(options.run), folder, options.moments or "both", options.step)
     count, sizes = packed.vectors["model"].size, [path.stat().length for path in folder.iterdir()]
     told = f"{folder}: step {packed.step}, {count:,} parameters in {len(sizes)} file(s), {sum(sizes):,} bytes"
     return [f"{told}; to go on: --train.init {folder} with the options of the run and a new --workdir"]
@@ -89,8 +104,6 @@ def _model(options: argparse.Namespace) -> list[str]:
         for path in (options.run, options.out, options.hub_layout, options.stablehlo)
     )
     assert run is not None
-    if file is None and hub is None and program is None:
-        raise UserError(f"give FILE{SUFFIX}, --hub-layout DIR or --stablehlo FILE")
     if file is not None and file.suffix != SUFFIX:
         raise UserError(f"{file} must end with {SUFFIX}; a folder is for --state or --hub-layout")
     beside = [] if file is None else [file, file.with_suffix(".md"), file.with_suffix(".png"), tables_of(file)]
@@ -100,30 +113,25 @@ def _model(options: argparse.Namespace) -> list[str]:
     if hub is not None:
         check_empty(hub)
     how = {name: getattr(options, name) for name in ("sampler", "process", "nfe") if getattr(options, name) is not None}
-    if how and program is None:
-        raise UserError(f"--{next(iter(how))} is of --stablehlo, the program that draws samples")
     found = find(run, options.step, parse_average(options.weights))
     model = loaded(found)
     if program is not None:
         model.through(**how)  # what cannot be is refused before anything is written
         with from_extra("eval"):
             import flatbuffers  # noqa: F401
-    weights, lines = exported(found, options.dtype, options.licence), []
-    about = f"step {weights.about['step']}, {weights.about['parameters']:,} parameters in {options.dtype}"
+    weights, lines = exported(found, options.dtype or "float32", options.licence or ""), []
+    note = options.note or ""
+    about = f"step {weights.about['step']}, {weights.about['parameters']:,} parameters in {weights.about['dtype']}"
     fitted = tables(epath.Path(found.tables), weights)
     content, table, image = encode(weights), results(run, weights), picture(run, weights)
     if file is not None:
-        _with_page(
-            file, file.with_suffix(".md"), file.with_suffix(".png"), "", content, weights, table, image, options.note
-        )
+        _with_page(file, file.with_suffix(".md"), file.with_suffix(".png"), "", content, weights, table, image, note)
         _with_tables(tables_of(file), fitted)
         lines.append(f"{file}: {about}, {len(content):,} bytes; {file.with_suffix('.md').name} tells of it")
     if hub is not None:
         head = front_matter(weights.licence)
         write_whole(hub / "config.json", (json.dumps(weights.config, indent=2) + "\n").encode())
-        _with_page(
-            hub / HUB, hub / "README.md", hub / "samples.png", head, content, weights, table, image, options.note
-        )
+        _with_page(hub / HUB, hub / "README.md", hub / "samples.png", head, content, weights, table, image, note)
         _with_tables(tables_of(hub), fitted)
         lines.append(f"{hub}: {about}, as a hub's repository")
     if program is not None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from gddim.checkpoint import by_path
 from gddim.evaluation.provenance import software
+from gddim.experiment.checkpoints import checkpoint_digest
 from gddim.experiment.trained import Trained
 from gddim.experiment.workdir import RECORDS
 from gddim.loading import Loaded
@@ -20,10 +21,17 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def exported(found: Trained, dtype: str, licence: str) -> Weights:
-    """The network as a file has it: parameters in a type, the configuration of its run, where it comes from."""
+    """The network as a file has it: parameters in a type, the configuration of its run, where it comes from.
+
+    Where the type rounds them, `about` has the digest of what they become, by which what reads the file calls them in tables
+    and results, and as `rounded_from` that of what they were.
+    """
     arrays = {name: np.asarray(leaf).astype(DTYPES[dtype]) for name, leaf in by_path(found.params).items()}
+    kept = jax.tree.map(lambda x: x.astype(DTYPES[dtype]).astype(x.dtype), found.params)
     told = dict(found.about)
     licence = licence or told.pop("licence", "")
+    if (digest := checkpoint_digest(kept)) != told["checkpoint"]:
+        told |= {"checkpoint": digest, "rounded_from": told["checkpoint"]}
     about = told | {"parameters": sum(x.size for x in arrays.values()), "dtype": dtype, **software()}
     config = shareable(found.config)
     config[RECORDS] = {"shape": [*found.experiment.data.shape]} | config.get(RECORDS, {})

@@ -66,9 +66,10 @@ class LearnedTable(AbstractSampler):
         """Whether it is of this process."""
         return self.about["process"] == process_name(sde)
 
-    def foreign(self, network: str | None) -> str:
-        """A line where it was fitted for another network than that of this digest; else nothing."""
-        if network in (None, self.about["network"]):
+    def foreign(self, network: str | None, rounded_from: str | None = None) -> str:
+        """A line where it was fitted for another network than that of this digest, or the one it was rounded from; else
+        nothing."""
+        if network is None or self.about["network"] in (network, rounded_from):
             return ""
         return (
             f"table:{self.file} was fitted for the network {self.about['network']}, and this is {network}: fit one for it, "

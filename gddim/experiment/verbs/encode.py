@@ -19,7 +19,7 @@ from gddim.experiment.checkpoints import restore_ema
 from gddim.experiment.config import Experiment, require
 from gddim.experiment.drawing import numbered_batches
 from gddim.experiment.measure import held_out
-from gddim.experiment.outputs import check_names, write_figure, write_npz
+from gddim.experiment.outputs import check_names, digest_of_data, write_figure, write_npz
 from gddim.experiment.pictures import gallery, rows
 from gddim.experiment.plan import Plan
 from gddim.experiment.workdir import describe
@@ -27,7 +27,7 @@ from gddim.model import seen_through
 from gddim.parallel import to_host
 from gddim.samplers import GDDIM, OnGrid
 from gddim.samplers.inversion import Coder, interpolate, reconstruct
-from gddim.samplers.words import sampler_name, steps_for
+from gddim.samplers.words import laid_out, sampler_name, steps_for
 
 ROWS, COLUMNS = 8, 9  # of the picture of interpolations
 
@@ -39,9 +39,10 @@ def encode(
     between. Of classes those given are of `sampling.classes` in turn, or of none.
     """
     experiment, settings = plan.experiment, plan.experiment.sampling
-    if isinstance(settings.sampler, OnGrid):
-        settings = dataclasses.replace(settings, sampler=settings.sampler.sampler, grid=settings.sampler.grid)
-    match settings.sampler:
+    drawn = laid_out(settings.sampler, settings.grid, settings.power)
+    if isinstance(drawn, OnGrid):
+        drawn, settings = drawn.sampler, dataclasses.replace(settings, grid=drawn.grid, power=None)
+    match drawn:
         case GDDIM(order=order, lam=0.0, corrector=False | "free"):
             sampler = GDDIM(order)  # whichever prediction samples
         case _:
@@ -54,6 +55,7 @@ def encode(
     params, step = restore_ema(plan, workdir, step)
     count = min(settings.samples, len(source))
     sde = experiment.through(settings.process)
+    settings = dataclasses.replace(settings, sampler=sampler)
     grid = settings.flow_grid(sde, steps_for(sampler, settings.nfe, settings.last))
     coder = Coder.of(seen_through(plan.model(params), sde), grid, order)
     parts = []
@@ -67,8 +69,8 @@ def encode(
     conds = [jax.tree.map(lambda x, part=part: x[part], cond) for part in (slice(shown), slice(shown, None))]
     between = interpolate(coder, ends[:shown], ends[shown:], COLUMNS, keys, (conds[0], conds[1]))
     if jax.process_index() == 0:
-        made = dataclasses.replace(settings, sampler=sampler)
-        origin = {"experiment": experiment.name, "step": step, **describe(made)}
+        origin = {"experiment": experiment.name, "step": step, **describe(settings)}
+        origin |= {} if given is None else {"given": digest_of_data(given)}
         run = f"{experiment.name}, step {step}: {which} data"
         by = f"{label_in_words(sampler_name(sampler))}, {coder.nfe} network calls each way"
         write_npz(workdir / "latents.npz", latents, origin)

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import jax
 from etils import epath
 
 from gddim.evaluation.classes import Labelled, classes_in_words, classify
-from gddim.evaluation.page import REPORT, check_page, write_page
+from gddim.evaluation.page import write_page
 from gddim.evaluation.report import plot, table
 from gddim.evaluation.sweep import RESULTS, read_rows, sweep
 from gddim.experiment.checkpoints import checkpoint_digest, restore_ema
 from gddim.experiment.drawing import draw_samples
 from gddim.experiment.guiding import restore_guide
 from gddim.experiment.measure import Measure, cells
+from gddim.experiment.outputs import check_names, write_json
 from gddim.experiment.plan import Plan
+from gddim.experiment.workdir import describe
 from gddim.parallel import tell
 from gddim.samplers import LearnedTable
+from gddim.samplers.words import sampler_name
+from gddim.sde.words import process_name
 from gddim.storage import write_whole
 
 
 def evaluate(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
     """Compare samplers on a checkpoint's averaged model; writes results.jsonl, and tables and plot of all that it holds."""
     experiment, settings = plan.experiment, plan.experiment.eval
-    check_page(workdir / REPORT)
+    check_names(workdir, "classes")
     params, step = restore_ema(plan, workdir, step)
     guide = restore_guide(plan, workdir, step)
     measure = Measure(plan, workdir)
@@ -46,8 +49,13 @@ def evaluate(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
         )
         drawn, _ = draw_samples(experiment, plan.mesh, plan.model(params), more, guidance=guide[0])
         found = classify(experiment.data, drawn, experiment.drawn_classes(more))
+        sde = experiment.through(more.process)
+        about = {
+            "experiment": experiment.name, "step": step, "checkpoint": checkpoint_digest(params), **guide[1],
+            "process": process_name(sde), "sampler": sampler_name(more.method(sde).sampler), "nfe": more.nfe,
+        }  # fmt: skip
         if jax.process_index() == 0:
-            write_whole(workdir / "classes.json", json.dumps(found, indent=2).encode())
+            write_json(workdir / "classes.json", about | found, describe(more) | about)
             print(classes_in_words(found), flush=True)
     if jax.process_index() == 0:
         write_page(workdir)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float
 
-from gddim.data import LABEL, classes_of, data_alone, to_unit, x0_and_cond
+from gddim.data import LABEL, Source, classes_of, data_alone, to_unit, x0_and_cond
 from gddim.denoiser import Through
 from gddim.errors import progress
 from gddim.evaluation.figures import label_in_words
@@ -22,7 +21,7 @@ from gddim.experiment.checkpoints import restore_ema
 from gddim.experiment.drawing import Calls, numbered_batches
 from gddim.experiment.guiding import restore_guide
 from gddim.experiment.measure import held_out
-from gddim.experiment.outputs import check_names, make_room, write_figure, write_npz
+from gddim.experiment.outputs import check_names, write_figure, write_json, write_npz
 from gddim.experiment.pictures import rows
 from gddim.experiment.plan import Plan
 from gddim.experiment.restoration import Measuring, Restoration
@@ -32,7 +31,6 @@ from gddim.model import seen_through
 from gddim.parallel import to_host
 from gddim.samplers.numbered import sample_numbered
 from gddim.samplers.words import sampler_name
-from gddim.storage import write_whole
 
 Images = Float[np.ndarray, "..."]
 NEIGHBOURS = 50_000  # records to train on among which the nearest is looked for
@@ -43,7 +41,7 @@ def restore(plan: Plan, workdir: epath.Path, settings: Restoration, step: int | 
     experiment, sampling = plan.experiment, plan.experiment.sampling
     name = f"restored-{(settings.task or '').replace(':', '-')}"
     check_names(workdir, name, name)
-    source = held_out(experiment)
+    source, train = held_out(experiment), data_alone(experiment.data.train())
     params, step = restore_ema(plan, workdir, step)
     guidance, _ = restore_guide(plan, workdir, step)
     sde = experiment.through(sampling.process)
@@ -71,7 +69,7 @@ def restore(plan: Plan, workdir: epath.Path, settings: Restoration, step: int | 
     mean_calls = float(np.mean(np.concatenate(made)))
     calls = Calls(mean_calls, guidance.evaluations(sde, mean_calls, getattr(solver, "times", None)))
     truth, seen = to_host(truth), _shown(denoise.operator, b, experiment.data.shape)
-    nearest = _nearest(denoise.operator, b, experiment)
+    nearest = _nearest(denoise.operator, b, train)
     each = [_worth(denoise.operator, *of) for of in zip(truth, b, samples, seen, nearest, strict=True)]
     mean = {key: float(np.mean([one[key] for one in each])) for key in each[0]}
     if jax.process_index() == 0:
@@ -85,11 +83,8 @@ def restore(plan: Plan, workdir: epath.Path, settings: Restoration, step: int | 
         strip = np.concatenate([truth[:, None], seen[:, None], samples], 1)
         write_figure(workdir / name, rows(strip, f"{run}{noise}: truth, what is seen, samples\n{by}"), origin)
         write_npz(workdir / f"{name}.npz", np.asarray(jnp.round((samples + 1) * 127.5)).astype(np.uint8), origin)
-        report = {
-            "nfe": calls.made, "evaluations": calls.evaluations, "mean": mean, "each": each, "gddim": origin,
-        }  # fmt: skip
-        make_room(workdir / f"{name}.json", origin)
-        write_whole(workdir / f"{name}.json", (json.dumps(report, indent=1) + "\n").encode())
+        report = {"nfe": calls.made, "evaluations": calls.evaluations, "mean": mean, "each": each}
+        write_json(workdir / f"{name}.json", report, origin)
         write_page(workdir)
         told = "{psnr:.2f} of a sample, {psnr_of_mean:.2f} of their mean, {psnr_measured:.2f} of what was measured"
         print(
@@ -127,11 +122,11 @@ def _shown(operator: Operator, b: Images, shape: tuple[int, ...]) -> Float[np.nd
     return np.clip(to_host(jax.jit(jax.vmap(lambda b: least_norm(operator, b, shape)))(jnp.asarray(b))), -1, 1)
 
 
-def _nearest(operator: Operator, b: Images, experiment: Any) -> Float[np.ndarray, "n h w c"]:
+def _nearest(operator: Operator, b: Images, train: Source) -> Float[np.ndarray, "n h w c"]:
     """Of the records to train on, the first 50,000 at most, that which is measured most like each."""
-    best, found = np.full(len(b), np.inf), np.zeros((len(b), *experiment.data.shape), np.float32)
+    best, found = np.full(len(b), np.inf), np.zeros((len(b), *train.shape), np.float32)
     measured = jax.jit(lambda x: jax.vmap(operator)(to_unit(x)))
-    for records in _chunks(data_alone(experiment.data.train())):
+    for records in _chunks(train):
         theirs = np.asarray(measured(records)).reshape(len(records), -1)
         for i, ours in enumerate(b.reshape(len(b), -1)):
             distance = ((theirs - ours) ** 2).sum(1)
@@ -140,7 +135,7 @@ def _nearest(operator: Operator, b: Images, experiment: Any) -> Float[np.ndarray
     return found
 
 
-def _chunks(source: Any, size: int = 1000) -> Iterator[np.ndarray]:
+def _chunks(source: Source, size: int = 1000) -> Iterator[np.ndarray]:
     end = min(len(source), NEIGHBOURS)
     for first in range(0, end, size):
         yield np.asarray(source[np.arange(first, min(first + size, end))])

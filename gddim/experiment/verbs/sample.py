@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 
 import jax
@@ -17,7 +16,7 @@ from gddim.evaluation.page import write_page
 from gddim.experiment.checkpoints import checkpoint_digest, restore_ema
 from gddim.experiment.drawing import Start, draw_samples, follow
 from gddim.experiment.guiding import restore_guide
-from gddim.experiment.outputs import check_names, write_figure, write_npz
+from gddim.experiment.outputs import check_names, digest_of_data, write_figure, write_npz
 from gddim.experiment.pictures import film, gallery, rows, trajectory
 from gddim.experiment.plan import Plan
 from gddim.experiment.workdir import describe
@@ -44,8 +43,7 @@ def sample(plan: Plan, workdir: epath.Path, step: int | None = None, start: Star
     sde = experiment.through(sampling.process)
     origin = {"experiment": experiment.name, "step": step, **describe(sampling)}
     if start is not None:
-        digest = hashlib.sha256(np.ascontiguousarray(start.data).tobytes()).hexdigest()[:16]
-        origin["start"] = {"data": digest, "time": start.time}
+        origin["start"] = {"data": digest_of_data(start.data), "time": start.time}
     drawn = [(time.perf_counter(), 0)]
     classes = experiment.drawn_classes(sampling)
     with progress(total=sampling.samples if classes is None else len(classes), unit="img") as bar:

@@ -19,7 +19,7 @@ from gddim.experiment.measure import Measure
 from gddim.experiment.outputs import write_figure
 from gddim.experiment.pictures import gallery, pixels
 from gddim.experiment.plan import Plan
-from gddim.experiment.snapshots import snapshot
+from gddim.experiment.snapshots import drop_snapshots, snapshot
 from gddim.experiment.workdir import describe
 from gddim.logs import Log
 from gddim.parallel import PreemptionGuard, global_batch, mesh_in_words, peak_flops
@@ -60,6 +60,8 @@ def run_training(
         if step >= settings.steps:
             log.say(f"trained already: {step} steps")
             return
+        if not saved.any() and main and (left := drop_snapshots(workdir, step)):
+            log.say(f"snapshots of a run that saved no checkpoint are deleted: steps {', '.join(map(str, left))}")
         log.say(f"training from step {step} to {settings.steps} on {len(source):,} records {source.shape}")
         log.text("experiment", json.dumps(describe(experiment), indent=2))
         rows = batches(source, settings.batch, experiment.seed, step, jax.process_index(), jax.process_count())
