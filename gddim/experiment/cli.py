@@ -248,9 +248,8 @@ def execute(command: Command) -> None:
         if measured:
             cells(experiment)
         given = given_data(command.from_, tuple(experiment.data.shape)) if command.from_ else None
-        start = None if given is None else Start.of(experiment, given, command.strength)
-        if start is not None and len(start.data) > (most := experiment.sampling.samples) and command.verb == "sample":
-            raise UserError(f"--from: {len(start.data)} images, and sampling.samples is {most}: give at least as many")
+        noised = given if "sample" in verbs else None
+        start = None if noised is None else Start.of(experiment, noised, command.strength)
         problem = fitted_by(experiment, workdir) if "fit" in verbs else None
         source = experiment.data.train() if training else None
         if source is not None:
