@@ -108,7 +108,7 @@ def sampler_name(sampler: AbstractSampler) -> str:
         return f"{sampler_name(sampler.sampler)}@{sampler.grid}"
     if isinstance(sampler, LearnedTable):
         return f"{TABLE}{sampler.file}"
-    if isinstance(sampler, AnalyticStart) and sampler.data_std == 0.5:
+    if isinstance(sampler, AnalyticStart) and sampler.data_std == AnalyticStart(sampler.sampler).data_std:
         return f"afs:{sampler_name(sampler.sampler)}"
     name = next((name for name, form in _FORMS.items() if isinstance(sampler, form)), None)
     if name is None or isinstance(getattr(sampler, "data_std", 0.5), tuple):
