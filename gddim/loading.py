@@ -94,7 +94,7 @@ class Loaded(eqx.Module):
         sampler, the calls, the key and i alone, to rounding.
         `sampler`: a sampler, or its word as `"gddim:3:data"`, or `"table:NAME"`, one of those that were fitted to the network;
         `nfe`: the network calls of each; `process`: what they are drawn through, a process or its word as `"cld:gamma=0.1"`.
-        Without them, those of the run, whose last time and grid are of its own process alone.
+        Without them, those of the run, whose `t_min` and `power` are of its own process alone.
         `key`: without it that of the run's `sampling.seed`, so that its samples are those of the command line.
         `classes`: of each, whole numbers `(n,)`, or one of all, −1 for none, where the run has classes; without it those of the
         run in turn.
@@ -139,14 +139,10 @@ class Loaded(eqx.Module):
             nfe = nfe or count_calls(sampler, 1, self.settings.last)
             if line := sampler.foreign(self.checkpoint):
                 warnings.warn(line, stacklevel=3)
-        given = {
-            "sampler": sampler,
-            "process": parse_process(process) if isinstance(process, str) else process,
-            "nfe": nfe,
-        }
-        how = dataclasses.replace(self.settings, **{name: x for name, x in given.items() if x is not None})
-        if (how.process or self.sde) != (self.settings.process or self.sde):  # the run's times are not those of another
-            how = dataclasses.replace(how, power=None, t_min=None)
+        process = parse_process(process) if isinstance(process, str) else process
+        how = self.settings if process is None else self.settings.through(process, self.sde)
+        given = {"sampler": sampler, "nfe": nfe}
+        how = dataclasses.replace(how, **{name: x for name, x in given.items() if x is not None})
         model = self.model if how.process is None else seen_through(self.model, how.process)
         method = how.method(model.sde)
         check_methods([method], model.sde)
