@@ -101,8 +101,8 @@ class Loaded(eqx.Module):
         `guide`: the scale of classifier-free guidance; or any function from denoisers to a denoiser, as
         `lambda D: gddim.guidance.Autoguidance(D, worse.denoiser, 2.0)` with another loaded network.
 
-        Raises `UserError` for a word that is none, too few calls, a process that the network does not serve, and classes that
-        are none, or not as many as samples.
+        Raises `UserError` for a word that is none, too few calls, a process that the network does not serve, classes that are
+        none, or not as many as samples, and without `guide` where the run's is a worse network.
         """
         model, solver = self.through(sampler=sampler, nfe=nfe, process=process, guide=guide)
         numbers = jnp.arange(n) if isinstance(n, int) else n
@@ -148,6 +148,11 @@ class Loaded(eqx.Module):
         check_methods([method], model.sde)
         if callable(guide):
             return guided(model, guide), method.solver(model.sde)
+        if guide is None and how.guide.by_worse:
+            raise UserError(
+                f"guide: the run's is {how.guide}, by a worse network that is not loaded: give guide=1 for none, or a "
+                "function, as lambda D: gddim.guidance.Autoguidance(D, worse.denoiser, 2.0)"
+            )
         guidance = how.guide.away_from() if guide is None else Guidance(guide)
         if guidance.scale != 1 and not self.classes:
             raise UserError(f"guide {guidance.scale:g}: this run knows no classes; train one with --data.labels")
