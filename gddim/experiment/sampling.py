@@ -99,8 +99,9 @@ class Sampling:
     """Times are uniform in t^(1/power), those of the process, for samplers that bring no grid; without it 2, for ve 7. That of
     a run is of its process alone, as t-min is; one that is given here, of every process."""
     grid: TimeGrid = field(default=None, metadata={SPELLED: lambda grid: grid and str(grid)})
-    """Another layout of the times, of every sampler that brings none: tuned, power[:POWER], band[:LO:HI] (in standard
-    deviations of the data), karras[:RHO], log-snr, two-phase[:SHARE:FRACTION:POWER] or uniform."""
+    """Another layout of the times, of every sampler that brings none: tuned, power[:POWER], band[:LO:HI] (in units of the
+    sampler's data_std), karras[:RHO], log-snr, two-phase[:SHARE:FRACTION:POWER] or uniform. That of tuned and band is 0.5,
+    whatever the data are, unless the sampler says another, as gddim:3:data:data_std=0.75."""
     t_min: float | None = None
     """Time of the process at which the sampler stops; without it 0.001 of the horizon, for ve 0.002 of its 80."""
     last: Literal["none", "euler", "data"] = "none"
