@@ -3,15 +3,21 @@
 import dataclasses
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from command_line import refusal
-from runs import COLOUR, Colours, LabelledColours, make_run
+from runs import COLOUR, WHITE, Colours, LabelledColours, make_run
 
 import gddim
 from gddim.experiment import Evaluation
 from gddim.experiment.cli import Command, parse
+from gddim.experiment.drawing import draw_samples
 from gddim.experiment.measure import cells
+from gddim.experiment.revival import as_trained
+from gddim.experiment.workdir import describe
+from gddim.parallel import make_mesh
+from gddim.samplers.numbered import sample_numbered
 
 TABLE = Evaluation(samplers=(gddim.GDDIM(1),), nfe=(2,), samples=8, batch=8, features="pixels")
 
@@ -57,6 +63,33 @@ def test_classes_of_a_run_without_are_refused_by_all_that_follows_training(timed
     for verb in ("fit", "sample", "restore"):
         words = ["--task=inpaint"] * (verb == "restore")
         assert "classes 1: this run knows no classes" in refusal(COLOUR, timed, capsys, verb, "--classes", "1", *words)
+
+
+def test_samples_that_are_not_finite_are_told(capsys):
+    model = gddim.through(WHITE.sde, lambda y, sigma: jnp.where(y[0, 0, 0] > 0, jnp.nan, y / (1 + sigma)))
+    sampling = dataclasses.replace(WHITE.sampling, samples=6, nfe=3)
+    solver, shape = sampling.method(WHITE.sde).solver(WHITE.sde), WHITE.data.shape
+    alone = sample_numbered(model, solver, shape, jnp.asarray(0), jnp.arange(6)).data
+    lost = 6 - int(jnp.isfinite(alone).all((1, 2, 3)).sum())
+    assert 0 < lost < 6
+    images, _ = draw_samples(WHITE, make_mesh(), model, sampling)
+    assert images.dtype == np.uint8
+    assert capsys.readouterr().err == f"warning: {lost} of 6 samples are not finite\n"
+
+
+def test_what_of_a_run_cannot_be_read_is_told(capsys):
+    config = describe(TIMED) | {"sampler": "table:gone.npz"}
+    config["eval"]["samplers"] = ["gddim:7"]
+    found = as_trained(COLOUR, config)
+    assert (found.sampling, found.eval) == (COLOUR.sampling, COLOUR.eval)
+    one, other = sorted(capsys.readouterr().err.splitlines())
+    kept = ": the run's cannot be read, and is that of the experiment's file: "
+    assert one.startswith(f"eval{kept}")
+    assert one.endswith("GDDIM: order=7 must be 1, 2, 3 or 4")
+    assert other.startswith(f"sampling{kept}")
+    assert "table:gone.npz: No such file" in other
+    assert as_trained(COLOUR, describe(TIMED)).sampling == TIMED.sampling
+    assert not capsys.readouterr().err
 
 
 def times(command: Command) -> dict[str, tuple[float, float]]:

@@ -16,7 +16,7 @@ from gddim.errors import UserError
 from gddim.experiment.config import Experiment, Sampling, require
 from gddim.guidance import Guidance
 from gddim.model import seen_through
-from gddim.parallel import batch_sharding, round_up, to_host
+from gddim.parallel import batch_sharding, round_up, tell, to_host
 from gddim.samplers import GDDIM
 from gddim.samplers.base import ProcessModel
 from gddim.samplers.grids import time_at
@@ -97,7 +97,7 @@ def draw_samples(
     Where the run has classes, n and each sample's class are those of `Experiment.drawn_classes`.
 
     `progress` is called with how many are there; `guidance` is that of `sampling`, with its worse network;
-    with a `start` samples are of given data, each of one after another as many.
+    with a `start` samples are of given data, each of one after another as many. Tells how many are not finite.
     """
     sde = experiment.through(sampling.process)
     guidance = guidance or sampling.guide.away_from()
@@ -107,13 +107,16 @@ def draw_samples(
     n = sampling.samples if classes is None else len(classes)
     told = None if classes is None else {LABEL: classes}
     data_of = None if start is None else start.data[np.arange(n) * len(start.data) // n]
-    seed, parts, calls = jnp.asarray(sampling.seed), [], []
+    seed, parts, calls, finite = jnp.asarray(sampling.seed), [], [], []
     for numbers, (cond, data) in numbered_batches(mesh, n, sampling.batch, (told, data_of)):
         begin = None if start is None else (to_unit(data), jnp.asarray(start.time, jnp.float32))
         found, count, _ = sample_numbered(model, solver, experiment.data.shape, seed, numbers, cond=cond, begin=begin)
         parts.append(to_host(to_uint8(found) if found.ndim == 4 else found))
+        finite.append(to_host(jnp.isfinite(found).all(tuple(range(1, found.ndim)))))
         calls.append(to_host(count))
         progress(min(len(numbers) * len(parts), n))
+    if lost := n - int(np.concatenate(finite)[:n].sum()):
+        tell(f"warning: {lost} of {n} samples are not finite")
     made = float(np.mean(np.concatenate(calls)))
     return np.concatenate(parts)[:n], Calls(made, guidance.evaluations(sde, made, getattr(solver, "times", None)))
 
