@@ -18,6 +18,7 @@ EXPERIMENT = dataclasses.replace(
     vp_cifar10.EXPERIMENT,
     name="blur_cifar10",
     sde=Blurring(size=32, horizon=Blurring().start_time()),  # noise-to-signal ratio 80, where sampling starts
+    sampling=dataclasses.replace(vp_cifar10.EXPERIMENT.sampling, t_min=1e-3),
 )
 
 if __name__ == "__main__":

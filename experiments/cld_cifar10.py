@@ -31,7 +31,7 @@ EXPERIMENT = Experiment(
     data=CIFAR10(),
     model=Model(predicts="eps"),
     train=Training(steps=1_000_000, batch=128, learning_rate=2e-4, warmup=5_000, clip=1.0, ema=0.9999),
-    sampling=Sampling(sampler=GDDIM(3), nfe=50, power=2.0, t_min=1e-3, last="euler"),
+    sampling=Sampling(sampler=GDDIM(3), nfe=50, last="euler"),
     eval=Evaluation(nfe=(10, 20, 27, 50), samples=50_000, batch=1_000),
     seed=8,
 )

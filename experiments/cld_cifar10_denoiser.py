@@ -13,14 +13,13 @@ import dataclasses
 
 from experiments import cld_cifar10
 from gddim.experiment import Model, Sampling, main
-from gddim.samplers import GDDIM
 
 EXPERIMENT = dataclasses.replace(
     cld_cifar10.EXPERIMENT,
     name="cld_cifar10_denoiser",
     net=dataclasses.replace(cld_cifar10.NET, embedding="positional"),
     model=Model(predicts="data", data_std=0.506),
-    sampling=Sampling(sampler=GDDIM(3, interpolate="data"), nfe=20),
+    sampling=Sampling(nfe=20),
 )
 
 if __name__ == "__main__":

@@ -119,7 +119,8 @@ def _generate(options: argparse.Namespace) -> str:
         "checkpoint": found.about.get("checkpoint"),
         "step": found.about.get("step"),
         "process": process_name(through.sde),
-        "sampler": how.get("sampler") or sampler_name(settings.method(through.sde).sampler),
+        "sampler": how.get("sampler")
+        or sampler_name(settings.through(through.sde, found.model.sde).method(through.sde).sampler),
         "nfe": how.get("nfe") or (solver.nfe if isinstance(solver, TableSolver) else settings.nfe),
         **({"guide": str(guide)} if guide.acts else {}),
     }

@@ -96,15 +96,15 @@ class Loaded(eqx.Module):
         sampler, the calls, the key and i alone, to rounding.
         `sampler`: a sampler, or its word as `"gddim:3:data"`, or `"table:NAME"`, one of those that were fitted to the network;
         `nfe`: the network calls of each; `process`: what they are drawn through, a process or its word as `"cld:gamma=0.1"`.
-        Without them, those of the run, whose last time and grid are of its own process alone.
+        Without them, those of the run, whose `t_min` and `power` are of its own process alone.
         `key`: without it that of the run's `sampling.seed`, so that its samples are those of the command line.
         `classes`: of each, whole numbers `(n,)`, or one of all, −1 for none, where the run has classes; without it those of the
         run in turn.
         `guide`: the scale of classifier-free guidance; or any function from denoisers to a denoiser, as
         `lambda D: gddim.guidance.Autoguidance(D, worse.denoiser, 2.0)` with another loaded network.
 
-        Raises `UserError` for a word that is none, too few calls, a process that the network does not serve, and classes that
-        are none, or not as many as samples.
+        Raises `UserError` for a word that is none, too few calls, a process that the network does not serve, classes that are
+        none, or not as many as samples, and without `guide` where the run's is a worse network.
         """
         model, solver = self.through(sampler=sampler, nfe=nfe, process=process, guide=guide)
         numbers = jnp.arange(n) if isinstance(n, int) else n
@@ -141,19 +141,20 @@ class Loaded(eqx.Module):
             nfe = nfe or count_calls(sampler, 1, self.settings.last)
             if line := sampler.foreign(self.checkpoint, self.rounded_from):
                 warnings.warn(line, stacklevel=3)
-        given = {
-            "sampler": sampler,
-            "process": parse_process(process) if isinstance(process, str) else process,
-            "nfe": nfe,
-        }
-        how = dataclasses.replace(self.settings, **{name: x for name, x in given.items() if x is not None})
-        if (how.process or self.sde) != (self.settings.process or self.sde):  # the run's times are not those of another
-            how = dataclasses.replace(how, power=None, t_min=None)
+        process = parse_process(process) if isinstance(process, str) else process
+        how = self.settings if process is None else self.settings.through(process, self.sde)
+        given = {"sampler": sampler, "nfe": nfe}
+        how = dataclasses.replace(how, **{name: x for name, x in given.items() if x is not None})
         model = self.model if how.process is None else seen_through(self.model, how.process)
         method = how.method(model.sde)
         check_methods([method], model.sde)
         if callable(guide):
             return guided(model, guide), method.solver(model.sde)
+        if guide is None and how.guide.by_worse:
+            raise UserError(
+                f"guide: the run's is {how.guide}, by a worse network that is not loaded: give guide=1 for none, or a "
+                "function, as lambda D: gddim.guidance.Autoguidance(D, worse.denoiser, 2.0)"
+            )
         guidance = how.guide.away_from() if guide is None else Guidance(guide)
         if guidance.scale != 1 and not self.classes:
             raise UserError(f"guide {guidance.scale:g}: this run knows no classes; train one with --data.labels")

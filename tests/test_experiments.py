@@ -11,16 +11,20 @@ from pathlib import Path
 
 import equinox as eqx
 import jax
+import numpy as np
 import pytest
 from etils import epath
 
 from experiments import cld_digits
+from gddim import power_grid
 from gddim.experiment.checkpoints import trained
+from gddim.experiment.cli import parse
 from gddim.experiment.network import told_augmentation
 from gddim.experiment.plan import Plan
 from gddim.experiment.workdir import check_same, describe, may_change
 from gddim.nn import NCSNppConfig
 from gddim.parallel import MeshConfig
+from gddim.samplers.words import BEST
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(path for path in (ROOT / "experiments").glob("*.py") if "EXPERIMENT = " in path.read_text())
@@ -48,6 +52,16 @@ def test_every_experiment_says_what_it_is(name):
     words = ("Hardware:",) if "cifar10" not in name else ("Paper:", "Hardware:", "Steps:", "Expected", "Measured:")
     assert all(word in module.__doc__ for word in words)
     json.dumps(describe(experiment))
+    assert (experiment.sampling.sampler == BEST) == (experiment.model.predicts == "data")
+
+
+@pytest.mark.parametrize("name", [path.stem for path in FILES])
+def test_published_times_stand_and_another_grid_may_be_asked_for(name):
+    experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
+    if experiment.model.predicts == "eps":
+        sde, sampling = experiment.sde, experiment.sampling
+        np.testing.assert_array_equal(sampling.method(sde).grid(sde), power_grid(sde.horizon, 1e-3, sampling.nfe - 1))
+    assert str(parse(experiment, ["sample", "--sampling.grid=band"]).experiment.sampling.grid) == "band"
 
 
 def parameters(name: str) -> int:

@@ -149,6 +149,8 @@ def test_a_table_is_the_same_from_a_file_to_the_bit_and_of_its_process_alone(tmp
         sampler.solver(gddim.VP(), [1.0, 1e-3])
     with pytest.raises(ValueError, match=r"ends at t_min 0\.001, not at 0\.01"):
         sampler.solver(sde, [1.0, 1e-2])
+    with pytest.raises(ValueError, match=r"starts at 1, not at 0\.05"):
+        sampler.solver(sde, [0.05, 1e-3])
     for nfe, says in ((4, "makes 3 calls, no more"), (2, "at least 3")):
         with pytest.raises(UserError, match=says):
             steps_for(sampler, nfe)

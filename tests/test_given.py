@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 from command_line import refusal, status_of
 from PIL import Image
-from runs import WHITE, Colours, make_run
+from runs import WHITE, Colours, LabelledColours, make_run
 
 import gddim
 from gddim.experiment.cli import execute, parse
 from gddim.experiment.drawing import Start
+from gddim.experiment.given import given_data
 from gddim.samplers import OnGrid
 from gddim.samplers.grids import noise_level, time_at
 from gddim.samplers.inversion import Coder
+from gddim.samplers.learned import encode
 
 IMAGES = Colours().train()[np.arange(2)]
 
@@ -127,7 +129,7 @@ def test_images_of_other_sizes_are_brought_to_that_of_the_data(run, tmp_path):
         (["sample", "--from", "EMPTY"], "empty.npy holds no records"),
         (["sample", "--from", "FILE", "--strength=0"], "strength must be in (0, 1], not 0"),
         (["sample", "--from", "FILE", "--strength=1e-9"], "strength 1e-09: that is time "),
-        (["sample", "--from", "FILE", "FILE", "--sampling.samples=1"], "--from: 2 images, and sampling.samples is 1"),
+        (["sample", "--from", "FILE", "FILE", "--sampling.samples=1"], "--from: 2 images, and 1 to be drawn"),
         (["sample", "--from"], "--from needs files"),
         (["sample", "--strength=0.7"], "--strength is of sample --from FILE"),
         (["encode", "--from", "FILE", "--sampler=gddim:2"], "1 records are given, encode needs at least 2"),
@@ -140,6 +142,39 @@ def test_what_cannot_be_given_is_one_line(words, says, run, files, tmp_path, cap
     places = {"FILE": files[0], "FOLDER": str(tmp_path)}
     places |= {name.upper(): str(tmp_path / f"{name}.npy") for name in ("other", "empty")}
     assert says in refusal(WHITE, run, capsys, *(places.get(word, word) for word in words))
+
+
+def test_files_of_both_scales_are_of_one(files, tmp_path):
+    dark = np.full((1, 8, 8, 3), -0.25, np.float32)
+    dark[0, 0] = -1
+    np.save(tmp_path / "a.npy", dark)
+    found = given_data([files[0], str(tmp_path / "a.npy")], (8, 8, 3))
+    np.testing.assert_allclose(found, [IMAGES[0] / 127.5 - 1, dark[0]], atol=1e-6)
+    assert given_data(files, (8, 8, 3)).dtype == np.uint8
+
+
+def test_given_images_are_no_more_than_what_is_drawn_of_all_classes():
+    def start(count: int, per_class: int) -> Start:
+        sampling = dataclasses.replace(WHITE.sampling, per_class=per_class)
+        labelled = dataclasses.replace(WHITE, data=LabelledColours(3), sampling=sampling)
+        return Start.of(labelled, np.resize(IMAGES, (count, 8, 8, 3)), 0.5)
+
+    assert len(start(9, 3).data) == 9
+    with pytest.raises(gddim.UserError, match="10 images, and 9 to be drawn"):
+        start(10, 3)
+    with pytest.raises(gddim.UserError, match="4 images, and 3 to be drawn"):
+        start(4, 1)
+
+
+def test_a_table_begins_where_it_was_fitted_to(run, files, tmp_path, capsys):
+    grid = gddim.power_grid(1.0, 1e-3, 3)
+    table = gddim.GDDIM(2, interpolate="data").coefficients(gddim.VP(), grid)
+    (tmp_path / "vp.npz").write_bytes(encode(table, {"process": "vp", "network": "abc", "nfe": 3}))
+    words = ["sample", "--sampling.nfe=3", f"--sampler=table:{tmp_path / 'vp.npz'}", "--from", files[0]]
+    said = refusal(WHITE, run, capsys, *words, "--strength=0.5")
+    assert "strength 0.5: that is time 0.14, and " in said
+    assert "vp.npz starts at 1, not at 0.14" in said
+    assert len(Start.of(parse(WHITE, words).experiment, IMAGES, 1.0).data) == 2
 
 
 def test_points_are_given_as_arrays(tmp_path, capsys):

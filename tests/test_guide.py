@@ -140,6 +140,14 @@ def test_a_loaded_network_refuses_classes_that_it_does_not_know(run):
         model.sample(2, guide=float("nan"))
 
 
+def test_a_worse_network_that_is_not_loaded_guides_nothing(run):
+    model = gddim.load(run, net=LinearConfig())
+    model = dataclasses.replace(model, settings=dataclasses.replace(model.settings, guide=Guide(2.0, checkpoint=1)))
+    with pytest.raises(gddim.UserError, match="the run's is scale 2, away from step 1, by a worse network"):
+        model.sample(2)
+    assert isinstance(model.through(guide=1)[0], gddim.Denoiser)
+
+
 def test_pictures_by_seed_are_of_the_classes_asked_and_guided(tmp_path, capsys):
     run = make_run(tmp_path / "run", dataclasses.replace(LABELLED, net=COLOUR.net))
     asked = [str(run), str(tmp_path / "of"), "--seeds=0-3", "--nfe=3", "--batch=4", "--classes"]

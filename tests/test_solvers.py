@@ -17,6 +17,7 @@ from gddim.samplers import AbstractSampler, Coefficients, TableSolver
 from gddim.samplers.method import check_methods
 from gddim.samplers.numbered import sample_numbered
 from gddim.samplers.solver import sharing
+from gddim.samplers.words import Grid, OnGrid
 from gddim.sde.linalg import product
 
 CLD = gddim.CLD()
@@ -246,3 +247,16 @@ def test_a_method_that_cannot_be_is_refused_in_one_line(method, says):
     with pytest.raises(UserError, match=says) as caught:
         check_methods([dataclasses.replace(method, nfe=method.nfe), Method(GDDIM(), 4)], gddim.Blurring(4))
     assert "\n" not in str(caught.value)
+
+
+def test_a_method_is_tried_on_the_steps_that_it_makes():
+    two_phase, band = Grid("two-phase"), Grid("band", (3.5,))  # of up to 4 steps the band ends at 3
+    check_methods([Method(OnGrid(GDDIM(3), grid), 6) for grid in (two_phase, band)], gddim.VP())
+    for method, says in (
+        (Method(OnGrid(GDDIM(3), two_phase), 1), "leaves a phase without steps"),
+        (Method(OnGrid(GDDIM(3), band), 4), "a band needs"),
+        (Method(gddim.AnalyticStart(GDDIM(1)), 1, last="data"), "a grid of one step leaves none"),
+        (Method(GDDIM(3), 4, start=1e-4), "t_min"),
+    ):
+        with pytest.raises(UserError, match=says):
+            check_methods([method], gddim.VP())

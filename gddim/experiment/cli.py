@@ -18,6 +18,7 @@ import jax
 
 from gddim.data import check_labels, classes_of
 from gddim.errors import MissingWeights, UserError, from_extra, place, printable
+from gddim.evaluation.classes import Labelled
 from gddim.experiment.checkpoints import borrow, trained
 from gddim.experiment.compiled import keep_programs, kept_programs
 from gddim.experiment.config import Experiment, require
@@ -26,11 +27,12 @@ from gddim.experiment.fitting import fitted_by
 from gddim.experiment.given import given_data
 from gddim.experiment.guiding import check_guide
 from gddim.experiment.measure import cells, check_measurable
-from gddim.experiment.options import REGISTRY, UNGROUPED, explain, options, tyro
+from gddim.experiment.options import REGISTRY, UNGROUPED, explain, options, said, tyro
 from gddim.experiment.outputs import check_names
 from gddim.experiment.plan import Plan
 from gddim.experiment.restoration import Restoration, check_restoration
 from gddim.experiment.revival import as_trained, objects
+from gddim.experiment.sampling import TIMES
 from gddim.experiment.shown import COMPLETION, NEEDED, completion, needed
 from gddim.experiment.snapshots import check_rebuildable
 from gddim.experiment.verbs.dry_run import dry_run
@@ -41,6 +43,7 @@ from gddim.experiment.verbs.likelihood import likelihood
 from gddim.experiment.verbs.restore import restore
 from gddim.experiment.verbs.sample import SAMPLES, sample
 from gddim.experiment.verbs.train import Preempted, run_training
+from gddim.experiment.words import process_or_own
 from gddim.experiment.workdir import (
     OBJECTS,
     RECORDS,
@@ -102,6 +105,8 @@ class Command:
     """Print the configuration and what it needs, and do nothing."""
     kept: tyro.conf.Suppress[tuple[str, ...]] = ()
     """Settings that are the run's, and not what the experiment's file says."""
+    everywhere: tyro.conf.Suppress[tuple[str, ...]] = ()
+    """Of sampling's, those of one process that were given, and are then of all in a table."""
 
     def __post_init__(self):
         require(0 < self.strength <= 1, f"strength must be in (0, 1], not {self.strength:g}")
@@ -164,6 +169,10 @@ def _parse(experiment: Experiment, argv: Sequence[str]) -> Command:
         import tyro
     if experiment.model.predicts != "eps" and "--model.predicts eps" in " ".join(argv).replace("=", " "):
         experiment = experiment.predicting_eps()
+    for word in said(argv, "--process").values():
+        with contextlib.suppress(UserError):  # which is told below
+            sampling = experiment.sampling.through(process_or_own(word), experiment.sde)
+            experiment = dataclasses.replace(experiment, sampling=sampling)
     default = Command("run", default_workdir(experiment), experiment)
     if COMPLETION in argv:
         print(completion(_program().split()[-1], get_args(Verb), dict(options(default))), end="")
@@ -192,9 +201,13 @@ def _parse(experiment: Experiment, argv: Sequence[str]) -> Command:
         raise UserError(f"--from is of the verbs sample and encode, not of {command.verb}")
     if command.strength != Command.strength and not (command.verb == "sample" and command.from_):
         raise UserError("--strength is of sample --from FILE")
+    own = command.verb in ("evaluate", "likelihood") or (command.verb == "encode" and not command.from_)
+    if own and (words := said(argv, "--classes", "--sampling.classes", "--per-class", "--sampling.per-class")):
+        raise UserError(f"{min(words)} is of sample, restore, fit and encode --from, not of {command.verb}")
     if command.step is not None and command.verb in ("run", "train"):
         raise UserError("--step is for what follows training; training continues from the newest checkpoint")
-    return command
+    times = {f"--sampling.{name.replace('_', '-')}": name for name in TIMES}
+    return dataclasses.replace(command, everywhere=tuple(times[word] for word in said(argv, *times)))
 
 
 def execute(command: Command) -> None:
@@ -240,17 +253,16 @@ def execute(command: Command) -> None:
             raise UserError(f"--step {command.step}: {experiment.weights} holds one set of parameters")
         if "restore" in verbs:
             check_restoration(experiment, command.restore)
-        if drawn is not None and ({"sample", "restore"} & {*verbs} or shown):
+        experiment.drawn_classes(experiment.sampling)
+        classified = "evaluate" in verbs and isinstance(experiment.data, Labelled)
+        if drawn is not None and ({"sample", "restore"} & {*verbs} or shown or classified):
             check_methods([experiment.sampling.method(drawn)], drawn)
-            experiment.drawn_classes(experiment.sampling)
         if shown or measured or set(verbs) & AFTERWARDS.keys():
             check_guide(experiment, workdir, verbs)
-        if measured:
-            cells(experiment)
+        table = cells(experiment, command.everywhere) if measured else []
         given = given_data(command.from_, tuple(experiment.data.shape)) if command.from_ else None
-        start = None if given is None else Start.of(experiment, given, command.strength)
-        if start is not None and len(start.data) > (most := experiment.sampling.samples) and command.verb == "sample":
-            raise UserError(f"--from: {len(start.data)} images, and sampling.samples is {most}: give at least as many")
+        noised = given if "sample" in verbs else None
+        start = None if noised is None else Start.of(experiment, noised, command.strength)
         problem = fitted_by(experiment, workdir) if "fit" in verbs else None
         source = experiment.data.train() if training else None
         if source is not None:
@@ -302,7 +314,7 @@ def execute(command: Command) -> None:
             stack.enter_context(ending_on_sigterm())
         told = {
             "sample": {"start": start}, "encode": {"given": given}, "restore": {"settings": command.restore},
-            "fit": {"problem": problem},
+            "fit": {"problem": problem}, "evaluate": {"cells": table},
         }  # fmt: skip
         for verb in verbs:
             if verb in AFTERWARDS:

@@ -200,9 +200,9 @@ class Experiment:
     """A file of python -m gddim.export, with which what follows training goes on where the run has no checkpoint."""
 
     def __post_init__(self):
-        for sde in (self.sampling.process or self.sde, *(each or self.sde for each in self.eval.processes)):
-            t_min, horizon = self.sampling.method(sde).t_min, sde.horizon
-            require(t_min < horizon, f"sampling.t_min must be below the horizon {horizon} of the process, not {t_min}")
+        sde = self.sampling.process or self.sde
+        t_min, horizon = self.sampling.method(sde).t_min, sde.horizon
+        require(t_min < horizon, f"sampling.t_min must be below the horizon {horizon} of the process, not {t_min}")
         if self.train.log_normal:
             white = self.model.predicts == "data" and not positions(self.sde)
             require(

@@ -12,13 +12,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from gddim.data import LABEL, to_uint8, to_unit
+from gddim.errors import UserError
 from gddim.experiment.config import Experiment, Sampling, require
 from gddim.guidance import Guidance
 from gddim.model import seen_through
-from gddim.parallel import batch_sharding, round_up, to_host
+from gddim.parallel import batch_sharding, round_up, tell, to_host
 from gddim.samplers import GDDIM
 from gddim.samplers.base import ProcessModel
 from gddim.samplers.grids import time_at
+from gddim.samplers.method import check_methods
 from gddim.samplers.numbered import sample_numbered
 
 
@@ -47,14 +49,22 @@ class Start(NamedTuple):
     def of(experiment: Experiment, data: Shaped[np.ndarray, "m ..."], strength: float) -> Start:
         """Of a share of noise in the variance of `x₀ + σn`, 1 being noise alone, whichever the process and the sampler.
 
-        Raises `UserError` for so little of it that there is no step to make.
+        Raises `UserError` for so little of it that there is no step to make, a sampler that cannot start there, and more data
+        than samples.
         """
-        sde, sigma = experiment.through(experiment.sampling.process), np.inf
+        sampling, classes = experiment.sampling, experiment.drawn_classes(experiment.sampling)
+        n = sampling.samples if classes is None else len(classes)
+        require(len(data) <= n, f"--from: {len(data)} images, and {n} to be drawn: ask for at least as many")
+        sde, sigma = experiment.through(sampling.process), np.inf
         if strength < 1:
             sigma = experiment.model.rms * (strength / (1 - strength)) ** 0.5
-        time, least = time_at(sde, sigma), experiment.sampling.method(sde).t_min
-        stops = f"samplers stop at {least:g} (sampling.t_min)"
-        require(time > least, f"strength {strength:g}: that is time {time:.2g}, and {stops}")
+        time, method = time_at(sde, sigma), sampling.method(sde)
+        that = f"strength {strength:g}: that is time {time:.2g}, and"
+        require(time > method.t_min, f"{that} samplers stop at {method.t_min:g} (sampling.t_min)")
+        try:
+            check_methods([replace(method, start=time)], sde)
+        except UserError as error:
+            raise UserError(f"{that} {error}") from error
         return Start(data, time)
 
 
@@ -87,7 +97,7 @@ def draw_samples(
     Where the run has classes, n and each sample's class are those of `Experiment.drawn_classes`.
 
     `progress` is called with how many are there; `guidance` is that of `sampling`, with its worse network;
-    with a `start` samples are of given data, each of one after another as many.
+    with a `start` samples are of given data, each of one after another as many. Tells how many are not finite.
     """
     sde = experiment.through(sampling.process)
     guidance = guidance or sampling.guide.away_from()
@@ -97,13 +107,16 @@ def draw_samples(
     n = sampling.samples if classes is None else len(classes)
     told = None if classes is None else {LABEL: classes}
     data_of = None if start is None else start.data[np.arange(n) * len(start.data) // n]
-    seed, parts, calls = jnp.asarray(sampling.seed), [], []
+    seed, parts, calls, finite = jnp.asarray(sampling.seed), [], [], []
     for numbers, (cond, data) in numbered_batches(mesh, n, sampling.batch, (told, data_of)):
         begin = None if start is None else (to_unit(data), jnp.asarray(start.time, jnp.float32))
         found, count, _ = sample_numbered(model, solver, experiment.data.shape, seed, numbers, cond=cond, begin=begin)
         parts.append(to_host(to_uint8(found) if found.ndim == 4 else found))
+        finite.append(to_host(jnp.isfinite(found).all(tuple(range(1, found.ndim)))))
         calls.append(to_host(count))
         progress(min(len(numbers) * len(parts), n))
+    if lost := n - int(np.concatenate(finite)[:n].sum()):
+        tell(f"warning: {lost} of {n} samples are not finite")
     made = float(np.mean(np.concatenate(calls)))
     return np.concatenate(parts)[:n], Calls(made, guidance.evaluations(sde, made, getattr(solver, "times", None)))
 

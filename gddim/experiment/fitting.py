@@ -15,6 +15,7 @@ from gddim.experiment.network import require
 from gddim.samplers import Method, OnGrid
 from gddim.samplers.fit import Family
 from gddim.samplers.grids import Band
+from gddim.samplers.method import check_methods
 from gddim.samplers.residual import HI, LO
 from gddim.samplers.solver import AbstractTableSampler
 from gddim.samplers.words import sampler_name
@@ -81,6 +82,8 @@ def fitted_by(experiment: Experiment, workdir: epath.Path) -> Problem:
     require(
         settings.teacher > sampling.nfe, f"fit.teacher {settings.teacher} must be more than sampling.nfe {sampling.nfe}"
     )
+    teacher = Method(method.sampler, settings.teacher, method.power, method.t_min)
+    check_methods([method, teacher], sde)
     sampler, grid = method.sampler, method.grid(sde)
     if isinstance(sampler, OnGrid):
         sampler, grid = sampler.sampler, sampler.times(sde, grid)
@@ -93,4 +96,4 @@ def fitted_by(experiment: Experiment, workdir: epath.Path) -> Problem:
         family.table(grid)
     except ValueError as error:
         raise UserError(f"{refusal}: {error}") from error
-    return Problem(file, family, grid, Method(method.sampler, settings.teacher, method.power, method.t_min))
+    return Problem(file, family, grid, teacher)

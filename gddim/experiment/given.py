@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jaxtyping import Shaped
 
-from gddim.data import ArrayFile
+from gddim.data import ArrayFile, to_unit
 from gddim.data.decoding import decoded, resized
 from gddim.errors import UserError, place
 
@@ -16,11 +17,15 @@ ARRAYS = (".npy", ".npz")
 
 
 def given_data(words: Sequence[str], shape: tuple[int, ...]) -> Shaped[np.ndarray, "n ..."]:
-    """The images, or the records of arrays, of these files, in their order; images are brought to the size of the data.
+    """The images, or the records of arrays, of these files, in their order; images are brought to the size of the data, and
+    to [-1, 1] where other files hold floats.
 
     Raises `UserError` for what cannot be read, and records of another shape.
     """
-    return np.concatenate([_read(word, place(word), shape) for word in words])
+    parts = [_read(word, place(word), shape) for word in words]
+    if len({part.dtype for part in parts}) > 1:
+        parts = [np.asarray(to_unit(jnp.asarray(part))) for part in parts]
+    return np.concatenate(parts)
 
 
 def _read(word: str, path: epath.Path, shape: tuple[int, ...]) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -38,11 +38,16 @@ def feature_space(settings: Evaluation) -> FeatureSpace:
     return InceptionFeatures.load(convention=settings.convention, precision=settings.precision)
 
 
-def cells(experiment: Experiment) -> list[Cell]:
-    """Those of the table, each with its seeds. Raises `UserError` for one that cannot be."""
+def cells(experiment: Experiment, everywhere: Collection[str] = ()) -> list[Cell]:
+    """Those of the table, each with its seeds; `everywhere` names what of sampling's times is of other processes, too.
+
+    Raises `UserError` for one that cannot be.
+    """
     settings, sampling = experiment.eval, experiment.sampling
+    same = {name: getattr(sampling, name) for name in everywhere}
+    through = lambda sde: replace(sampling.through(sde, experiment.sde), **same)
     found = [
-        Cell(replace(sampling, sampler=sampler, nfe=nfe).method(sde), settings.samples, seed, sde)
+        Cell(replace(through(sde), sampler=sampler, nfe=nfe).method(sde), settings.samples, seed, sde)
         for sde in experiment.evaluated()
         for nfe in settings.nfe
         for sampler in settings.samplers

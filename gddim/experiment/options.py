@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from types import NoneType, UnionType
@@ -78,6 +79,13 @@ def options(value: Any, group: str = "") -> Iterator[tuple[str, Any]]:
             yield each, kind
         if kind is bool:
             yield f"--{prefix}no-{name}", kind
+
+
+def said(argv: Sequence[str], *names: str) -> dict[str, str]:
+    """Those of these options that a command line gives, each with the word after it."""
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    found = {word.replace("_", "-"): after for word, after in itertools.pairwise([*words, ""])}
+    return {name: found[name] for name in names if name in found}
 
 
 def explain(argv: Sequence[str], known: dict[str, Any], verbs: Sequence[str]) -> None:

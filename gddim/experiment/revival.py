@@ -18,6 +18,7 @@ from gddim.experiment.config import Experiment, Sampling, Training
 from gddim.experiment.options import UNGROUPED, find_spec
 from gddim.experiment.spectrum import Spectrum
 from gddim.experiment.workdir import OBJECTS, RECORDS, Remembered, describe, differences
+from gddim.parallel import tell
 from gddim.samplers.words import parse_sampler
 from gddim.sde import AbstractLinearSDE
 from gddim.sde.words import is_named, parse_process, process_name
@@ -71,7 +72,7 @@ def as_trained(experiment: Experiment, config: dict) -> Experiment:
     """The experiment of a file with what the run in a workdir tells in the place of what the file does.
 
     The mesh and the rule stay the file's, and so does the place of data that are no longer where the run had them. What
-    cannot be made of a configuration stays too: it is compared with the run's afterwards.
+    cannot be made of a configuration stays too: it is compared with the run's afterwards, or, where it may differ, told.
     """
     config, ours, changes = _nested(config), _nested(describe(experiment)), {}
     makers = {"sde": _process, "net": _network}
@@ -79,8 +80,9 @@ def as_trained(experiment: Experiment, config: dict) -> Experiment:
         if part in config and config[part] != ours[part]:
             try:
                 changes[part] = makers[part](config) if part in makers else _part(config, part)
-            except UserError:
-                continue
+            except UserError as error:
+                if part in ("train", "sampling", "eval"):
+                    tell(f"{part}: the run's cannot be read, and is that of the experiment's file: {error}")
     return dataclasses.replace(experiment, data=_located(experiment.data, config.get("data")), **changes)
 
 

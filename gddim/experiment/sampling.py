@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
@@ -20,6 +20,9 @@ from gddim.samplers.words import BEST, laid_out
 from gddim.sde import AbstractLinearSDE
 from gddim.sde.base import last_time
 from gddim.settings import LATER
+
+TIMES = ("power", "t_min")
+"""What of `Sampling` is of one process."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +96,12 @@ class Sampling:
     """How many at a time, over all devices. Another number is another program of XLA's, and changes samples by rounding:
     up to 0.3 % of 8-bit pixels were seen to differ, by one level."""
     power: float | None = None
-    """Times are uniform in t^(1/power), those of the process, for samplers that bring no grid; without it 2, for ve 7."""
+    """Times are uniform in t^(1/power), those of the process, for samplers that bring no grid; without it 2, for ve 7. That of
+    a run is of its process alone, as t-min is; one that is given here, of every process."""
     grid: TimeGrid = field(default=None, metadata={SPELLED: lambda grid: grid and str(grid)})
-    """Another layout of the times, of every sampler that brings none: tuned, power[:POWER], band[:LO:HI] (in standard
-    deviations of the data), karras[:RHO], log-snr, two-phase[:SHARE:FRACTION:POWER] or uniform."""
+    """Another layout of the times, of every sampler that brings none: tuned, power[:POWER], band[:LO:HI] (in units of the
+    sampler's data_std), karras[:RHO], log-snr, two-phase[:SHARE:FRACTION:POWER] or uniform. That of tuned and band is 0.5,
+    whatever the data are, unless the sampler says another, as gddim:3:data:data_std=0.75."""
     t_min: float | None = None
     """Time of the process at which the sampler stops; without it 0.001 of the horizon, for ve 0.002 of its 80. The verb
     likelihood begins at a hundredth of these, whatever is told here."""
@@ -126,6 +131,11 @@ class Sampling:
         power = sde.grid_power if self.power is None else self.power
         t_min = sde.grid_end * sde.horizon if self.t_min is None else self.t_min
         return Method(laid_out(self.sampler, self.grid, self.power), self.nfe, power, t_min, self.last)
+
+    def through(self, process: AbstractLinearSDE | None, own: AbstractLinearSDE) -> Sampling:
+        """The same through a process, None being the run's `own`; through another than before without the times of that."""
+        kept = (process or own) == (self.process or own)
+        return replace(self, process=process, **dict.fromkeys(() if kept else TIMES))
 
     def class_of(self, numbers: Any, classes: int) -> Any:
         """The class of each sample, by their numbers, int32, of a run with so many classes."""

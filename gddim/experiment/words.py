@@ -14,7 +14,8 @@ TimeGrid = Annotated[Grid | None, one_word("GRID", parse_grid, Grid | None)]
 OWN = "own"  # the word of the process that a run was trained with
 
 
-def _parse_process(word: str) -> AbstractLinearSDE | None:
+def process_or_own(word: str) -> AbstractLinearSDE | None:
+    """The process of a word, None being the run's own. Raises `UserError` for one that is none."""
     try:
         return None if word == OWN else parse_process(word)
     except UserError as error:
@@ -27,5 +28,5 @@ def spell_process(sde: AbstractLinearSDE | None) -> str:
 
 
 Process = Annotated[
-    AbstractLinearSDE | None, one_word("PROCESS", _parse_process, AbstractLinearSDE | None, spell_process)
+    AbstractLinearSDE | None, one_word("PROCESS", process_or_own, AbstractLinearSDE | None, spell_process)
 ]

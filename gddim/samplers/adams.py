@@ -55,7 +55,7 @@ class GDDIM(AbstractTableSampler):
     `interpolate`: "eps", the network's ε, "data", its data prediction, better for a `Denoiser` and for λ > 0, or "residual",
     what is left of that once the prediction for data N(0, data_std²) is taken off (`Residual`): exact for these, too.
     `data_std`: the standard deviation of the data: what "residual" subtracts (→ 0 is "data", → ∞ for k = 1 "eps"), and a unit
-    of noise levels.
+    of noise levels; 0.5 unless it is given, whatever a network's data have.
 
     Raises `ValueError` for an order outside 1 … 4, λ < 0, another `corrector` or `interpolate`, and a `data_std` ≤ 0.
 

@@ -54,12 +54,14 @@ class LearnedTable(AbstractSampler):
         return len(self.stored.table.times)
 
     def solver(self, sde: AbstractLinearSDE, ts: Any, last: Last = "none") -> TableSolver:
-        """Of its own grid. Raises `ValueError` for another process, and where `ts` ends elsewhere."""
+        """Of its own grid. Raises `ValueError` for another process, and where `ts` starts or ends elsewhere."""
         ts, table = check_grid(sde, ts, data=True), self.stored.table
         if not self.of(sde):
             raise ValueError(f"table:{self.file} was fitted for {self.about['process']}, not for {process_name(sde)}")
         if not np.isclose(ts[-1], table.ts[-1], rtol=1e-6, atol=0):
             raise ValueError(f"table:{self.file} ends at t_min {table.ts[-1]:g}, not at {ts[-1]:g}")
+        if not np.isclose(ts[0], table.ts[0], rtol=1e-6, atol=0):
+            raise ValueError(f"table:{self.file} starts at {table.ts[0]:g}, not at {ts[0]:g}")
         return TableSolver.of(table, sde, last)
 
     def of(self, sde: AbstractLinearSDE) -> bool:
@@ -82,7 +84,7 @@ def load_table(file: str | os.PathLike[str], folder: str | os.PathLike[str] | No
 
     `file`: local or in a bucket; or, where there is none, the NAME of `folder`/NAME.npz.
 
-    Returns a sampler for one process, with a grid and calls of its own: `gddim.sample` wants of its grid the end alone.
+    Returns a sampler for one process, with a grid and calls of its own: `gddim.sample` wants of its grid the ends alone.
     Raises `UserError` for a file that is not there, or is another.
     """
     path = place(os.fspath(file))

@@ -10,7 +10,7 @@ from gddim.errors import UserError
 from gddim.samplers.base import Last
 from gddim.samplers.grids import power_grid
 from gddim.samplers.solver import AbstractSampler, AbstractSolver
-from gddim.samplers.words import sampler_name, steps_for
+from gddim.samplers.words import OnGrid, sampler_name, steps_for
 from gddim.sde.base import AbstractLinearSDE, last_time
 
 
@@ -46,7 +46,8 @@ class Method:
 
         Raises `UserError` where one step makes too many calls, `ValueError` for a `t_min` that is not of the process.
         """
-        return self._grid(sde, steps_for(self.sampler, self.nfe, self.last))
+        steps, start = steps_for(self.sampler, self.nfe, self.last), sde.horizon if self.start is None else self.start
+        return power_grid(start, self.t_min, steps, self.power)
 
     def solver(self, sde: AbstractLinearSDE) -> AbstractSolver:
         """The solver of a process. Raises like `grid`, and `ValueError` for a process that the sampler is not made for."""
@@ -57,29 +58,43 @@ class Method:
         """`nfe`; None for a sampler that makes the calls that it makes."""
         return self.nfe if self.sampler.nfe(1) is not None else None
 
-    def _grid(self, sde: AbstractLinearSDE, steps: int) -> Float[np.ndarray, " n"]:
-        return power_grid(sde.horizon if self.start is None else self.start, self.t_min, steps, self.power)
-
 
 def check_methods(methods: Iterable[Method], sde: AbstractLinearSDE) -> None:
-    """Raise `UserError` for too few calls, a grid that is none, and a sampler of another process: on as few steps as make a
-    call."""
+    """Raise `UserError` for too few calls, times that are none at so many steps, and a sampler of another process: its table
+    is made of as few steps as make a call."""
     methods = list(methods)
     for method in methods:
         steps_for(method.sampler, method.nfe, method.last)
-    for method in {dataclasses.replace(method, nfe=0) for method in methods}:
-        make = lambda grid, method=method: method.sampler.solver(sde, grid, method.last)
-        start, steps = last_time(sde), 1 if method.sampler.nfe(1) != 0 else 2
-        with np.errstate(all="ignore"):
-            try:
-                make(power_grid(start, method.t_min, steps, method.power))
-            except ValueError as error:
-                raise UserError(str(error)) from error
-            try:
-                if start < sde.horizon:
-                    make(method._grid(sde, steps))
-            except ValueError as error:
-                raise UserError(
+    with np.errstate(all="ignore"):
+        try:
+            tables = {_least(method, sde): method for method in methods}
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        for (sampler, last, ts), method in tables.items():
+            fault, near = _fault(sampler, sde, ts, last), last_time(sde)
+            if fault and ts[0] == sde.horizon > near:
+                later = _fault(sampler, sde, (near, *ts[1:]), last)
+                fault = later or ValueError(
                     f"{sampler_name(method.sampler)} cannot start at {sde.horizon:g}, where nothing is left of the data: "
                     "interpolate them (gddim:3:data), or give the process a horizon below"
-                ) from error
+                )
+            if fault:
+                raise UserError(str(fault)) from fault
+
+
+def _least(method: Method, sde: AbstractLinearSDE) -> tuple[AbstractSampler, Last, tuple[float, ...]]:
+    """The sampler of a method, and of its times as few as make a call."""
+    sampler, ts = method.sampler, method.grid(sde)
+    if isinstance(sampler, OnGrid):
+        sampler, ts = sampler.sampler, sampler.times(sde, ts)
+    middle = len(ts) // 2 if sampler.nfe(1) == 0 else 0
+    return sampler, method.last, tuple(ts[sorted({0, middle, len(ts) - 1})].tolist())
+
+
+def _fault(sampler: AbstractSampler, sde: AbstractLinearSDE, ts: tuple[float, ...], last: Last) -> ValueError | None:
+    """What making the table of these times raises."""
+    try:
+        sampler.solver(sde, ts, last)
+    except ValueError as error:
+        return error
+    return None

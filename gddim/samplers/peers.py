@@ -121,15 +121,20 @@ class AnalyticStart(AbstractTableSampler):
     At the horizon a state tells next to nothing of the data, and the network says so: the analytic first step (AFS) of
     Dockhorn et al. 2022 (GENIE, arXiv 2210.05475), by the flow (at λ of the sampler) of `Residual` with N = 0.
 
-    `sampler`: the others'. `data_std`: a number, or a spectrum of the process's frequencies.
+    `sampler`: the others'. `data_std`: a number, or a spectrum of the process's frequencies; without it that of the sampler,
+    or 0.5.
 
     Raises `ValueError` for a grid of one step, and a sampler that itself starts before its first call (`SSCS`).
     """
 
     sampler: AbstractTableSampler = eqx.field(static=True)
     """Of all steps but the first."""
-    data_std: Any = eqx.field(default=0.5, static=True, converter=as_static)
+    data_std: Any = eqx.field(static=True)
     """The data's standard deviation: a number, or a spectrum of the process's frequencies."""
+
+    def __init__(self, sampler: AbstractTableSampler, data_std: Any = None):
+        self.sampler = sampler
+        self.data_std = as_static(getattr(sampler, "data_std", 0.5) if data_std is None else data_std)
 
     def nfe(self, steps: int) -> int | None:
         return self.sampler.nfe(steps - 1)

@@ -108,7 +108,7 @@ def sampler_name(sampler: AbstractSampler) -> str:
         return f"{sampler_name(sampler.sampler)}@{sampler.grid}"
     if isinstance(sampler, LearnedTable):
         return f"{TABLE}{sampler.file}"
-    if isinstance(sampler, AnalyticStart) and sampler.data_std == 0.5:
+    if isinstance(sampler, AnalyticStart) and sampler.data_std == AnalyticStart(sampler.sampler).data_std:
         return f"afs:{sampler_name(sampler.sampler)}"
     name = next((name for name, form in _FORMS.items() if isinstance(sampler, form)), None)
     if name is None or isinstance(getattr(sampler, "data_std", 0.5), tuple):
@@ -143,8 +143,8 @@ def steps_for(sampler: AbstractSampler, nfe: int, last: Last = "none") -> int:
 # by word, how many numbers may follow
 _GRIDS = {"band": 2, "karras": 1, "log-snr": 0, "power": 1, "tuned": 0, "two-phase": 3, "uniform": 0}
 GRIDS = (
-    "tuned, power[:POWER], band[:LO:HI] (in standard deviations of the data), karras[:RHO], log-snr, "
-    "two-phase[:SHARE:FRACTION:POWER], uniform; for example tuned or power:7"
+    "tuned, power[:POWER], band[:LO:HI] (in units of the sampler's data_std, or of 0.5), karras[:RHO], "
+    "log-snr, two-phase[:SHARE:FRACTION:POWER], uniform; for example tuned or power:7"
 )
 
 
@@ -202,7 +202,8 @@ def parse_grid(text: str) -> Grid:
 class OnGrid(AbstractSampler):
     """A sampler that brings its grid: whatever times it is given, it lays out as many between their ends by its own.
 
-    `sampler`: any that makes the steps that it is told to; where it has a `data_std` the grid is of that, too.
+    `sampler`: any that makes the steps that it is told to; the grid is of its `data_std`, or of 0.5 where it has none,
+    whatever the data are.
     `grid`: a `Grid`.
 
     >>> sampler = OnGrid(GDDIM(3, corrector="free", interpolate="data"), Grid("tuned"))
@@ -226,7 +227,8 @@ class OnGrid(AbstractSampler):
 
 
 BEST = OnGrid(GDDIM(3, corrector="free", interpolate="data"), Grid("tuned"))
-"""What an experiment samples with unless it is told. Its times are those of `tuned_grid`.
+"""What an experiment samples with unless it is told. Its times are those of `tuned_grid` for a `data_std` of 0.5, whatever the
+data are.
 
 On Gaussian mixtures that were not tuned on its median error at 5 6 8 10 15 20 calls through VP is .33 .23 .20 .19 .17 .23 of
 that of `gddim:3:data` on power 2, where the best peer has .49 .30 .30 .32 .38 .30; through CLD .29 .27 .21 .16 .19 .22. On the

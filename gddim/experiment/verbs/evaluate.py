@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 from etils import epath
 
+from gddim.evaluation.cell import Cell
 from gddim.evaluation.classes import Labelled, classes_in_words, classify
 from gddim.evaluation.page import write_page
 from gddim.evaluation.report import plot, table
@@ -14,7 +16,7 @@ from gddim.evaluation.sweep import RESULTS, read_rows, sweep
 from gddim.experiment.checkpoints import checkpoint_digest, restore_ema
 from gddim.experiment.drawing import draw_samples
 from gddim.experiment.guiding import restore_guide
-from gddim.experiment.measure import Measure, cells
+from gddim.experiment.measure import Measure
 from gddim.experiment.outputs import check_names, write_json
 from gddim.experiment.plan import Plan
 from gddim.experiment.workdir import describe
@@ -25,8 +27,9 @@ from gddim.sde.words import process_name
 from gddim.storage import write_whole
 
 
-def evaluate(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
-    """Compare samplers on a checkpoint's averaged model; writes results.jsonl, and tables and plot of all that it holds."""
+def evaluate(plan: Plan, workdir: epath.Path, cells: Sequence[Cell], step: int | None = None) -> None:
+    """Fill the cells of a table by a checkpoint's averaged model; writes results.jsonl, and tables and plot of all that it
+    holds."""
     experiment, settings = plan.experiment, plan.experiment.eval
     check_names(workdir, "classes")
     params, step = restore_ema(plan, workdir, step)
@@ -35,9 +38,7 @@ def evaluate(plan: Plan, workdir: epath.Path, step: int | None = None) -> None:
     for sampler in settings.samplers:
         if isinstance(sampler, LearnedTable) and (line := sampler.foreign(checkpoint_digest(params))):
             tell(line)
-    rows = sweep(
-        measure.evaluator(params, step, *guide), cells(experiment), workdir, measure.floor, settings.keep_samples
-    )
+    rows = sweep(measure.evaluator(params, step, *guide), cells, workdir, measure.floor, settings.keep_samples)
     if jax.process_index() == 0:
         every = read_rows(workdir / RESULTS)  # also of other checkpoints, and in other features
         write_whole(workdir / "results.md", table(every).encode())

@@ -1,0 +1,122 @@
+"""What a command line asks for counts, or is refused before the work; what it does not ask for is of whom it was given to."""
+
+import dataclasses
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from command_line import refusal
+from runs import COLOUR, WHITE, Colours, LabelledColours, make_run
+
+import gddim
+from gddim.experiment import Evaluation
+from gddim.experiment.cli import Command, parse
+from gddim.experiment.drawing import draw_samples
+from gddim.experiment.measure import cells
+from gddim.experiment.revival import as_trained
+from gddim.experiment.workdir import describe
+from gddim.parallel import make_mesh
+from gddim.samplers.numbered import sample_numbered
+
+TABLE = Evaluation(samplers=(gddim.GDDIM(1),), nfe=(2,), samples=8, batch=8, features="pixels")
+
+
+class Known(LabelledColours):
+    """Colour images whose classes a classifier may learn."""
+
+    def known_classes(self):
+        labels = np.arange(Colours.count) % self.classes
+        return labels, labels
+
+
+KNOWN = dataclasses.replace(COLOUR, data=Known(3), eval=TABLE)
+TIMED = dataclasses.replace(COLOUR, sampling=dataclasses.replace(COLOUR.sampling, power=3.0, t_min=0.01), eval=TABLE)
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("known") / "w", KNOWN, steps=(1,))
+
+
+@pytest.fixture(scope="module")
+def timed(tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("timed") / "w", TIMED, steps=(1,))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["fit", "--classes", "99"], "sampling.classes 99: accepted are 0 to 2, and -1 for no class"),
+        (["encode", "--classes", "1"], "--classes is of sample, restore, fit and encode --from, not of encode"),
+        (["evaluate", "--per-class=4"], "--per-class is of sample, restore, fit and encode --from, not of evaluate"),
+        (["likelihood", "--sampling.classes=1"], "--sampling.classes is of sample, restore, fit and encode --from"),
+        (["evaluate", "--sampler=heun", "--sampling.nfe=1"], "nfe: 1 given, but heun with last=none makes at least 2"),
+        (["fit", "--process=flow", "--sampling.grid=karras"], "is not finite"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_work(words, says, known, capsys):
+    assert says in refusal(KNOWN, known, capsys, *words)
+
+
+def test_classes_of_a_run_without_are_refused_by_all_that_follows_training(timed, capsys):
+    for verb in ("fit", "sample", "restore"):
+        words = ["--task=inpaint"] * (verb == "restore")
+        assert "classes 1: this run knows no classes" in refusal(COLOUR, timed, capsys, verb, "--classes", "1", *words)
+
+
+def test_samples_that_are_not_finite_are_told(capsys):
+    model = gddim.through(WHITE.sde, lambda y, sigma: jnp.where(y[0, 0, 0] > 0, jnp.nan, y / (1 + sigma)))
+    sampling = dataclasses.replace(WHITE.sampling, samples=6, nfe=3)
+    solver, shape = sampling.method(WHITE.sde).solver(WHITE.sde), WHITE.data.shape
+    alone = sample_numbered(model, solver, shape, jnp.asarray(0), jnp.arange(6)).data
+    lost = 6 - int(jnp.isfinite(alone).all((1, 2, 3)).sum())
+    assert 0 < lost < 6
+    images, _ = draw_samples(WHITE, make_mesh(), model, sampling)
+    assert images.dtype == np.uint8
+    assert capsys.readouterr().err == f"warning: {lost} of 6 samples are not finite\n"
+
+
+def test_what_of_a_run_cannot_be_read_is_told(capsys):
+    config = describe(TIMED) | {"sampler": "table:gone.npz"}
+    config["eval"]["samplers"] = ["gddim:7"]
+    found = as_trained(COLOUR, config)
+    assert (found.sampling, found.eval) == (COLOUR.sampling, COLOUR.eval)
+    one, other = sorted(capsys.readouterr().err.splitlines())
+    kept = ": the run's cannot be read, and is that of the experiment's file: "
+    assert one.startswith(f"eval{kept}")
+    assert one.endswith("GDDIM: order=7 must be 1, 2, 3 or 4")
+    assert other.startswith(f"sampling{kept}")
+    assert "table:gone.npz: No such file" in other
+    assert as_trained(COLOUR, describe(TIMED)).sampling == TIMED.sampling
+    assert not capsys.readouterr().err
+
+
+def times(command: Command) -> dict[str, tuple[float, float]]:
+    """Power and last time of each process of a table."""
+    experiment = command.experiment
+    found = {cell.sde: cell.method for cell in cells(experiment, command.everywhere)}
+    return {gddim.sde.words.process_name(sde): (method.power, method.t_min) for sde, method in found.items() if sde}
+
+
+def test_the_times_of_a_run_are_of_its_process_alone_unless_they_are_asked_for(timed, tmp_path):
+    """As in `gddim.load`; and those that a file says are of its process alone, too."""
+    for experiment, workdir in ((COLOUR, timed), (TIMED, tmp_path)):
+        asked = lambda *words, of=(experiment, workdir): parse(of[0], ["evaluate", f"--workdir={of[1]}", *words])
+        for words, expected in (
+            ([], (3.0, 0.01)),
+            (["--process=own"], (3.0, 0.01)),
+            (["--process", "vp"], (3.0, 0.01)),
+            (["--process=ve"], (7.0, 0.002)),
+            (["--process=ve", "--sampling.t-min=0.5"], (7.0, 0.5)),
+            (["--process=cld", "--sampling.power", "5"], (5.0, 1e-3)),
+        ):
+            sampling = asked(*words).experiment.sampling
+            method = sampling.method(sampling.process or COLOUR.sde)
+            assert (method.power, method.t_min) == expected, words
+        both = ["--eval.processes", "own", "ve"]
+        assert times(asked(*both)) == {"vp": (3.0, 0.01), "ve": (7.0, 0.002)}
+        assert times(asked(*both, "--process=ve")) == {"vp": (2.0, 1e-3), "ve": (7.0, 0.002)}
+        assert times(asked(*both, "--sampling.t_min=0.5")) == {"vp": (3.0, 0.5), "ve": (7.0, 0.5)}
+    _, solver = gddim.load(timed).through(process="ve", sampler="gddim:2", nfe=3)
+    np.testing.assert_allclose(solver.rows.time, gddim.power_grid(80.0, 0.002, 3, power=7)[:-1], rtol=1e-6)
