@@ -135,7 +135,7 @@ def test_every_experiment_is_measured():
 @pytest.mark.slow  # compiles training steps
 def test_noise_factor_and_sampler_are_measured():
     measured(mathematics.noise_factor(batch=8, calls=2))
-    assert len(measured(mathematics.sampler(nfe=3, batch=2, repeats=1, width=4))) == 3
+    assert len(measured(mathematics.sampler(nfe=3, batch=2, repeats=1, width=4))) == len(mathematics.SAMPLERS) + 1
 
 
 @pytest.mark.slow  # compiles a sampler

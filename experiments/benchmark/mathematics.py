@@ -18,10 +18,16 @@ from experiments import cld_celeba64, cld_digits
 from experiments.benchmark.reference_coefficients import published_blurring, published_cld
 from experiments.benchmark.table import Row, Target, interleaved, on_cpu, one_core
 from experiments.benchmark.training import Steps, resized
-from gddim.samplers import GDDIM, power_grid, sample
-from gddim.samplers.words import sampler_name
+from gddim.samplers import GDDIM, Method, TableSolver, power_grid
+from gddim.samplers.fit import Family
+from gddim.samplers.grids import Band
+from gddim.samplers.words import parse_sampler
 from gddim.sde import CLD, AbstractLinearSDE, Blurring, LinearSDE
 
+SAMPLERS = (
+    "gddim:3", "gddim:3:lam=0.5", "gddim:3:data", "gddim:3:data:free@band", "gddim:3:residual@band",
+    "ipndm:3", "unipc:2", "dpm:2",
+)  # fmt: skip
 Weights = Float[np.ndarray, "n q *matrix"]
 
 
@@ -96,26 +102,32 @@ def noise_factor(batch: int = 64, calls: int = 50) -> Iterator[Row]:
 
 
 def sampler(nfe: int = 50, batch: int = 64, repeats: int = 8, width: int = 48) -> Iterator[Row]:
-    """`sample`, vmapped and jitted, over a compiled loop of as many network calls; networks of 10 ms and more."""
+    """A sampler, vmapped and jitted, over a compiled loop of as many network calls; networks of 10 ms and more."""
     experiment = cld_digits.EXPERIMENT if on_cpu() else cld_celeba64.EXPERIMENT
     changes: dict[str, Any] = {"width": width} if on_cpu() else {"dtype": "bfloat16"}
-    model = resized(experiment, **changes).build(jax.random.key(0))
+    model, sde = resized(experiment, **changes).build(jax.random.key(0)), CLD()
     u = jax.random.normal(jax.random.key(1), (batch, *experiment.state_shape))
-    keys, ts = jax.random.split(jax.random.key(2), batch), power_grid(1.0, 1e-3, nfe)
-    times = jnp.asarray(ts[:-1], jnp.float32)
+    keys = jax.random.split(jax.random.key(2), batch)
 
     @eqx.filter_jit
     def calls_alone(model, u, times):  # each on what the one before said, so that none is left out
         return jax.lax.scan(lambda u, t: (jax.vmap(model, (0, None))(u, t), None), u, times)[0]
 
-    for of in (GDDIM(3), GDDIM(3, interpolate="data"), GDDIM(3, lam=0.5)):
+    @eqx.filter_jit
+    def whole(model, u, keys, solver):
+        return jax.vmap(lambda u, key: solver(model, u, key).state)(u, keys)
 
-        @eqx.filter_jit
-        def whole(model, u, keys, of=of):
-            return jax.vmap(lambda u, key: sample(of, CLD(), model, u, ts, key))(u, keys)
-
+    few = min(nfe, 10)  # a learned table weighs all that came before
+    learned = Family(GDDIM(3, interpolate="data", corrector="free"), sde, 1.0, 1e-3, Band.of(0.5, 0.06, 6.0))
+    tables = {word: Method(parse_sampler(word), nfe).solver(sde) for word in SAMPLERS}
+    tables["a learned table"] = TableSolver.of(learned.table(power_grid(1.0, 1e-3, few)), sde)
+    for name, solver in tables.items():
+        calls = few if name not in SAMPLERS else nfe
+        times = jnp.linspace(1.0, 1e-3, calls)
         bare = partial(calls_alone, model, u, times)
-        all_in, calls = interleaved(partial(whole, model, u, keys), bare, repeats=repeats)
-        title = f"sample by {sampler_name(of)}, NFE {nfe}, batch {batch}"
-        baseline = f"{nfe} network calls of {1e3 * calls / nfe:.3g} ms"
-        yield Row(title, all_in, "s", baseline, calls, Target("ratio", "≤", 1.01))
+        all_in, alone = interleaved(partial(whole, model, u, keys, solver), bare, repeats=repeats)
+        title, baseline = (
+            f"sample by {name}, NFE {calls}, batch {batch}",
+            f"{calls} network calls of {1e3 * alone / calls:.3g} ms",
+        )
+        yield Row(title, all_in, "s", baseline, alone, Target("ratio", "≤", 1.01))

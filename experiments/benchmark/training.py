@@ -27,11 +27,14 @@ from gddim.experiment.checkpoints import items_of
 from gddim.experiment.plan import Plan
 from gddim.experiment.workdir import describe
 from gddim.logs import Log
-from gddim.nn import NCSNppConfig
+from gddim.nn import DiTConfig, NCSNppConfig
 from gddim.parallel import global_batch, peak_flops
 from gddim.train import TrainState, train
 
-SMALL = {"width": 16, "multipliers": (1, 2), "blocks": 1}  # networks on a CPU, which would compile for an hour
+SMALL = {  # networks on a CPU, which would compile for an hour
+    NCSNppConfig: {"width": 16, "multipliers": (1, 2), "blocks": 1},
+    DiTConfig: {"width": 64, "depth": 2, "heads": 2},
+}
 
 
 class Steps:
@@ -171,8 +174,8 @@ def _for_accelerators(experiment: Experiment) -> Experiment:
 
 def _for_cpu(experiment: Experiment) -> Experiment:
     """Narrow and shallow, and few images at a time, but for what was made for a CPU."""
-    large = isinstance(experiment.net, NCSNppConfig) and experiment.name != cld_digits.EXPERIMENT.name
-    return resized(experiment, batch=8, **SMALL) if large else experiment
+    small = experiment.name == cld_digits.EXPERIMENT.name or type(experiment.net) not in SMALL
+    return experiment if small else resized(experiment, batch=8, **SMALL[type(experiment.net)])
 
 
 def h200_consumption() -> float:
