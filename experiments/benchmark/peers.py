@@ -24,14 +24,19 @@ SCHEDULERS = {
 REST = 0.5  # seconds for which OpenMP's idle threads may still hold the cores of the other
 
 
-def peers(width: int = 0, batch: int = 0, nfe: int = 20, repeats: int = 4) -> Iterator[Row]:
+def peers() -> Iterator[Row]:
     """Training step and sampling on VP at 32×32×3, side by side."""
     try:
         diffusers, torch = (importlib.import_module(name) for name in ("diffusers", "torch"))
     except ImportError as error:
         raise UserError(f"needs diffusers and PyTorch: pip install 'gddim[peers]' ({error})") from error
-    width, batch, blocks = width or (32 if on_cpu() else 128), batch or (8 if on_cpu() else 128), 2
-    dtype = "float32" if on_cpu() else "bfloat16"
+    for batch, nfe in ((8, 20), (64, 4)) if on_cpu() else ((128, 20),):
+        yield from beside(diffusers, torch, 32 if on_cpu() else 128, batch, nfe)
+
+
+def beside(diffusers: Any, torch: Any, width: int, batch: int, nfe: int, repeats: int = 4) -> Iterator[Row]:
+    """The rows of one width and batch."""
+    blocks, dtype = 2, "float32" if on_cpu() else "bfloat16"
     ours = Steps(resized(vp_cifar10.EXPERIMENT, batch, width=width, blocks=blocks, dropout=0.0, dtype=dtype))
     place = "cuda" if torch.cuda.is_available() and not on_cpu() else "cpu"
     theirs = unet(diffusers, width, blocks).to(place)
