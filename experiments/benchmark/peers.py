@@ -13,6 +13,7 @@ from experiments import vp_cifar10
 from experiments.benchmark.table import Row, Target, interleaved, on_cpu
 from experiments.benchmark.training import Steps, resized
 from gddim.errors import UserError
+from gddim.parallel import batch_sharding
 from gddim.samplers import GDDIM, power_grid, sample
 from gddim.samplers.words import sampler_name
 
@@ -62,6 +63,7 @@ def sampler_of(steps: Steps, batch: int, nfe: int) -> Callable[[], Any]:
     """gDDIM of order 3 with the network of a training step."""
     model, sde = steps.plan.model(steps.state.ema), vp_cifar10.EXPERIMENT.sde
     u = jax.random.normal(jax.random.key(0), (batch, *vp_cifar10.EXPERIMENT.state_shape))
+    u = jax.device_put(u, batch_sharding(steps.plan.mesh))
     ts = power_grid(sde.horizon, 1e-3, nfe)
     program = eqx.filter_jit(lambda model, u: jax.vmap(lambda u: sample(GDDIM(3), sde, model, u, ts))(u))
     return lambda: program(model, u)
