@@ -1,12 +1,13 @@
 """What a command line asks for counts, or is refused before the work; what it does not ask for is of whom it was given to."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from command_line import refusal
+from command_line import refusal, status_of
 from runs import COLOUR, WHITE, Colours, LabelledColours, make_run
 
 import gddim
@@ -14,6 +15,7 @@ from gddim.experiment import Evaluation
 from gddim.experiment.cli import Command, parse
 from gddim.experiment.drawing import draw_samples
 from gddim.experiment.measure import cells
+from gddim.experiment.plan import Plan
 from gddim.experiment.revival import as_trained
 from gddim.experiment.workdir import describe
 from gddim.parallel import make_mesh
@@ -65,8 +67,13 @@ def test_classes_of_a_run_without_are_refused_by_all_that_follows_training(timed
         assert "classes 1: this run knows no classes" in refusal(COLOUR, timed, capsys, verb, "--classes", "1", *words)
 
 
+def now_and_then(y, sigma, cond=None):
+    """A denoiser of something, where it is not of NaN."""
+    return jnp.where(y[0, 0, 0] > 0, jnp.nan, y / (1 + sigma))
+
+
 def test_samples_that_are_not_finite_are_told(capsys):
-    model = gddim.through(WHITE.sde, lambda y, sigma: jnp.where(y[0, 0, 0] > 0, jnp.nan, y / (1 + sigma)))
+    model = gddim.through(WHITE.sde, now_and_then)
     sampling = dataclasses.replace(WHITE.sampling, samples=6, nfe=3)
     solver, shape = sampling.method(WHITE.sde).solver(WHITE.sde), WHITE.data.shape
     alone = sample_numbered(model, solver, shape, jnp.asarray(0), jnp.arange(6)).data
@@ -75,6 +82,13 @@ def test_samples_that_are_not_finite_are_told(capsys):
     images, _ = draw_samples(WHITE, make_mesh(), model, sampling)
     assert images.dtype == np.uint8
     assert capsys.readouterr().err == f"warning: {lost} of 6 samples are not finite\n"
+
+
+def test_restored_images_that_are_not_finite_are_told(timed, monkeypatch, capsys):
+    monkeypatch.setattr(Plan, "model", lambda plan, params: gddim.through(plan.experiment.sde, now_and_then))
+    given = [f"--workdir={timed}", "--task=inpaint", "--restore.images=2", "--restore.samples=3"]
+    assert status_of(COLOUR, "restore", *given) == 0
+    assert re.search(r"^warning: [1-6] of 6 samples are not finite$", capsys.readouterr().err, re.MULTILINE)
 
 
 def test_what_of_a_run_cannot_be_read_is_told(capsys):

@@ -126,8 +126,6 @@ def sampler(nfe: int = 50, batch: int = 64, repeats: int = 8, width: int = 48) -
         times = jnp.linspace(1.0, 1e-3, calls)
         bare = partial(calls_alone, model, u, times)
         all_in, alone = interleaved(partial(whole, model, u, keys, solver), bare, repeats=repeats)
-        title, baseline = (
-            f"sample by {name}, NFE {calls}, batch {batch}",
-            f"{calls} network calls of {1e3 * alone / calls:.3g} ms",
-        )
+        title = f"sample by {name}, NFE {calls}, batch {batch}"
+        baseline = f"{calls} network calls of {1e3 * alone / calls:.3g} ms"
         yield Row(title, all_in, "s", baseline, alone, Target("ratio", "≤", 1.01))

@@ -192,11 +192,10 @@ class Evaluator:
             labels = self._labels(rows)
             indices, cond = jax.device_put((rows, None if labels is None else {LABEL: labels}), self.sharding)
             seed = jnp.asarray(cell.seed, jnp.int32)
-            x, made, _ = sample_numbered(model, solver, self.shape, seed, indices, cond=cond)
-            finite = jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))
-            x = to_uint8(x) if len(self.shape) == 3 else x
+            drawn = sample_numbered(model, solver, self.shape, seed, indices, cond=cond)
+            x = to_uint8(drawn.data) if len(self.shape) == 3 else drawn.data
             devices = self.sharding.num_devices if self.sharding else 1
-            pending, ready = (start, x, features_of(self.space, x, devices), made, finite), pending
+            pending, ready = (start, x, features_of(self.space, x, devices), drawn.calls, drawn.finite), pending
             if ready:
                 yield ready
         if pending:

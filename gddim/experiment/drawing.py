@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from gddim.data import LABEL, to_uint8, to_unit
 from gddim.errors import UserError
@@ -83,6 +83,12 @@ def numbered_batches(
         yield jax.device_put((numbers, rows), batch_sharding(mesh))
 
 
+def tell_lost(finite: Bool[np.ndarray, " n"]) -> None:
+    """Tell how many samples are not finite, where any are."""
+    if lost := len(finite) - int(finite.sum()):
+        tell(f"warning: {lost} of {len(finite)} samples are not finite")
+
+
 def draw_samples(
     experiment: Experiment,
     mesh: jax.sharding.Mesh,
@@ -110,13 +116,12 @@ def draw_samples(
     seed, parts, calls, finite = jnp.asarray(sampling.seed), [], [], []
     for numbers, (cond, data) in numbered_batches(mesh, n, sampling.batch, (told, data_of)):
         begin = None if start is None else (to_unit(data), jnp.asarray(start.time, jnp.float32))
-        found, count, _ = sample_numbered(model, solver, experiment.data.shape, seed, numbers, cond=cond, begin=begin)
-        parts.append(to_host(to_uint8(found) if found.ndim == 4 else found))
-        finite.append(to_host(jnp.isfinite(found).all(tuple(range(1, found.ndim)))))
-        calls.append(to_host(count))
+        drawn = sample_numbered(model, solver, experiment.data.shape, seed, numbers, cond=cond, begin=begin)
+        parts.append(to_host(to_uint8(drawn.data) if drawn.data.ndim == 4 else drawn.data))
+        finite.append(to_host(drawn.finite))
+        calls.append(to_host(drawn.calls))
         progress(min(len(numbers) * len(parts), n))
-    if lost := n - int(np.concatenate(finite)[:n].sum()):
-        tell(f"warning: {lost} of {n} samples are not finite")
+    tell_lost(np.concatenate(finite)[:n])
     made = float(np.mean(np.concatenate(calls)))
     return np.concatenate(parts)[:n], Calls(made, guidance.evaluations(sde, made, getattr(solver, "times", None)))
 

@@ -26,12 +26,13 @@ def exported(found: Trained, dtype: str, licence: str) -> Weights:
     Where the type rounds them, `about` has the digest of what they become, by which what reads the file calls them in tables
     and results, and as `rounded_from` that of what they were.
     """
-    arrays = {name: np.asarray(leaf).astype(DTYPES[dtype]) for name, leaf in by_path(found.params).items()}
-    kept = jax.tree.map(lambda x: x.astype(DTYPES[dtype]).astype(x.dtype), found.params)
+    rounded = jax.tree.map(lambda x: x.astype(DTYPES[dtype]), found.params)
+    kept = jax.tree.map(lambda x, like: x.astype(like.dtype), rounded, found.params)
     told = dict(found.about)
     licence = licence or told.pop("licence", "")
     if (digest := checkpoint_digest(kept)) != told["checkpoint"]:
         told |= {"checkpoint": digest, "rounded_from": told["checkpoint"]}
+    arrays = {name: np.asarray(leaf) for name, leaf in by_path(rounded).items()}
     about = told | {"parameters": sum(x.size for x in arrays.values()), "dtype": dtype, **software()}
     config = shareable(found.config)
     config[RECORDS] = {"shape": [*found.experiment.data.shape]} | config.get(RECORDS, {})

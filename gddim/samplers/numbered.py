@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree, Shaped
 
 from gddim.samplers.base import DataModel, ProcessModel
 from gddim.samplers.loop import Path
@@ -25,6 +25,11 @@ class Samples(NamedTuple):
     """The network calls of each."""
     path: Path | None
     """How they came about, where that was asked for: times `(calls,)`, and states, … `(calls, b, *dims, k, C)`."""
+
+    @property
+    def finite(self) -> Bool[Array, " b"]:
+        """Which are."""
+        return jnp.isfinite(self.data).all(axis=tuple(range(1, self.data.ndim)))
 
 
 class _AbstractGiven(eqx.Module):

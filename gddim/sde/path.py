@@ -62,8 +62,8 @@ class GaussianPath(AbstractPath):
     as `u_0 = x_0`, and `Ψ(t, 0) = α_t/α_0`.
     `horizon`: T, the time at which sampling starts.
 
-    Raises `ValueError` unless, on [0, horizon], both are finite, α > 0 (it may be 0
-    at the horizon), σ ≥ 0, and σ/α nowhere falls.
+    Raises `ValueError` unless, on [0, horizon], both are finite, α > 0 (it may be 0 at the horizon), σ ≥ 0, and σ/α
+    nowhere falls.
 
     >>> path = GaussianPath(lambda t: np.exp(-t), lambda t: np.sqrt(-np.expm1(-2 * t)), horizon=5.0)
     >>> path.diffusion_squared(0.3)  # the Ornstein–Uhlenbeck process du = −u dt + √2 dw
@@ -111,8 +111,6 @@ class VE(AbstractPath):
 
     def __init__(self, sigma_max: SupportsFloat = 80.0):
         self.sigma_max = float(sigma_max)
-
-    def __check_init__(self) -> None:
         if not 0 < self.sigma_max < math.inf:
             raise ValueError(f"VE: sigma_max={self.sigma_max} must be > 0 and finite")
 

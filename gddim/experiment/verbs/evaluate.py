@@ -34,9 +34,9 @@ def evaluate(plan: Plan, workdir: epath.Path, cells: Sequence[Cell], step: int |
     check_names(workdir, "classes")
     params, step = restore_ema(plan, workdir, step)
     guide = restore_guide(plan, workdir, step)
-    measure = Measure(plan, workdir)
+    measure, digest = Measure(plan, workdir), checkpoint_digest(params)
     for sampler in settings.samplers:
-        if isinstance(sampler, LearnedTable) and (line := sampler.foreign(checkpoint_digest(params))):
+        if isinstance(sampler, LearnedTable) and (line := sampler.foreign(digest)):
             tell(line)
     rows = sweep(measure.evaluator(params, step, *guide), cells, workdir, measure.floor, settings.keep_samples)
     if jax.process_index() == 0:
@@ -52,7 +52,7 @@ def evaluate(plan: Plan, workdir: epath.Path, cells: Sequence[Cell], step: int |
         found = classify(experiment.data, drawn, experiment.drawn_classes(more))
         sde = experiment.through(more.process)
         about = {
-            "experiment": experiment.name, "step": step, "checkpoint": checkpoint_digest(params), **guide[1],
+            "experiment": experiment.name, "step": step, "checkpoint": digest, **guide[1],
             "process": process_name(sde), "sampler": sampler_name(more.method(sde).sampler), "nfe": more.nfe,
         }  # fmt: skip
         if jax.process_index() == 0:

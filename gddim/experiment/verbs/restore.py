@@ -11,14 +11,14 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float
 
-from gddim.data import LABEL, Source, classes_of, data_alone, to_unit, x0_and_cond
+from gddim.data import LABEL, Source, classes_of, data_alone, to_uint8, to_unit, x0_and_cond
 from gddim.denoiser import Through
 from gddim.errors import progress
 from gddim.evaluation.figures import label_in_words
 from gddim.evaluation.metrics import psnr, ssim
 from gddim.evaluation.page import write_page
 from gddim.experiment.checkpoints import restore_ema
-from gddim.experiment.drawing import Calls, numbered_batches
+from gddim.experiment.drawing import Calls, numbered_batches, tell_lost
 from gddim.experiment.guiding import restore_guide
 from gddim.experiment.measure import held_out
 from gddim.experiment.outputs import check_names, write_figure, write_json, write_npz
@@ -58,13 +58,15 @@ def restore(plan: Plan, workdir: epath.Path, settings: Restoration, step: int | 
     b = to_host(b + settings.noise * jax.random.normal(jax.random.fold_in(seed, 2**31), b.shape))
     n = count * settings.samples
     each = jax.tree.map(lambda x: np.repeat(x, settings.samples, 0), {"measurement": b, "cond": cond})
-    through, parts, made = Through(sde, denoise), [], []
+    through, parts, made, finite = Through(sde, denoise), [], [], []
     with progress(total=n, unit="img") as bar:
         for numbers, told in numbered_batches(plan.mesh, n, sampling.batch, each):
-            found, calls, _ = sample_numbered(through, solver, experiment.data.shape, seed, numbers, cond=told)
-            parts.append(to_host(jnp.clip(found, -1, 1)))
-            made.append(to_host(calls))
+            drawn = sample_numbered(through, solver, experiment.data.shape, seed, numbers, cond=told)
+            parts.append(to_host(jnp.clip(drawn.data, -1, 1)))
+            made.append(to_host(drawn.calls))
+            finite.append(to_host(drawn.finite))
             bar.update(min(len(numbers), n - bar.n))
+    tell_lost(np.concatenate(finite)[:n])
     samples = np.concatenate(parts)[:n].reshape(count, settings.samples, *experiment.data.shape)
     mean_calls = float(np.mean(np.concatenate(made)))
     calls = Calls(mean_calls, guidance.evaluations(sde, mean_calls, getattr(solver, "times", None)))
@@ -75,14 +77,11 @@ def restore(plan: Plan, workdir: epath.Path, settings: Restoration, step: int | 
     if jax.process_index() == 0:
         told = describe(settings)
         origin = {"experiment": experiment.name, "step": step, **describe(sampling), "restore": told}
-        run, noise = (
-            f"{experiment.name}, step {step}: {settings.task}",
-            f", noise {settings.noise:g}" * bool(settings.noise),
-        )
+        run = f"{experiment.name}, step {step}: {settings.task}" + f", noise {settings.noise:g}" * bool(settings.noise)
         by = f"{settings.by}, {label_in_words(sampler_name(sampling.sampler))}, {mean_calls:g} network calls"
         strip = np.concatenate([truth[:, None], seen[:, None], samples], 1)
-        write_figure(workdir / name, rows(strip, f"{run}{noise}: truth, what is seen, samples\n{by}"), origin)
-        write_npz(workdir / f"{name}.npz", np.asarray(jnp.round((samples + 1) * 127.5)).astype(np.uint8), origin)
+        write_figure(workdir / name, rows(strip, f"{run}: truth, what is seen, samples\n{by}"), origin)
+        write_npz(workdir / f"{name}.npz", to_host(to_uint8(jnp.asarray(samples))), origin)
         report = {"nfe": calls.made, "evaluations": calls.evaluations, "mean": mean, "each": each}
         write_json(workdir / f"{name}.json", report, origin)
         write_page(workdir)
