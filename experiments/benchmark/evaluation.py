@@ -38,7 +38,7 @@ def evaluation(samples: int = 0, batch: int = 0) -> Iterator[Row]:
     experiment = cld_cifar10_denoiser.EXPERIMENT
     small: dict[str, Any] = dict(width=16, multipliers=(1, 1), blocks=1) if on_cpu() else dict(dtype="bfloat16")
     experiment = resized(experiment, **small)
-    size = batch or (32 if on_cpu() else 1000)
+    size = batch or (100 if on_cpu() else 1000)
     yield from cell_rows(experiment, *space, samples or (2 if on_cpu() else 8) * size, size, "Inception", FULL)
 
 

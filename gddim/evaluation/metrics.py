@@ -60,8 +60,10 @@ class Moments:
             return self
         step = other.mean - self.mean
         mean = self.mean + step * (other.count / count)
-        between = np.outer(step, step) * (self.count * other.count / count)
-        return Moments(count, mean, self.scatter + other.scatter + between)
+        scatter = np.outer(step * (self.count * other.count / count), step)
+        scatter += self.scatter  # in place, as those of Inception features are 32 MB each
+        scatter += other.scatter
+        return Moments(count, mean, scatter)
 
     @property
     def covariance(self) -> Float[np.ndarray, "d d"]:

@@ -80,7 +80,7 @@ class Statistics:
     def then(self, later: "Statistics") -> "Statistics":
         """Of this stream followed by a later part of it."""
         scores = self.scores.merge(later.scores) if self.scores and later.scores else self.scores
-        subset = np.concatenate([self.subset, later.subset])
+        subset = np.concatenate([self.subset, later.subset]) if len(later.subset) else self.subset
         classes = {k: moments.merge(later.classes[k]) for k, moments in self.classes.items() if k in later.classes}
         return Statistics(
             self.moments.merge(later.moments), subset, scores, self.origin, self.classes | later.classes | classes
