@@ -181,7 +181,7 @@ class HeldOut(Colours):
 
 
 def test_records_that_are_not_there_are_missed_before_the_work(run, capsys, monkeypatch):
-    monkeypatch.setattr("gddim.experiment.verbs.restore.sample_numbered", None)  # which would be an error of its own
+    monkeypatch.setattr("gddim.experiment.verbs.restore.draw_numbered", None)  # which would be an error of its own
     lost = dataclasses.replace(WHITE, data=HeldOut())
     assert "are not there" in refusal(lost, run, capsys, "restore", "--task=sr2")
 

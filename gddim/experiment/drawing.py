@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
+from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from gddim.data import LABEL, to_uint8, to_unit
 from gddim.errors import UserError
@@ -22,6 +22,7 @@ from gddim.samplers.base import ProcessModel
 from gddim.samplers.grids import time_at
 from gddim.samplers.method import check_methods
 from gddim.samplers.numbered import sample_numbered
+from gddim.samplers.solver import AbstractSolver
 
 
 class Calls(NamedTuple):
@@ -83,10 +84,35 @@ def numbered_batches(
         yield jax.device_put((numbers, rows), batch_sharding(mesh))
 
 
-def tell_lost(finite: Bool[np.ndarray, " n"]) -> None:
-    """Tell how many samples are not finite, where any are."""
-    if lost := len(finite) - int(finite.sum()):
-        tell(f"warning: {lost} of {len(finite)} samples are not finite")
+def draw_numbered(
+    mesh: jax.sharding.Mesh,
+    model: ProcessModel,
+    solver: AbstractSolver,
+    shape: tuple[int, ...],
+    sampling: Sampling,
+    n: int,
+    held: Callable[[Float[Array, "b ..."]], Array],
+    progress: Callable[[int], object] = lambda count: None,
+    cond: PyTree = None,
+    start: Start | None = None,
+) -> tuple[Shaped[np.ndarray, "n ..."], float]:
+    """Samples 0, …, n − 1 of the sampling's seed, so many at a time as it says, held as given, and the mean of their calls.
+
+    `cond`, and the data of a `start`, have a row for each. `progress` is called with how many are there. Tells how many are
+    not finite.
+    """
+    seed, parts, calls, finite = jnp.asarray(sampling.seed), [], [], []
+    rows = (cond, None if start is None else start.data)
+    for numbers, (told, data) in numbered_batches(mesh, n, sampling.batch, rows):
+        begin = None if start is None else (to_unit(data), jnp.asarray(start.time, jnp.float32))
+        drawn = sample_numbered(model, solver, shape, seed, numbers, cond=told, begin=begin)
+        parts.append(to_host(held(drawn.data)))
+        calls.append(to_host(drawn.calls))
+        finite.append(to_host(drawn.finite))
+        progress(min(len(numbers) * len(parts), n))
+    if lost := n - int(np.concatenate(finite)[:n].sum()):
+        tell(f"warning: {lost} of {n} samples are not finite")
+    return np.concatenate(parts)[:n], float(np.mean(np.concatenate(calls)[:n]))
 
 
 def draw_samples(
@@ -112,18 +138,12 @@ def draw_samples(
     classes = experiment.drawn_classes(sampling)
     n = sampling.samples if classes is None else len(classes)
     told = None if classes is None else {LABEL: classes}
-    data_of = None if start is None else start.data[np.arange(n) * len(start.data) // n]
-    seed, parts, calls, finite = jnp.asarray(sampling.seed), [], [], []
-    for numbers, (cond, data) in numbered_batches(mesh, n, sampling.batch, (told, data_of)):
-        begin = None if start is None else (to_unit(data), jnp.asarray(start.time, jnp.float32))
-        drawn = sample_numbered(model, solver, experiment.data.shape, seed, numbers, cond=cond, begin=begin)
-        parts.append(to_host(to_uint8(drawn.data) if drawn.data.ndim == 4 else drawn.data))
-        finite.append(to_host(drawn.finite))
-        calls.append(to_host(drawn.calls))
-        progress(min(len(numbers) * len(parts), n))
-    tell_lost(np.concatenate(finite)[:n])
-    made = float(np.mean(np.concatenate(calls)))
-    return np.concatenate(parts)[:n], Calls(made, guidance.evaluations(sde, made, getattr(solver, "times", None)))
+    if start is not None:
+        start = Start(start.data[np.arange(n) * len(start.data) // n], start.time)
+    shape = experiment.data.shape
+    held = to_uint8 if len(shape) == 3 else lambda x: x
+    drawn, made = draw_numbered(mesh, model, solver, shape, sampling, n, held, progress, told, start)
+    return drawn, Calls(made, guidance.evaluations(sde, made, getattr(solver, "times", None)))
 
 
 class Paths(NamedTuple):

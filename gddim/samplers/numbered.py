@@ -28,7 +28,7 @@ class Samples(NamedTuple):
 
     @property
     def finite(self) -> Bool[Array, " b"]:
-        """Which are."""
+        """Which are finite."""
         return jnp.isfinite(self.data).all(axis=tuple(range(1, self.data.ndim)))
 
 

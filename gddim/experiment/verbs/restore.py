@@ -18,7 +18,7 @@ from gddim.evaluation.figures import label_in_words
 from gddim.evaluation.metrics import psnr, ssim
 from gddim.evaluation.page import write_page
 from gddim.experiment.checkpoints import restore_ema
-from gddim.experiment.drawing import Calls, numbered_batches, tell_lost
+from gddim.experiment.drawing import Calls, draw_numbered
 from gddim.experiment.guiding import restore_guide
 from gddim.experiment.measure import held_out
 from gddim.experiment.outputs import check_names, write_figure, write_json, write_npz
@@ -29,7 +29,6 @@ from gddim.experiment.workdir import describe
 from gddim.measurements import Operator, least_norm
 from gddim.model import seen_through
 from gddim.parallel import to_host
-from gddim.samplers.numbered import sample_numbered
 from gddim.samplers.words import sampler_name
 
 Images = Float[np.ndarray, "..."]
@@ -58,19 +57,22 @@ def restore(plan: Plan, workdir: epath.Path, settings: Restoration, step: int | 
     b = to_host(b + settings.noise * jax.random.normal(jax.random.fold_in(seed, 2**31), b.shape))
     n = count * settings.samples
     each = jax.tree.map(lambda x: np.repeat(x, settings.samples, 0), {"measurement": b, "cond": cond})
-    through, parts, made, finite = Through(sde, denoise), [], [], []
+    through, shape = Through(sde, denoise), experiment.data.shape
     with progress(total=n, unit="img") as bar:
-        for numbers, told in numbered_batches(plan.mesh, n, sampling.batch, each):
-            drawn = sample_numbered(through, solver, experiment.data.shape, seed, numbers, cond=told)
-            parts.append(to_host(jnp.clip(drawn.data, -1, 1)))
-            made.append(to_host(drawn.calls))
-            finite.append(to_host(drawn.finite))
-            bar.update(min(len(numbers), n - bar.n))
-    tell_lost(np.concatenate(finite)[:n])
-    samples = np.concatenate(parts)[:n].reshape(count, settings.samples, *experiment.data.shape)
-    mean_calls = float(np.mean(np.concatenate(made)))
-    calls = Calls(mean_calls, guidance.evaluations(sde, mean_calls, getattr(solver, "times", None)))
-    truth, seen = to_host(truth), _shown(denoise.operator, b, experiment.data.shape)
+        samples, made = draw_numbered(
+            plan.mesh,
+            through,
+            solver,
+            shape,
+            sampling,
+            n,
+            lambda x: jnp.clip(x, -1, 1),
+            lambda m: bar.update(m - bar.n),
+            each,
+        )
+    samples = samples.reshape(count, settings.samples, *shape)
+    calls = Calls(made, guidance.evaluations(sde, made, getattr(solver, "times", None)))
+    truth, seen = to_host(truth), _shown(denoise.operator, b, shape)
     nearest = _nearest(denoise.operator, b, train)
     each = [_worth(denoise.operator, *of) for of in zip(truth, b, samples, seen, nearest, strict=True)]
     mean = {key: float(np.mean([one[key] for one in each])) for key in each[0]}
@@ -78,7 +80,7 @@ def restore(plan: Plan, workdir: epath.Path, settings: Restoration, step: int | 
         told = describe(settings)
         origin = {"experiment": experiment.name, "step": step, **describe(sampling), "restore": told}
         run = f"{experiment.name}, step {step}: {settings.task}" + f", noise {settings.noise:g}" * bool(settings.noise)
-        by = f"{settings.by}, {label_in_words(sampler_name(sampling.sampler))}, {mean_calls:g} network calls"
+        by = f"{settings.by}, {label_in_words(sampler_name(sampling.sampler))}, {made:g} network calls"
         strip = np.concatenate([truth[:, None], seen[:, None], samples], 1)
         write_figure(workdir / name, rows(strip, f"{run}: truth, what is seen, samples\n{by}"), origin)
         write_npz(workdir / f"{name}.npz", to_host(to_uint8(jnp.asarray(samples))), origin)
