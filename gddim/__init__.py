@@ -28,6 +28,7 @@ from gddim.samplers import RePaint as RePaint
 from gddim.samplers import UniPC as UniPC
 from gddim.samplers import band_grid as band_grid
 from gddim.samplers import count_calls as count_calls
+from gddim.samplers import data_scale as data_scale
 from gddim.samplers import karras_grid as karras_grid
 from gddim.samplers import load_table as load_table
 from gddim.samplers import log_snr_grid as log_snr_grid

@@ -120,7 +120,7 @@ def _generate(options: argparse.Namespace) -> str:
         "step": found.about.get("step"),
         "process": process_name(through.sde),
         "sampler": how.get("sampler")
-        or sampler_name(settings.through(through.sde, found.model.sde).method(through.sde).sampler),
+        or sampler_name(settings.through(through.sde, found.model.sde).method(through.sde, model.shape).sampler),
         "nfe": how.get("nfe") or (solver.nfe if isinstance(solver, TableSolver) else settings.nfe),
         **({"guide": str(guide)} if guide.acts else {}),
     }

@@ -146,7 +146,7 @@ class Loaded(eqx.Module):
         given = {"sampler": sampler, "nfe": nfe}
         how = dataclasses.replace(how, **{name: x for name, x in given.items() if x is not None})
         model = self.model if how.process is None else seen_through(self.model, how.process)
-        method = how.method(model.sde)
+        method = how.method(model.sde, self.shape)
         check_methods([method], model.sde)
         if callable(guide):
             return guided(model, guide), method.solver(model.sde)

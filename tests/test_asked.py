@@ -75,7 +75,7 @@ def now_and_then(y, sigma, cond=None):
 def test_samples_that_are_not_finite_are_told(capsys):
     model = gddim.through(WHITE.sde, now_and_then)
     sampling = dataclasses.replace(WHITE.sampling, samples=6, nfe=3)
-    solver, shape = sampling.method(WHITE.sde).solver(WHITE.sde), WHITE.data.shape
+    solver, shape = sampling.method(WHITE.sde, WHITE.data.shape).solver(WHITE.sde), WHITE.data.shape
     alone = sample_numbered(model, solver, shape, jnp.asarray(0), jnp.arange(6)).data
     lost = 6 - int(jnp.isfinite(alone).all((1, 2, 3)).sum())
     assert 0 < lost < 6
@@ -126,7 +126,7 @@ def test_the_times_of_a_run_are_of_its_process_alone_unless_they_are_asked_for(t
             (["--process=cld", "--sampling.power", "5"], (5.0, 1e-3)),
         ):
             sampling = asked(*words).experiment.sampling
-            method = sampling.method(sampling.process or COLOUR.sde)
+            method = sampling.method(sampling.process or COLOUR.sde, COLOUR.data.shape)
             assert (method.power, method.t_min) == expected, words
         both = ["--eval.processes", "own", "ve"]
         assert times(asked(*both)) == {"vp": (3.0, 0.01), "ve": (7.0, 0.002)}

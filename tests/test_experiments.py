@@ -60,7 +60,9 @@ def test_published_times_stand_and_another_grid_may_be_asked_for(name):
     experiment = importlib.import_module(f"experiments.{name}").EXPERIMENT
     if experiment.model.predicts == "eps":
         sde, sampling = experiment.sde, experiment.sampling
-        np.testing.assert_array_equal(sampling.method(sde).grid(sde), power_grid(sde.horizon, 1e-3, sampling.nfe - 1))
+        np.testing.assert_array_equal(
+            sampling.method(sde, experiment.data.shape).grid(sde), power_grid(sde.horizon, 1e-3, sampling.nfe - 1)
+        )
     assert str(parse(experiment, ["sample", "--sampling.grid=band"]).experiment.sampling.grid) == "band"
 
 

@@ -107,7 +107,7 @@ def test_the_times_of_latents_are_those_that_samples_have(words, run, monkeypatc
     command = parse(WHITE, ["encode", f"--workdir={run}", *words])
     with pytest.raises(Stopped):
         execute(command)
-    method = command.experiment.sampling.method(WHITE.sde)
+    method = command.experiment.sampling.method(WHITE.sde, WHITE.data.shape)
     times, sampler = method.grid(WHITE.sde), method.sampler
     np.testing.assert_allclose(*seen, sampler.times(WHITE.sde, times) if isinstance(sampler, OnGrid) else times)
 

@@ -133,7 +133,7 @@ def test_a_sampler_may_bring_its_grid():
     on = parse_sampler("afs:gddim:2:residual:data_std=0.25@band:0.1:4")
     assert on == OnGrid(AnalyticStart(GDDIM(2, interpolate="residual", data_std=0.25)), Grid("band", (0.1, 4.0)))
     assert on == parse_sampler(sampler_name(on))
-    assert on.sampler.data_std == 0.25
+    assert on.sampler.unit == 0.25
     np.testing.assert_array_equal(on.times(sde, ts), OnGrid(on.sampler.sampler, on.grid).times(sde, ts))
     on, eps_fn, u = (
         parse_sampler("gddim:2:residual:data_std=0.25@band:0.1:4"),
@@ -152,11 +152,13 @@ def test_an_experiment_lays_out_times_by_a_word_which_those_samplers_that_bring_
     argv = ["--sampling.grid", "band:0.1", "--sampler", "gddim:2:data"]
     sampling = parse(cld_digits.EXPERIMENT, argv).experiment.sampling
     assert describe(sampling)["grid"] == "band:0.1"
-    assert sampler_name(sampling.method(gddim.CLD()).sampler) == "gddim:2:data@band:0.1"
+    assert sampler_name(sampling.method(gddim.CLD(), (8, 8, 1)).sampler) == "gddim:2:data@band:0.1"
     for word in ("gddim:2@power:3", "rk45"):
         kept = dataclasses.replace(sampling, sampler=parse_sampler(word))
-        assert sampler_name(kept.method(gddim.CLD()).sampler) == word
-    np.testing.assert_array_equal(sampling.flow_grid(gddim.VP(), 6), gddim.band_grid(gddim.VP(), 1.0, 1e-3, 6, lo=0.1))
+        assert sampler_name(kept.method(gddim.CLD(), (8, 8, 1)).sampler) == word
+    np.testing.assert_array_equal(
+        sampling.flow_grid(gddim.VP(), (8, 8, 1), 6), gddim.band_grid(gddim.VP(), 1.0, 1e-3, 6, lo=0.1)
+    )
     table = dataclasses.replace(cld_digits.EXPERIMENT.eval, nfe=(6,))
     experiment = dataclasses.replace(cld_digits.EXPERIMENT, sampling=sampling, eval=table)
     told = [cell.describe() for cell in cells(experiment)]
@@ -166,7 +168,7 @@ def test_an_experiment_lays_out_times_by_a_word_which_those_samplers_that_bring_
 
 
 def test_the_grid_of_the_default_gives_way_to_one_that_is_told():
-    named = lambda **told: sampler_name(Sampling(**told).method(gddim.CLD()).sampler)
+    named = lambda **told: sampler_name(Sampling(**told).method(gddim.CLD(), (8, 8, 1)).sampler)
     assert named() == "gddim:3:free:data@tuned"
     assert named(grid=Grid("power", (7.0,))) == "gddim:3:free:data@power:7"
     assert named(power=3.0) == "gddim:3:free:data"

@@ -91,12 +91,12 @@ def test_a_wrong_word_is_one_line_that_says_what_is_accepted(word: str, says: li
 )
 def test_a_grid_is_that_of_the_process_unless_it_is_told(sde, t_min: float, power: float):
     """EDM's for the path of EDM, and where times are 0 … N a thousandth of N."""
-    method = Sampling().method(sde)
+    method = Sampling().method(sde, (8, 8, 1))
     assert (method.t_min, method.power) == (t_min, power)
-    told = dataclasses.replace(Sampling(), t_min=0.5, power=3.0).method(sde)
+    told = dataclasses.replace(Sampling(), t_min=0.5, power=3.0).method(sde, (8, 8, 1))
     assert (told.t_min, told.power) == (0.5, 3.0)
     discrete = gddim.VP.from_betas(np.linspace(1e-4, 0.02, 1000))
-    assert Sampling().method(discrete).t_min == 1.0
+    assert Sampling().method(discrete, (8, 8, 1)).t_min == 1.0
 
 
 def test_a_process_made_in_code_has_its_word_too():

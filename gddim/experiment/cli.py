@@ -256,7 +256,7 @@ def execute(command: Command) -> None:
         experiment.drawn_classes(experiment.sampling)
         classified = "evaluate" in verbs and isinstance(experiment.data, Labelled)
         if drawn is not None and ({"sample", "restore"} & {*verbs} or shown or classified):
-            check_methods([experiment.sampling.method(drawn)], drawn)
+            check_methods([experiment.sampling.method(drawn, experiment.data.shape)], drawn)
         if shown or measured or set(verbs) & AFTERWARDS.keys():
             check_guide(experiment, workdir, verbs)
         table = cells(experiment, command.everywhere) if measured else []

@@ -201,7 +201,7 @@ class Experiment:
 
     def __post_init__(self):
         sde = self.sampling.process or self.sde
-        t_min, horizon = self.sampling.method(sde).t_min, sde.horizon
+        t_min, horizon = self.sampling.end(sde), sde.horizon
         require(t_min < horizon, f"sampling.t_min must be below the horizon {horizon} of the process, not {t_min}")
         if self.train.log_normal:
             white = self.model.predicts == "data" and not positions(self.sde)

@@ -59,7 +59,7 @@ class Start(NamedTuple):
         sde, sigma = experiment.through(sampling.process), np.inf
         if strength < 1:
             sigma = experiment.model.rms * (strength / (1 - strength)) ** 0.5
-        time, method = time_at(sde, sigma), sampling.method(sde)
+        time, method = time_at(sde, sigma), sampling.method(sde, experiment.data.shape)
         that = f"strength {strength:g}: that is time {time:.2g}, and"
         require(time > method.t_min, f"{that} samplers stop at {method.t_min:g} (sampling.t_min)")
         try:
@@ -133,14 +133,14 @@ def draw_samples(
     """
     sde = experiment.through(sampling.process)
     guidance = guidance or sampling.guide.away_from()
-    method = replace(sampling.method(sde), start=None if start is None else start.time)
+    shape = experiment.data.shape
+    method = replace(sampling.method(sde, shape), start=None if start is None else start.time)
     model, solver = guidance(seen_through(model, sde)), method.solver(sde)
     classes = experiment.drawn_classes(sampling)
     n = sampling.samples if classes is None else len(classes)
     told = None if classes is None else {LABEL: classes}
     if start is not None:
         start = Start(start.data[np.arange(n) * len(start.data) // n], start.time)
-    shape = experiment.data.shape
     held = to_uint8 if len(shape) == 3 else lambda x: x
     drawn, made = draw_numbered(mesh, model, solver, shape, sampling, n, held, progress, told, start)
     return drawn, Calls(made, guidance.evaluations(sde, made, getattr(solver, "times", None)))
@@ -162,7 +162,7 @@ def follow(
 ) -> Paths:
     """The paths of samples 0, …, count − 1 in gDDIM's first-order steps, and what the network says on the way."""
     sde = experiment.through(sampling.process)
-    ts = sampling.flow_grid(sde, steps)
+    ts = sampling.flow_grid(sde, experiment.data.shape, steps)
     numbers, seed, classes = jnp.arange(count), jnp.asarray(sampling.seed), experiment.drawn_classes(sampling)
     cond = None if classes is None else {LABEL: jnp.asarray(np.resize(classes, count))}
     model, solver = guidance(seen_through(model, sde)), GDDIM(order=1).solver(sde, ts)

@@ -14,7 +14,7 @@ from gddim.errors import UserError
 from gddim.experiment.network import require
 from gddim.samplers import Method, OnGrid
 from gddim.samplers.fit import Family
-from gddim.samplers.grids import Band
+from gddim.samplers.grids import DATA_STD, Band
 from gddim.samplers.method import check_methods
 from gddim.samplers.residual import HI, LO
 from gddim.samplers.solver import AbstractTableSampler
@@ -78,7 +78,7 @@ def fitted_by(experiment: Experiment, workdir: epath.Path) -> Problem:
     require(
         sampling.last == "none", f"sampling.last {sampling.last}: a table that is fitted has no last call: give none"
     )
-    method = sampling.method(sde)
+    method = sampling.method(sde, experiment.data.shape)
     require(
         settings.teacher > sampling.nfe, f"fit.teacher {settings.teacher} must be more than sampling.nfe {sampling.nfe}"
     )
@@ -90,7 +90,7 @@ def fitted_by(experiment: Experiment, workdir: epath.Path) -> Problem:
     refusal = f"sampler {sampler_name(sampling.sampler)}: fit corrects the table of one such as gddim:3:data:free@tuned"
     if not isinstance(sampler, AbstractTableSampler):
         raise UserError(refusal)
-    std = np.ravel(getattr(sampler, "data_std", 0.5))[0]
+    std = np.ravel(getattr(sampler, "unit", DATA_STD))[0]
     family = Family(sampler, sde, grid[0], grid[-1], Band.of(std, LO, HI))
     try:
         family.table(grid)

@@ -46,8 +46,9 @@ def cells(experiment: Experiment, everywhere: Collection[str] = ()) -> list[Cell
     settings, sampling = experiment.eval, experiment.sampling
     same = {name: getattr(sampling, name) for name in everywhere}
     through = lambda sde: replace(sampling.through(sde, experiment.sde), **same)
+    shape = tuple(experiment.data.shape)
     found = [
-        Cell(replace(through(sde), sampler=sampler, nfe=nfe).method(sde), settings.samples, seed, sde)
+        Cell(replace(through(sde), sampler=sampler, nfe=nfe).method(sde, shape), settings.samples, seed, sde)
         for sde in experiment.evaluated()
         for nfe in settings.nfe
         for sampler in settings.samplers
@@ -62,7 +63,6 @@ def cells(experiment: Experiment, everywhere: Collection[str] = ()) -> list[Cell
     check([*found, *([periodic_cell(experiment)] if settings.every else [])], experiment.sde)
     classes = settings.balance == "classes" or classes_of(experiment.data) > 0
     require(classes, f"eval.balance {settings.balance}: this run knows no classes; train one with --data.labels")
-    shape = experiment.data.shape
     if settings.features == "inception" and not (len(shape) == 3 and shape[-1] in (1, 3)):
         raise UserError(f"Inception features need images of 1 or 3 channels, not {shape}: give --eval.features pixels")
     return found
@@ -77,7 +77,7 @@ def periodic_cell(experiment: Experiment) -> Cell:
     """The cell of sampling's own sampler, which is evaluated while training."""
     sampling, count = experiment.sampling, min(PERIODIC, experiment.eval.samples)
     sde = experiment.through(sampling.process)
-    return Cell(sampling.method(sde), count, sampling.seed, sde)
+    return Cell(sampling.method(sde, experiment.data.shape), count, sampling.seed, sde)
 
 
 def check_measurable(experiment: Experiment, workdir: epath.Path, train: Source | None = None) -> None:

@@ -8,6 +8,7 @@ from gddim.samplers.baselines import CholeskyMultistep as CholeskyMultistep
 from gddim.samplers.baselines import EulerMaruyama as EulerMaruyama
 from gddim.samplers.baselines import Heun as Heun
 from gddim.samplers.grids import band_grid as band_grid
+from gddim.samplers.grids import data_scale as data_scale
 from gddim.samplers.grids import karras_grid as karras_grid
 from gddim.samplers.grids import log_snr_grid as log_snr_grid
 from gddim.samplers.grids import power_grid as power_grid

@@ -9,7 +9,7 @@ import equinox as eqx
 import numpy as np
 
 from gddim.samplers.base import Coefficients
-from gddim.samplers.grids import check_grid, noise_level
+from gddim.samplers.grids import DATA_STD, check_grid, data_scale, noise_level
 from gddim.samplers.quadrature import Clock, Panels, corrected_for_free, lagrange
 from gddim.samplers.residual import Residual
 from gddim.samplers.solver import AbstractTableSampler
@@ -54,8 +54,8 @@ class GDDIM(AbstractTableSampler):
     t, as those of "residual" are in its `Band`: at 5 to 10 calls less is extrapolated. With ε it diverges, and is refused.
     `interpolate`: "eps", the network's ε, "data", its data prediction, better for a `Denoiser` and for λ > 0, or "residual",
     what is left of that once the prediction for data N(0, data_std²) is taken off (`Residual`): exact for these, too.
-    `data_std`: the standard deviation of the data: what "residual" subtracts (→ 0 is "data", → ∞ for k = 1 "eps"), and a unit
-    of noise levels; 0.5 unless it is given, whatever a network's data have.
+    `data_std`: the scale of the data: what "residual" subtracts (→ 0 is "data", → ∞ for k = 1 "eps"), and a unit of noise
+    levels. Without it 0.5; runs, and what `gddim.load` loads, take that of their data's shape, `data_scale`.
 
     Raises `ValueError` for an order outside 1 … 4, λ < 0, another `corrector` or `interpolate`, and a `data_std` ≤ 0.
 
@@ -77,8 +77,8 @@ class GDDIM(AbstractTableSampler):
     interpolate: Literal["eps", "data", "residual"] = eqx.field(default="eps", static=True)
     """What the polynomials interpolate: the network's ε, or its data prediction (better for a Denoiser, and for λ > 0), or
     what is left of that once the prediction for Gaussian data is taken off."""
-    data_std: Any = eqx.field(default=0.5, static=True, converter=as_static)
-    """The data's standard deviation: a number, or a spectrum of the process's frequencies."""
+    data_std: Any = eqx.field(default=None, static=True, converter=lambda std: None if std is None else as_static(std))
+    """The scale of the data: a number, or a spectrum of the process's frequencies; None where it is not told."""
 
     def __check_init__(self) -> None:
         if type(self.order) is not int or not 1 <= self.order <= 4:
@@ -91,11 +91,22 @@ class GDDIM(AbstractTableSampler):
             raise ValueError(f"GDDIM: interpolate={self.interpolate!r} must be 'eps', 'data' or 'residual'")
         if self.corrector == "free" and self.interpolate == "eps":
             raise ValueError("GDDIM: corrector='free' diverges on ε; take interpolate='data' or 'residual'")
-        if not (np.all(np.isfinite(self.data_std)) and np.all(np.asarray(self.data_std) > 0)):
+        if not (np.all(np.isfinite(self.unit)) and np.all(np.asarray(self.unit) > 0)):
             raise ValueError(f"GDDIM: data_std={self.data_std} must be > 0")
 
     def nfe(self, steps: int) -> int:
         return steps * (1 if self.corrector == "free" else 1 + self.corrector)
+
+    @property
+    def unit(self) -> Any:
+        """`data_std`, or 0.5."""
+        return DATA_STD if self.data_std is None else self.data_std
+
+    def for_data(self, shape: tuple[int, ...], on_scale: bool = False) -> GDDIM:
+        on_scale = on_scale or self.interpolate == "residual" or self.corrector == "free"
+        scale = data_scale(shape)
+        left_open = on_scale and self.data_std is None and scale != DATA_STD
+        return dataclasses.replace(self, data_std=scale) if left_open else self
 
     def coefficients(self, sde: AbstractLinearSDE, ts: Any) -> Coefficients:
         table = self.both(sde, ts)
@@ -109,8 +120,8 @@ class GDDIM(AbstractTableSampler):
         """The table with the corrector apart also where it is free."""
         ts = check_grid(sde, ts, data=self.interpolate != "eps")
         if self.interpolate == "residual":
-            return self._on_residual(Residual(sde, ts, self.lam, self.data_std), ts)
-        clock = angle(sde, self.data_std) if self.corrector == "free" else same
+            return self._on_residual(Residual(sde, ts, self.lam, self.unit), ts)
+        clock = angle(sde, self.unit) if self.corrector == "free" else same
         steps = Steps.of(sde, ts, self.lam, self.order, clock)
         return self._on_data(steps) if self.interpolate == "data" else self._on_eps(steps)
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from gddim.samplers.adams import count, history_nodes
 from gddim.samplers.base import Coefficients
-from gddim.samplers.grids import check_grid, noise_level
+from gddim.samplers.grids import DATA_STD, check_grid, noise_level
 from gddim.samplers.quadrature import Panels, corrected_for_free
 from gddim.samplers.residual import Residual
 from gddim.samplers.solver import AbstractTableSampler
@@ -129,12 +129,16 @@ class AnalyticStart(AbstractTableSampler):
 
     sampler: AbstractTableSampler = eqx.field(static=True)
     """Of all steps but the first."""
-    data_std: Any = eqx.field(static=True)
-    """The data's standard deviation: a number, or a spectrum of the process's frequencies."""
+    data_std: Any = eqx.field(default=None, static=True, converter=lambda std: None if std is None else as_static(std))
+    """The scale of the data: a number, or a spectrum of the process's frequencies; None: the sampler's."""
 
-    def __init__(self, sampler: AbstractTableSampler, data_std: Any = None):
-        self.sampler = sampler
-        self.data_std = as_static(getattr(sampler, "data_std", 0.5) if data_std is None else data_std)
+    @property
+    def unit(self) -> Any:
+        """`data_std`, or that of the sampler, or 0.5."""
+        return getattr(self.sampler, "unit", DATA_STD) if self.data_std is None else self.data_std
+
+    def for_data(self, shape: tuple[int, ...], on_scale: bool = False) -> "AnalyticStart":
+        return dataclasses.replace(self, sampler=self.sampler.for_data(shape, on_scale))
 
     def nfe(self, steps: int) -> int | None:
         return self.sampler.nfe(steps - 1)
@@ -146,7 +150,7 @@ class AnalyticStart(AbstractTableSampler):
         table = self.sampler.coefficients(sde, ts[1:])
         if table.start is not None:
             raise ValueError(f"AnalyticStart: {self.sampler} starts before its first call itself")
-        first = Residual(sde, ts[:2], getattr(self.sampler, "lam", 0.0), self.data_std)
+        first = Residual(sde, ts[:2], getattr(self.sampler, "lam", 0.0), self.unit)
         return dataclasses.replace(table, start=(first.psi_hat[0], first.noise[0]))
 
 

@@ -76,6 +76,12 @@ class AbstractSampler(eqx.Module):
         takes from `ts` what it needs. Raises `ValueError` for a grid that does not decrease within [0, horizon].
         """
 
+    def for_data(self, shape: tuple[int, ...], on_scale: bool = False) -> AbstractSampler:
+        """This sampler for data of a shape, with their `data_scale` where it leaves a scale open, and needs one: itself, or
+        its grid (`on_scale`).
+        """
+        return self
+
 
 class AbstractTableSampler(AbstractSampler):
     """A sampler that is a table of numbers on any grid, read by the one loop: a new one writes `coefficients` and `nfe`.

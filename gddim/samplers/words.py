@@ -12,6 +12,7 @@ from gddim.samplers.adams import GDDIM
 from gddim.samplers.base import Last
 from gddim.samplers.baselines import RK45, SSCS, CholeskyMultistep, EulerMaruyama, Heun
 from gddim.samplers.grids import (
+    DATA_STD,
     band_grid,
     check_grid,
     karras_grid,
@@ -108,10 +109,10 @@ def sampler_name(sampler: AbstractSampler) -> str:
         return f"{sampler_name(sampler.sampler)}@{sampler.grid}"
     if isinstance(sampler, LearnedTable):
         return f"{TABLE}{sampler.file}"
-    if isinstance(sampler, AnalyticStart) and sampler.data_std == AnalyticStart(sampler.sampler).data_std:
+    if isinstance(sampler, AnalyticStart) and sampler.data_std is None:
         return f"afs:{sampler_name(sampler.sampler)}"
     name = next((name for name, form in _FORMS.items() if isinstance(sampler, form)), None)
-    if name is None or isinstance(getattr(sampler, "data_std", 0.5), tuple):
+    if name is None or isinstance(getattr(sampler, "data_std", None), tuple):
         return repr(sampler)
     words = [name]
     for field in dataclasses.fields(sampler):
@@ -161,7 +162,7 @@ class Grid:
     numbers: tuple[float, ...] = ()
 
     def __call__(
-        self, sde: AbstractLinearSDE, t_max: float, t_min: float, steps: int, data_std: float = 0.5
+        self, sde: AbstractLinearSDE, t_max: float, t_min: float, steps: int, data_std: float = DATA_STD
     ) -> Float[np.ndarray, " n"]:
         """The times, `(steps + 1,)`, of data of a standard deviation. Raises `ValueError` like the grid of that name."""
         match self.name:
@@ -202,8 +203,7 @@ def parse_grid(text: str) -> Grid:
 class OnGrid(AbstractSampler):
     """A sampler that brings its grid: whatever times it is given, it lays out as many between their ends by its own.
 
-    `sampler`: any that makes the steps that it is told to; the grid is of its `data_std`, or of 0.5 where it has none,
-    whatever the data are.
+    `sampler`: any that makes the steps that it is told to; the grid is in units of its `data_std`, or of 0.5 where it has none.
     `grid`: a `Grid`.
 
     >>> sampler = OnGrid(GDDIM(3, corrector="free", interpolate="data"), Grid("tuned"))
@@ -219,16 +219,19 @@ class OnGrid(AbstractSampler):
 
     def times(self, sde: AbstractLinearSDE, ts: Any) -> Float[np.ndarray, " n"]:
         """As many as `ts`, between the same ends. Raises `ValueError` like `check_grid` and the grid of that name."""
-        ts, std = check_grid(sde, ts, data=True), np.ravel(getattr(self.sampler, "data_std", 0.5))[0]
+        ts, std = check_grid(sde, ts, data=True), np.ravel(getattr(self.sampler, "unit", DATA_STD))[0]
         return self.grid(sde, ts[0], ts[-1], len(ts) - 1, std)
 
     def solver(self, sde: AbstractLinearSDE, ts: Any, last: Last = "none") -> AbstractSolver:
         return self.sampler.solver(sde, self.times(sde, ts), last)
 
+    def for_data(self, shape: tuple[int, ...], on_scale: bool = False) -> "OnGrid":
+        on_scale = on_scale or self.grid.name in ("band", "tuned")
+        return dataclasses.replace(self, sampler=self.sampler.for_data(shape, on_scale))
+
 
 BEST = OnGrid(GDDIM(3, corrector="free", interpolate="data"), Grid("tuned"))
-"""What an experiment samples with unless it is told. Its times are those of `tuned_grid` for a `data_std` of 0.5, whatever the
-data are.
+"""What an experiment samples with unless it is told. Its scale is that of the data's shape (`data_scale`).
 
 On Gaussian mixtures that were not tuned on its median error at 5 6 8 10 15 20 calls through VP is .33 .23 .20 .19 .17 .23 of
 that of `gddim:3:data` on power 2, where the best peer has .49 .30 .30 .32 .38 .30; through CLD .29 .27 .21 .16 .19 .22. On the

@@ -56,7 +56,7 @@ def encode(
     count = min(settings.samples, len(source))
     sde = experiment.through(settings.process)
     settings = dataclasses.replace(settings, sampler=sampler)
-    grid = settings.flow_grid(sde, steps_for(sampler, settings.nfe, settings.last))
+    grid = settings.flow_grid(sde, experiment.data.shape, steps_for(sampler, settings.nfe, settings.last))
     coder = Coder.of(seen_through(plan.model(params), sde), grid, order)
     parts = []
     for numbers, records in numbered_batches(plan.mesh, count, settings.batch, source[np.arange(count)]):

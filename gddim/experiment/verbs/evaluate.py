@@ -51,9 +51,10 @@ def evaluate(plan: Plan, workdir: epath.Path, cells: Sequence[Cell], step: int |
         drawn, _ = draw_samples(experiment, plan.mesh, plan.model(params), more, guidance=guide[0])
         found = classify(experiment.data, drawn, experiment.drawn_classes(more))
         sde = experiment.through(more.process)
+        method = more.method(sde, experiment.data.shape)
         about = {
             "experiment": experiment.name, "step": step, "checkpoint": digest, **guide[1],
-            "process": process_name(sde), "sampler": sampler_name(more.method(sde).sampler), "nfe": more.nfe,
+            "process": process_name(sde), "sampler": sampler_name(method.sampler), "nfe": more.nfe,
         }  # fmt: skip
         if jax.process_index() == 0:
             write_json(workdir / "classes.json", about | found, describe(more) | about)

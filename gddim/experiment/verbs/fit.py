@@ -80,7 +80,7 @@ def fit_table(plan: Plan, workdir: epath.Path, problem: Problem, step: int | Non
         "step": step,
         "process": process_name(sde),
         "nfe": len(problem.grid) - 1,
-        "from": sampler_name(experiment.sampling.sampler),
+        "from": sampler_name(problem.teacher.sampler),
         "teacher": problem.teacher.nfe,
         "seed": APART + experiment.sampling.seed,
         "pairs": count,

@@ -46,7 +46,8 @@ def restore(plan: Plan, workdir: epath.Path, settings: Restoration, step: int | 
     sde = experiment.through(sampling.process)
     model: Any = guidance(seen_through(plan.model(params), sde))
     denoise = Measuring.of(model.denoiser, experiment, settings, sde)
-    solver = sampling.method(sde).solver(sde)
+    shape = tuple(experiment.data.shape)
+    solver = sampling.method(sde, shape).solver(sde)
 
     count = min(settings.images, len(source))
     records, cond = x0_and_cond(source[np.arange(count)])
@@ -57,7 +58,7 @@ def restore(plan: Plan, workdir: epath.Path, settings: Restoration, step: int | 
     b = to_host(b + settings.noise * jax.random.normal(jax.random.fold_in(seed, 2**31), b.shape))
     n = count * settings.samples
     each = jax.tree.map(lambda x: np.repeat(x, settings.samples, 0), {"measurement": b, "cond": cond})
-    through, shape = Through(sde, denoise), experiment.data.shape
+    through = Through(sde, denoise)
     with progress(total=n, unit="img") as bar:
         samples, made = draw_numbered(
             plan.mesh,

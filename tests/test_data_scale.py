@@ -1,0 +1,93 @@
+"""The scale of data: noise levels of few calls grow with the root of how many numbers an image has."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gddim
+from gddim.experiment import Sampling
+from gddim.samplers.words import BEST, parse_sampler, sampler_name
+from gddim.sde.blurring import dct2
+
+IMAGES, NOISES = 200, 24
+
+
+def smooth(shape: tuple[int, ...]) -> np.ndarray:
+    """Images whose frequencies fall off as those of photographs do, in [-1, 1] or so, rms 0.5, `(IMAGES, *shape)`."""
+    rng = np.random.default_rng(0)
+    rows, columns = np.arange(shape[0])[:, None], np.arange(shape[1])
+    colour = np.linalg.cholesky(0.1 * np.eye(shape[2]) + 0.9)
+    waves = rng.standard_normal((IMAGES, *shape)) / (1 + np.hypot(rows, columns))[..., None] @ colour.T
+    basis = np.asarray(jax.vmap(dct2)(jnp.eye(shape[0])[:, :, None, None]))[..., 0, 0]
+    found = np.einsum("ij,njkc,kl->nilc", basis.T, waves, basis) if shape[0] == shape[1] else waves
+    return (0.5 * found / found.std()).astype(np.float32)
+
+
+def errors(sde: gddim.AbstractLinearSDE, images: np.ndarray, words: list[str], nfe: int) -> list[float]:
+    """Median distance to the flow of these images' own exact denoiser, of samplers at so many calls."""
+    shape, flat, floor = images.shape[1:], jnp.asarray(images.reshape(IMAGES, -1)), 0.15
+    size = (flat**2).sum(1)
+
+    def denoise(y, sigma):  # each image with a little noise around it
+        v, total = y.reshape(-1), sigma**2 + floor**2
+        mean = jax.nn.softmax((flat @ v - size / 2) / total) @ flat
+        return (mean + floor**2 / total * (v - mean)).reshape(y.shape)
+
+    model = gddim.through(sde, denoise)
+    keys = jax.random.split(jax.random.key(1), NOISES)
+    prior = jax.vmap(lambda key: sde.sample_prior(key, (*shape[:-1], sde.k, shape[-1])))(keys)
+
+    def ends(word: str, nfe: int) -> jax.Array:
+        solver = gddim.Method(parse_sampler(word).for_data(shape), nfe).solver(sde)
+        return jax.jit(jax.vmap(lambda u: sde.project(solver(model, u).state)))(prior)
+
+    truth = ends("gddim:3:data", 64)
+    return [float(jnp.median(jnp.sqrt(jnp.mean((ends(word, nfe) - truth) ** 2, (1, 2, 3))))) for word in words]
+
+
+@pytest.mark.parametrize("sde", [gddim.VP(), gddim.CLD()], ids=["vp", "cld"])
+def test_few_calls_are_spent_where_images_are_decided(sde):
+    by_shape, small = errors(
+        sde, smooth((32, 32, 3)), ["gddim:3:data:free@tuned", "gddim:3:data:free:data_std=0.5@tuned"], 6
+    )
+    assert by_shape < 0.35 * small
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("gddim:3:data:free@tuned", "gddim:3:free:data:data_std=3.46@tuned"),
+        ("gddim:3:residual", "gddim:3:residual:data_std=3.46"),
+        ("gddim:2:data@band:0.1", "gddim:2:data:data_std=3.46@band:0.1"),
+        ("afs:gddim:2:data@band", "afs:gddim:2:data:data_std=3.46@band"),
+        ("gddim:3:data", "gddim:3:data"),  # needs none
+        ("gddim:3", "gddim:3"),
+        ("gddim:3:data:free:data_std=0.5@tuned", "gddim:3:free:data:data_std=0.5@tuned"),  # has its own
+        ("unipc:2@power:7", "unipc:2@power:7"),
+    ],
+)
+def test_a_sampler_takes_the_scale_of_a_shape_where_it_needs_one_and_has_none(word, told):
+    scaled = parse_sampler(word).for_data((32, 32, 3))
+    assert sampler_name(scaled) == told
+    assert parse_sampler(told) == scaled
+    assert parse_sampler(word).for_data((8, 8, 1)) == parse_sampler(word)  # 0.5 as everywhere
+
+
+def test_runs_sample_with_the_scale_of_their_data():
+    sde, sampling = gddim.VP(), Sampling(nfe=8)
+    assert sampling.sampler == BEST
+    method = sampling.method(sde, (32, 32, 3))
+    assert sampler_name(method.sampler) == "gddim:3:free:data:data_std=3.46@tuned"
+    np.testing.assert_array_equal(
+        method.solver(sde).times, gddim.tuned_grid(sde, 1.0, 1e-3, 8, gddim.data_scale((32, 32, 3)))[:-1]
+    )
+    own = dataclasses.replace(sampling, sampler=parse_sampler("gddim:3:residual:data_std=2"))
+    assert own.method(sde, (32, 32, 3)).sampler == own.sampler
+
+
+def test_the_scale_grows_with_the_root_of_how_many_numbers_data_are():
+    shapes = [(2,), (8, 8, 1), (32, 32, 3), (64, 64, 3)]
+    assert [gddim.data_scale(shape) for shape in shapes] == [0.5, 0.5, 3.46, 6.93]
