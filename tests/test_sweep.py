@@ -202,7 +202,8 @@ def test_samples_that_are_not_finite_give_no_metrics_and_the_sweep_goes_on(tmp_p
 def test_a_cell_says_where_its_numbers_come_from():
     row = evaluator().run(Cell(Method(GDDIM(1, lam=0.5), 5, last="data"), 20, seed=3))
     assert row["cell"] == {
-        "sampler": "gddim:1:lam=0.5", "parameters": "GDDIM(order=1, lam=0.5, corrector=False, interpolate='eps', data_std=None)",
+        "sampler": "gddim:1:lam=0.5",
+        "parameters": "GDDIM(order=1, lam=0.5, corrector=False, interpolate='eps', data_std=None)",
         "nfe": 5, "samples": 20, "seed": 3, "power": 2.0, "t_min": 1e-3, "last": "data",
         "process": "vp",
     }  # fmt: skip

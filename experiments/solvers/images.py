@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +24,8 @@ from experiments.solvers.__main__ import PROCESSES
 from gddim.data import CIFAR10
 from gddim.errors import UserError, printable
 from gddim.model import seen_through
+from gddim.samplers import AbstractSampler
+from gddim.samplers.solver import AbstractSolver
 from gddim.samplers.words import parse_sampler, sampler_name
 
 SCALES = (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12)
@@ -54,6 +57,13 @@ def resized(images: Float[np.ndarray, "n 32 32 3"], size: int, channels: int) ->
     return images if channels == 3 else images.mean(-1, keepdims=True)
 
 
+@eqx.filter_jit
+def drawn(model: Any, solver: AbstractSolver, begin: Array) -> Array:
+    """The samples from these states, some at a time."""
+    one = lambda u: model.sde.project(solver(model, u, jax.random.key(0)).state)  # the key of noise, where any is added
+    return jax.lax.map(one, begin, batch_size=64)
+
+
 def run(options: argparse.Namespace) -> None:
     """Measure and print, in Markdown."""
     if unknown := set(options.processes) - set(PROCESSES):
@@ -78,10 +88,11 @@ def run(options: argparse.Namespace) -> None:
         keys = jax.random.split(jax.random.key(options.seed), options.noises)
         begin = jax.vmap(lambda key, sde=sde: sde.sample_prior(key, (*shape[:-1], sde.k, shape[-1])))(keys)
 
-        def ends(sampler: Any, nfe: int, sde: Any = sde, through: Any = through, begin: Array = begin) -> Array:
-            solver = gddim.Method(sampler.for_data(shape), nfe, sde.grid_power, sde.grid_end * sde.horizon).solver(sde)
-            one = lambda u: sde.project(solver(through, u, jax.random.key(0)).state)
-            return jax.jit(lambda begin: jax.lax.map(one, begin, batch_size=64))(begin)
+        def ends(sampler: AbstractSampler, nfe: int, through: Any = through, begin: Array = begin) -> np.ndarray:
+            method = gddim.Method(
+                sampler.for_data(shape), nfe, through.sde.grid_power, through.sde.grid_end * through.sde.horizon
+            )
+            return np.asarray(drawn(through, method.solver(through.sde), begin))
 
         truth = ends(parse_sampler(TRUTH), TRUTH_CALLS)
         print(f"| {name} | {' | '.join(f'{n} calls' for n in options.nfe)} |\n|---|{'---|' * len(options.nfe)}")

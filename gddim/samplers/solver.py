@@ -222,7 +222,7 @@ def sample(
     """Carry one state `u` `(*dims, k, C)` at `ts[0]` to `ts[-1]`, or to 0 with a `last` call.
 
     `sampler`: a `GDDIM` or another of this package, or your own. Of a model that predicts data, few calls are spent best by
-    `GDDIM(3, corrector="free", interpolate="data")` on a `band_grid`.
+    `GDDIM(3, corrector="free", interpolate="data")` on a `band_grid`, both told the `data_scale` of images as `data_std`.
     `sde`: the process.
     `eps_fn`: `ε(u, t)`, takes and returns one state. Its result is cast to the precision of the loop, which is that of `u`
     but at least float32 (CLD multiplies rounding by e^8): a state in half precision is cast back at the end. A model of
