@@ -239,9 +239,10 @@ digits, at 3 4 5 6 8 10 calls, its Fréchet distance is 1.54 1.25 1.21 1.13 1.00
 through VP (means of three sampling seeds; of `gddim:3:data` on power 2 9.32 2.16 1.56 1.30 1.08 1.02 and 1.47 1.07 .95 .92 .89
 .88, of one).
 
-Through cifar10_tiny at 4 to 10 calls it is nearer the network's flow than all others that were measured, through VP and CLD. At 5,
-FID of 5,000 samples is 98.1 through CLD, where `gddim:3:data` on power 2 has 116.7, and 72.1 through VP, where that has 70.5 (KID
-.0544 and .0574): near the flow's own. See experiments/results/solvers.md and cifar10.md."""
+Through cifar10_tiny at 4 to 10 calls it is nearer the network's flow than all others that were measured, through VP and CLD.
+FID of 5,000 samples at 5 calls is 98.1 through CLD, where `gddim:3:data` on power 2 has 116.7, and 72.1 through VP, where that
+has 70.5 (KID .0544 and .0574), at 10 calls through VP 71.3 and 71.5: the flow's own. See experiments/results/solvers.md and
+cifar10.md."""
 
 
 def laid_out(sampler: AbstractSampler, grid: Grid | None, power: float | None) -> AbstractSampler:
