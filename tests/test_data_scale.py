@@ -9,6 +9,7 @@ import pytest
 
 import gddim
 from gddim.experiment import Sampling
+from gddim.loading import Loaded
 from gddim.samplers.words import BEST, parse_sampler, sampler_name
 from gddim.sde.blurring import dct2
 
@@ -81,9 +82,10 @@ def test_runs_sample_with_the_scale_of_their_data():
     assert sampling.sampler == BEST
     method = sampling.method(sde, (32, 32, 3))
     assert sampler_name(method.sampler) == "gddim:3:free:data:data_std=3.46@tuned"
-    np.testing.assert_array_equal(
-        method.solver(sde).times, gddim.tuned_grid(sde, 1.0, 1e-3, 8, gddim.data_scale((32, 32, 3)))[:-1]
-    )
+    times = gddim.tuned_grid(sde, 1.0, 1e-3, 8, gddim.data_scale((32, 32, 3)))[:-1]
+    loaded = Loaded(gddim.Denoiser(sde, lambda x, level, cond=None, *, key=None: 0 * x), (32, 32, 3), sampling)
+    for solver in (method.solver(sde), loaded.through()[1]):
+        np.testing.assert_array_equal(solver.times, times)
     own = dataclasses.replace(sampling, sampler=parse_sampler("gddim:3:residual:data_std=2"))
     assert own.method(sde, (32, 32, 3)).sampler == own.sampler
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import gddim
-from experiments.solvers import tune
+from experiments.solvers import images, tune
 from experiments.solvers.__main__ import T_MIN, main, problem, typical
 from experiments.solvers.mixtures import DATA_STD, KINDS, mixture
 from gddim.samplers.grids import LEARNED, LEARNED_BAND
@@ -110,3 +110,57 @@ def test_what_cannot_be_is_refused_before_the_work(arguments, says, tmp_path, ca
         main([*arguments, "--out", str(tmp_path / "out")])
     assert says in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_on_images_samplers_are_measured_by_a_command(capsys, tmp_path, monkeypatch):
+    records = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8)
+    monkeypatch.setattr(images.CIFAR10, "train", lambda self: records)
+    own = [
+        "--images",
+        "20",
+        "--size",
+        "4",
+        "--channels",
+        "1",
+        "--noises",
+        "4",
+        "--nfe",
+        "2",
+        "--processes",
+        "vp",
+        "cld",
+    ]
+    images.main([*own, "--samplers", "gddim:1:data", "gddim:3:data@uniform"])
+    said = capsys.readouterr().out
+    assert "exact denoiser, (4, 4, 1), data_scale 0.5, 4 noises" in said
+    assert said.count("`gddim:1:data`") == 2
+    images.main([*own, "--nfe", str(images.TRUTH_CALLS), "--samplers", images.TRUTH])
+    assert f"| `{images.TRUTH}` | 0.0000 0.0000 |" in capsys.readouterr().out
+
+
+def test_images_are_made_smaller_and_larger():
+    data = np.random.default_rng(0).normal(size=(3, 32, 32, 3))
+    for size in (8, 32, 64):
+        made = images.resized(data, size, 3)
+        assert made.shape == (3, size, size, 3)
+        np.testing.assert_allclose(made.mean((1, 2)), data.mean((1, 2)))
+    np.testing.assert_allclose(images.resized(data, 32, 1), data.mean(-1, keepdims=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--processes", "nope"], "no process 'nope'; accepted: vp"),
+        (["--nfe", "0"], "--images, --noises and --nfe must be at least 1"),
+        (["--samplers", "nope"], "unknown sampler 'nope'"),
+        (["--model", "nowhere"], "nowhere"),
+        (["--root", "nowhere"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_measured_on_images_is_one_line(arguments, says, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        images.main(arguments)
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.count("\n") == 1

@@ -25,7 +25,7 @@ import gddim.generate
 from experiments import blurred_cld_cifar10, cld_cifar10, cld_digits, points
 from experiments.benchmark import __main__ as benchmark
 from experiments.solvers import __main__ as solvers
-from experiments.solvers import tune
+from experiments.solvers import images, tune
 from gddim.data import CelebA, Digits, Shards, prepare
 from gddim.errors import place
 from gddim.evaluation.features import PixelFeatures
@@ -193,6 +193,7 @@ ENTRIES = {
     "benchmark": benchmark.main,
     "solvers": solvers.main,
     "tune": tune.main,
+    "images": images.main,
 }
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -71,20 +72,22 @@ def run(options: argparse.Namespace) -> None:
     if min(options.images, options.noises, *options.nfe) < 1:
         raise UserError("--images, --noises and --nfe must be at least 1")
     samplers = [parse_sampler(word) for word in options.samplers]
-    model: Any
+    seen: Callable[[gddim.AbstractLinearSDE], Any]
     if options.model:
         loaded = gddim.load(options.model)
-        model, shape = loaded.model, loaded.shape
+        seen, shape = partial(seen_through, loaded.model), loaded.shape
+        if len(shape) != 3:
+            raise UserError(f"--model {options.model}: its data are {shape}, no images")
     else:
         records = CIFAR10(options.root).train()[np.arange(options.images)]
         data = resized(np.asarray(records, np.float32) / 127.5 - 1, options.size, options.channels)
-        model, shape = gddim.through(gddim.VP(), exact(data)), data.shape[1:]
+        seen, shape = partial(gddim.through, denoise=exact(data)), data.shape[1:]
     print(
         f"{options.model or 'exact denoiser'}, {shape}, data_scale {gddim.data_scale(shape):g}, {options.noises} noises\n"
     )
     for name in options.processes:
         sde = PROCESSES[name]
-        through = seen_through(model, sde)
+        through = seen(sde)
         keys = jax.random.split(jax.random.key(options.seed), options.noises)
         begin = jax.vmap(lambda key, sde=sde: sde.sample_prior(key, (*shape[:-1], sde.k, shape[-1])))(keys)
 
