@@ -14,6 +14,7 @@ from PIL import Image
 
 from gddim.data import CIFAR10
 from gddim.experiment.cli import main, parse
+from gddim.samplers.words import parse_sampler, sampler_name
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -127,6 +128,21 @@ def test_the_table_of_the_readme_is_that_of_the_results():
         (line,) = re.findall(rf"^\| {re.escape(name)} \|(.*)\|$", README, re.MULTILINE)
         told = [float(cell.strip(" *")) for cell in line.split("|")]
         np.testing.assert_allclose(told, [found[*row, nfe] for nfe in (6, 10, 20, 50)], rtol=6e-3)
+
+
+def test_the_table_of_our_own_network_is_that_of_the_results():
+    results = Path(__file__).parents[1] / "experiments/results/cifar10.jsonl"
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    found = {
+        tuple(row["cell"][key] for key in ("sampler", "process", "nfe")): row["metrics"]["frechet"] for row in rows
+    }
+    columns = [("vp", 5), ("vp", 10), ("cld", 5), ("cld", 10)]
+    (table,) = re.findall(r"^\| `cifar10_tiny` \|.*\n\| ---.*\n((?:\|.*\n)+)", README, re.MULTILINE)
+    for line in table.splitlines():
+        word, *told = (cell.strip(" `") for cell in line.strip("|").split("|"))
+        scaled = sampler_name(parse_sampler(word).for_data((32, 32, 3)))
+        for column, value in zip(columns, told, strict=True):
+            assert value == "–" or float(value) == pytest.approx(found[scaled, *column], abs=0.051), (word, column)
 
 
 @pytest.mark.slow
