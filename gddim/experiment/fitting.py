@@ -14,7 +14,7 @@ from gddim.errors import UserError
 from gddim.experiment.network import require
 from gddim.samplers import Method, OnGrid
 from gddim.samplers.fit import Family
-from gddim.samplers.grids import DATA_STD, Band
+from gddim.samplers.grids import Band
 from gddim.samplers.method import check_methods
 from gddim.samplers.residual import HI, LO
 from gddim.samplers.solver import AbstractTableSampler
@@ -90,7 +90,7 @@ def fitted_by(experiment: Experiment, workdir: epath.Path) -> Problem:
     refusal = f"sampler {sampler_name(sampling.sampler)}: fit corrects the table of one such as gddim:3:data:free@tuned"
     if not isinstance(sampler, AbstractTableSampler):
         raise UserError(refusal)
-    std = np.ravel(getattr(sampler, "unit", DATA_STD))[0]
+    std = np.ravel(sampler.unit)[0]
     family = Family(sampler, sde, grid[0], grid[-1], Band.of(std, LO, HI))
     try:
         family.table(grid)

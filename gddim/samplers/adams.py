@@ -97,11 +97,6 @@ class GDDIM(AbstractTableSampler):
     def nfe(self, steps: int) -> int:
         return steps * (1 if self.corrector == "free" else 1 + self.corrector)
 
-    @property
-    def unit(self) -> Any:
-        """`data_std`, or 0.5."""
-        return DATA_STD if self.data_std is None else self.data_std
-
     def for_data(self, shape: tuple[int, ...], on_scale: bool = False) -> GDDIM:
         on_scale = on_scale or self.interpolate == "residual" or self.corrector == "free"
         scale = data_scale(shape)

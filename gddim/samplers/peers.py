@@ -13,7 +13,7 @@ import numpy as np
 
 from gddim.samplers.adams import count, history_nodes
 from gddim.samplers.base import Coefficients
-from gddim.samplers.grids import DATA_STD, check_grid, noise_level
+from gddim.samplers.grids import check_grid, noise_level
 from gddim.samplers.quadrature import Panels, corrected_for_free
 from gddim.samplers.residual import Residual
 from gddim.samplers.solver import AbstractTableSampler
@@ -135,7 +135,7 @@ class AnalyticStart(AbstractTableSampler):
     @property
     def unit(self) -> Any:
         """`data_std`, or that of the sampler, or 0.5."""
-        return getattr(self.sampler, "unit", DATA_STD) if self.data_std is None else self.data_std
+        return self.sampler.unit if self.data_std is None else self.data_std
 
     def for_data(self, shape: tuple[int, ...], on_scale: bool = False) -> "AnalyticStart":
         return dataclasses.replace(self, sampler=self.sampler.for_data(shape, on_scale))

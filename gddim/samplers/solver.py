@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Num, PRNGKeyArray
 
 from gddim.samplers.base import Callback, Calls, Coefficients, DataModel, EpsFn, Last, among, calls
-from gddim.samplers.grids import check_grid
+from gddim.samplers.grids import DATA_STD, check_grid
 from gddim.samplers.loop import Path, run
 from gddim.sde.base import AbstractLinearSDE
 from gddim.sde.linalg import Array, namespace, product
@@ -75,6 +75,12 @@ class AbstractSampler(eqx.Module):
         """The solver on the grid `ts`, with a `last` call to 0. A sampler that has its own grid, or chooses its steps,
         takes from `ts` what it needs. Raises `ValueError` for a grid that does not decrease within [0, horizon].
         """
+
+    @property
+    def unit(self) -> Any:
+        """Of noise levels: its `data_std` where it has one that is told, or 0.5."""
+        told = getattr(self, "data_std", None)
+        return DATA_STD if told is None else told
 
     def for_data(self, shape: tuple[int, ...], on_scale: bool = False) -> AbstractSampler:
         """This sampler for data of a shape, with their `data_scale` where it leaves a scale open, and needs one: itself, or
