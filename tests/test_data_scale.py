@@ -10,7 +10,7 @@ import pytest
 import gddim
 from gddim.experiment import Sampling
 from gddim.loading import Loaded
-from gddim.samplers.words import BEST, parse_sampler, sampler_name
+from gddim.samplers.words import BEST, Grid, parse_sampler, sampler_name
 from gddim.sde.blurring import dct2
 
 IMAGES, NOISES = 200, 24
@@ -93,3 +93,12 @@ def test_runs_sample_with_the_scale_of_their_data():
 def test_the_scale_grows_with_the_root_of_how_many_numbers_data_are():
     shapes = [(2,), (8, 8, 1), (32, 32, 3), (64, 64, 3)]
     assert [gddim.data_scale(shape) for shape in shapes] == [0.5, 0.5, 3.46, 6.93]
+
+
+def test_both_ways_of_the_flow_are_laid_out_in_the_units_that_sampling_has():
+    sde, shape = gddim.VP(), (32, 32, 3)
+    for word, unit in (("gddim:3:data", gddim.data_scale(shape)), ("gddim:3:data:data_std=0.7", 0.7)):
+        sampling = Sampling(sampler=parse_sampler(word), grid=Grid("band"))
+        np.testing.assert_array_equal(
+            sampling.flow_grid(sde, shape, 6), gddim.band_grid(sde, 1.0, 1e-3, 6, data_std=unit)
+        )

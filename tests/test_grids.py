@@ -133,7 +133,7 @@ def test_a_sampler_may_bring_its_grid():
     on = parse_sampler("afs:gddim:2:residual:data_std=0.25@band:0.1:4")
     assert on == OnGrid(AnalyticStart(GDDIM(2, interpolate="residual", data_std=0.25)), Grid("band", (0.1, 4.0)))
     assert on == parse_sampler(sampler_name(on))
-    assert on.sampler.unit == 0.25
+    assert on.sampler.noise_unit == 0.25
     np.testing.assert_array_equal(on.times(sde, ts), OnGrid(on.sampler.sampler, on.grid).times(sde, ts))
     on, eps_fn, u = (
         parse_sampler("gddim:2:residual:data_std=0.25@band:0.1:4"),

@@ -90,7 +90,7 @@ def fitted_by(experiment: Experiment, workdir: epath.Path) -> Problem:
     refusal = f"sampler {sampler_name(sampling.sampler)}: fit corrects the table of one such as gddim:3:data:free@tuned"
     if not isinstance(sampler, AbstractTableSampler):
         raise UserError(refusal)
-    std = np.ravel(sampler.unit)[0]
+    std = np.ravel(sampler.noise_unit)[0]
     family = Family(sampler, sde, grid[0], grid[-1], Band.of(std, LO, HI))
     try:
         family.table(grid)

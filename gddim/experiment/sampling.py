@@ -15,7 +15,7 @@ from gddim.experiment.network import require
 from gddim.experiment.options import SPELLED, UNGROUPED, tyro
 from gddim.experiment.words import Process, Sampler, TimeGrid, spell_process
 from gddim.guidance import EVERYWHERE, Guidance
-from gddim.samplers import Grid, Method, data_scale
+from gddim.samplers import Grid, Method
 from gddim.samplers.words import BEST, laid_out
 from gddim.sde import AbstractLinearSDE
 from gddim.sde.base import last_time
@@ -150,7 +150,8 @@ class Sampling:
     def flow_grid(self, sde: AbstractLinearSDE, shape: tuple[int, ...], steps: int) -> Float[np.ndarray, " n"]:
         """Times between which the probability flow goes both ways: they begin where something is left of the data."""
         grid = self.grid or Grid("power", (self.method(sde, shape).power,))
-        return grid(sde, last_time(sde), self.end(sde), steps, data_scale(shape))
+        unit = np.ravel(self.sampler.for_data(tuple(shape), True).noise_unit)[0]
+        return grid(sde, last_time(sde), self.end(sde), steps, unit)
 
     def __post_init__(self):
         for name in ("nfe", "samples", "batch"):

@@ -91,7 +91,7 @@ class GDDIM(AbstractTableSampler):
             raise ValueError(f"GDDIM: interpolate={self.interpolate!r} must be 'eps', 'data' or 'residual'")
         if self.corrector == "free" and self.interpolate == "eps":
             raise ValueError("GDDIM: corrector='free' diverges on ε; take interpolate='data' or 'residual'")
-        if not (np.all(np.isfinite(self.unit)) and np.all(np.asarray(self.unit) > 0)):
+        if not (np.all(np.isfinite(self.noise_unit)) and np.all(np.asarray(self.noise_unit) > 0)):
             raise ValueError(f"GDDIM: data_std={self.data_std} must be > 0")
 
     def nfe(self, steps: int) -> int:
@@ -115,8 +115,8 @@ class GDDIM(AbstractTableSampler):
         """The table with the corrector apart also where it is free."""
         ts = check_grid(sde, ts, data=self.interpolate != "eps")
         if self.interpolate == "residual":
-            return self._on_residual(Residual(sde, ts, self.lam, self.unit), ts)
-        clock = angle(sde, self.unit) if self.corrector == "free" else same
+            return self._on_residual(Residual(sde, ts, self.lam, self.noise_unit), ts)
+        clock = angle(sde, self.noise_unit) if self.corrector == "free" else same
         steps = Steps.of(sde, ts, self.lam, self.order, clock)
         return self._on_data(steps) if self.interpolate == "data" else self._on_eps(steps)
 

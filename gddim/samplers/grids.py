@@ -25,7 +25,7 @@ def data_scale(shape: tuple[int, ...]) -> float:
 
     Measured with the exact denoiser of 2,000 images of CIFAR-10 as they are, made smaller and larger: at 5 calls through VP
     the median error of `gddim:3:data:free@tuned` is least at 0.5, 0.75, 1, 2 and 6 for images 8×8×1, 8×8×3, 16×16×3, 32×32×3
-    and 64×64×3, the root mean square at 0.75, 1.5, 3, 6 and 12; this is 0.5, 0.87, 1.73, 3.46 and 6.93. See
+    and 64×64×3, the root mean square at 0.75, 1, 3, 8 and 12; this is 0.5, 0.87, 1.73, 3.46 and 6.93. See
     experiments/results/solvers.md.
 
     >>> data_scale((2,)), data_scale((8, 8, 1)), data_scale((32, 32, 3))

@@ -133,9 +133,9 @@ class AnalyticStart(AbstractTableSampler):
     """The scale of the data: a number, or a spectrum of the process's frequencies; None: the sampler's."""
 
     @property
-    def unit(self) -> Any:
+    def noise_unit(self) -> Any:
         """`data_std`, or that of the sampler, or 0.5."""
-        return self.sampler.unit if self.data_std is None else self.data_std
+        return self.sampler.noise_unit if self.data_std is None else self.data_std
 
     def for_data(self, shape: tuple[int, ...], on_scale: bool = False) -> "AnalyticStart":
         return dataclasses.replace(self, sampler=self.sampler.for_data(shape, on_scale))
@@ -150,7 +150,7 @@ class AnalyticStart(AbstractTableSampler):
         table = self.sampler.coefficients(sde, ts[1:])
         if table.start is not None:
             raise ValueError(f"AnalyticStart: {self.sampler} starts before its first call itself")
-        first = Residual(sde, ts[:2], getattr(self.sampler, "lam", 0.0), self.unit)
+        first = Residual(sde, ts[:2], getattr(self.sampler, "lam", 0.0), self.noise_unit)
         return dataclasses.replace(table, start=(first.psi_hat[0], first.noise[0]))
 
 

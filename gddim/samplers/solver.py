@@ -77,7 +77,7 @@ class AbstractSampler(eqx.Module):
         """
 
     @property
-    def unit(self) -> Any:
+    def noise_unit(self) -> Any:
         """Of noise levels: its `data_std` where it has one that is told, or 0.5."""
         told = getattr(self, "data_std", None)
         return DATA_STD if told is None else told

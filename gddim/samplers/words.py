@@ -217,9 +217,14 @@ class OnGrid(AbstractSampler):
     def nfe(self, steps: int) -> int | None:
         return self.sampler.nfe(steps)
 
+    @property
+    def noise_unit(self) -> Any:
+        """That of the sampler."""
+        return self.sampler.noise_unit
+
     def times(self, sde: AbstractLinearSDE, ts: Any) -> Float[np.ndarray, " n"]:
         """As many as `ts`, between the same ends. Raises `ValueError` like `check_grid` and the grid of that name."""
-        ts, std = check_grid(sde, ts, data=True), np.ravel(self.sampler.unit)[0]
+        ts, std = check_grid(sde, ts, data=True), np.ravel(self.noise_unit)[0]
         return self.grid(sde, ts[0], ts[-1], len(ts) - 1, std)
 
     def solver(self, sde: AbstractLinearSDE, ts: Any, last: Last = "none") -> AbstractSolver:

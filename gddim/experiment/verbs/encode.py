@@ -43,8 +43,8 @@ def encode(
     if isinstance(drawn, OnGrid):
         drawn, settings = drawn.sampler, dataclasses.replace(settings, grid=drawn.grid, power=None)
     match drawn:
-        case GDDIM(order=order, lam=0.0, corrector=False | "free"):
-            sampler = GDDIM(order)  # whichever prediction samples
+        case GDDIM(order=order, lam=0.0, corrector=False | "free", data_std=std):
+            sampler = GDDIM(order, data_std=std)  # whichever prediction samples
         case _:
             raise UserError("encode: it needs the coefficients of gddim[:ORDER], without noise and corrector")
     if settings.samples < 2:
