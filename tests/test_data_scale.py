@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import gddim
+from experiments.solvers.images import drawn_by, exact
 from gddim.experiment import Sampling
 from gddim.loading import Loaded
 from gddim.samplers.words import BEST, Grid, parse_sampler, sampler_name
-from gddim.sde.blurring import dct2
+from gddim.sde.blurring import idct2
 
 IMAGES, NOISES = 200, 24
 
@@ -22,31 +23,18 @@ def smooth(shape: tuple[int, ...]) -> np.ndarray:
     rows, columns = np.arange(shape[0])[:, None], np.arange(shape[1])
     colour = np.linalg.cholesky(0.1 * np.eye(shape[2]) + 0.9)
     waves = rng.standard_normal((IMAGES, *shape)) / (1 + np.hypot(rows, columns))[..., None] @ colour.T
-    basis = np.asarray(jax.vmap(dct2)(jnp.eye(shape[0])[:, :, None, None]))[..., 0, 0]
-    found = np.einsum("ij,njkc,kl->nilc", basis.T, waves, basis) if shape[0] == shape[1] else waves
+    found = np.asarray(jax.vmap(idct2)(jnp.asarray(waves)))
     return (0.5 * found / found.std()).astype(np.float32)
 
 
 def errors(sde: gddim.AbstractLinearSDE, images: np.ndarray, words: list[str], nfe: int) -> list[float]:
     """Median distance to the flow of these images' own exact denoiser, of samplers at so many calls."""
-    shape, flat, floor = images.shape[1:], jnp.asarray(images.reshape(IMAGES, -1)), 0.15
-    size = (flat**2).sum(1)
-
-    def denoise(y, sigma):  # each image with a little noise around it
-        v, total = y.reshape(-1), sigma**2 + floor**2
-        mean = jax.nn.softmax((flat @ v - size / 2) / total) @ flat
-        return (mean + floor**2 / total * (v - mean)).reshape(y.shape)
-
-    model = gddim.through(sde, denoise)
+    shape = images.shape[1:]
     keys = jax.random.split(jax.random.key(1), NOISES)
     prior = jax.vmap(lambda key: sde.sample_prior(key, (*shape[:-1], sde.k, shape[-1])))(keys)
-
-    def ends(word: str, nfe: int) -> jax.Array:
-        solver = gddim.Method(parse_sampler(word).for_data(shape), nfe).solver(sde)
-        return jax.jit(jax.vmap(lambda u: sde.project(solver(model, u).state)))(prior)
-
+    ends = lambda word, nfe: drawn_by(gddim.through(sde, exact(images)), prior, shape, parse_sampler(word), nfe)
     truth = ends("gddim:3:data", 64)
-    return [float(jnp.median(jnp.sqrt(jnp.mean((ends(word, nfe) - truth) ** 2, (1, 2, 3))))) for word in words]
+    return [float(np.median(np.sqrt(np.mean((ends(word, nfe) - truth) ** 2, (1, 2, 3))))) for word in words]
 
 
 @pytest.mark.parametrize("sde", [gddim.VP(), gddim.CLD()], ids=["vp", "cld"])

@@ -198,12 +198,17 @@ def noisy(sampler: AbstractSampler) -> bool:
     return False
 
 
+def check_processes(names: Sequence[str]) -> None:
+    """Raise `UserError` for a name that is none of `PROCESSES`."""
+    if unknown := set(names) - set(PROCESSES):
+        raise UserError(f"no process {min(unknown)!r}; accepted: {', '.join(PROCESSES)}")
+
+
 def run(options: argparse.Namespace) -> None:
     """Measure, print, and write into the folder."""
     pairs = [pair for word in ("@".join(REFERENCE), *options.samplers) for pair in on(word, options.grids)]
     pairs = list(dict.fromkeys(pairs))
-    if unknown := set(options.processes) - set(PROCESSES):
-        raise UserError(f"no process {min(unknown)!r}; accepted: {', '.join(PROCESSES)}")
+    check_processes(options.processes)
     if min(options.mixtures, options.samples, *options.nfe) < 1:
         raise UserError("--mixtures, --samples and --nfe must be at least 1")
     for sampler, _ in pairs:

@@ -21,9 +21,10 @@ import numpy as np
 from jaxtyping import Array, Float, ScalarLike
 
 import gddim
-from experiments.solvers.__main__ import PROCESSES
+from experiments.solvers.__main__ import PROCESSES, check_processes
 from gddim.data import CIFAR10
 from gddim.errors import UserError, printable
+from gddim.experiment import Sampling
 from gddim.model import seen_through
 from gddim.samplers import AbstractSampler
 from gddim.samplers.solver import AbstractSolver
@@ -65,10 +66,15 @@ def drawn(model: Any, solver: AbstractSolver, begin: Array) -> Array:
     return jax.lax.map(one, begin, batch_size=64)
 
 
+def drawn_by(model: Any, begin: Array, shape: tuple[int, ...], sampler: AbstractSampler, nfe: int) -> np.ndarray:
+    """The same by a sampler in the scale of data of this shape, on the times that a run has."""
+    method = Sampling(sampler=sampler, nfe=nfe).method(model.sde, shape)
+    return np.asarray(drawn(model, method.solver(model.sde), begin))
+
+
 def run(options: argparse.Namespace) -> None:
     """Measure and print, in Markdown."""
-    if unknown := set(options.processes) - set(PROCESSES):
-        raise UserError(f"no process {min(unknown)!r}; accepted: {', '.join(PROCESSES)}")
+    check_processes(options.processes)
     if min(options.images, options.noises, *options.nfe) < 1:
         raise UserError("--images, --noises and --nfe must be at least 1")
     samplers = [parse_sampler(word) for word in options.samplers]
@@ -87,16 +93,9 @@ def run(options: argparse.Namespace) -> None:
     )
     for name in options.processes:
         sde = PROCESSES[name]
-        through = seen(sde)
         keys = jax.random.split(jax.random.key(options.seed), options.noises)
         begin = jax.vmap(lambda key, sde=sde: sde.sample_prior(key, (*shape[:-1], sde.k, shape[-1])))(keys)
-
-        def ends(sampler: AbstractSampler, nfe: int, through: Any = through, begin: Array = begin) -> np.ndarray:
-            method = gddim.Method(
-                sampler.for_data(shape), nfe, through.sde.grid_power, through.sde.grid_end * through.sde.horizon
-            )
-            return np.asarray(drawn(through, method.solver(through.sde), begin))
-
+        ends = partial(drawn_by, seen(sde), begin, shape)
         truth = ends(parse_sampler(TRUTH), TRUTH_CALLS)
         print(f"| {name} | {' | '.join(f'{n} calls' for n in options.nfe)} |\n|---|{'---|' * len(options.nfe)}")
         for sampler in samplers:

@@ -140,7 +140,7 @@ def draw_samples(
     n = sampling.samples if classes is None else len(classes)
     told = None if classes is None else {LABEL: classes}
     if start is not None:
-        start = Start(start.data[np.arange(n) * len(start.data) // n], start.time)
+        start = start._replace(data=start.data[np.arange(n) * len(start.data) // n])
     held = to_uint8 if len(shape) == 3 else lambda x: x
     drawn, made = draw_numbered(mesh, model, solver, shape, sampling, n, held, progress, told, start)
     return drawn, Calls(made, guidance.evaluations(sde, made, getattr(solver, "times", None)))

@@ -46,7 +46,7 @@ def cells(experiment: Experiment, everywhere: Collection[str] = ()) -> list[Cell
     settings, sampling = experiment.eval, experiment.sampling
     same = {name: getattr(sampling, name) for name in everywhere}
     through = lambda sde: replace(sampling.through(sde, experiment.sde), **same)
-    shape = tuple(experiment.data.shape)
+    shape = experiment.data.shape
     found = [
         Cell(replace(through(sde), sampler=sampler, nfe=nfe).method(sde, shape), settings.samples, seed, sde)
         for sde in experiment.evaluated()

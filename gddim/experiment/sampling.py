@@ -133,7 +133,7 @@ class Sampling:
 
     def method(self, sde: AbstractLinearSDE, shape: tuple[int, ...]) -> Method:
         """How, whichever and however many samples of a process, for data of a shape."""
-        sampler = laid_out(self.sampler, self.grid, self.power).for_data(tuple(shape))
+        sampler = laid_out(self.sampler, self.grid, self.power).for_data(shape)
         power = sde.grid_power if self.power is None else self.power
         return Method(sampler, self.nfe, power, self.end(sde), self.last)
 
@@ -150,7 +150,7 @@ class Sampling:
     def flow_grid(self, sde: AbstractLinearSDE, shape: tuple[int, ...], steps: int) -> Float[np.ndarray, " n"]:
         """Times between which the probability flow goes both ways: they begin where something is left of the data."""
         grid = self.grid or Grid("power", (self.method(sde, shape).power,))
-        unit = np.ravel(self.sampler.for_data(tuple(shape), True).noise_unit)[0]
+        unit = np.ravel(self.sampler.for_data(shape, True).noise_unit)[0]
         return grid(sde, last_time(sde), self.end(sde), steps, unit)
 
     def __post_init__(self):

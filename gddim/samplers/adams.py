@@ -77,7 +77,7 @@ class GDDIM(AbstractTableSampler):
     interpolate: Literal["eps", "data", "residual"] = eqx.field(default="eps", static=True)
     """What the polynomials interpolate: the network's ε, or its data prediction (better for a Denoiser, and for λ > 0), or
     what is left of that once the prediction for Gaussian data is taken off."""
-    data_std: Any = eqx.field(default=None, static=True, converter=lambda std: None if std is None else as_static(std))
+    data_std: Any = eqx.field(default=None, static=True, converter=as_static)
     """The scale of the data: a number, or a spectrum of the process's frequencies; None where it is not told."""
 
     def __check_init__(self) -> None:

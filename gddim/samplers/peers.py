@@ -129,7 +129,7 @@ class AnalyticStart(AbstractTableSampler):
 
     sampler: AbstractTableSampler = eqx.field(static=True)
     """Of all steps but the first."""
-    data_std: Any = eqx.field(default=None, static=True, converter=lambda std: None if std is None else as_static(std))
+    data_std: Any = eqx.field(default=None, static=True, converter=as_static)
     """The scale of the data: a number, or a spectrum of the process's frequencies; None: the sampler's."""
 
     @property

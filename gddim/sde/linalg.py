@@ -124,6 +124,8 @@ def symmetric_root(S: Array) -> Array:
 
 
 def as_static(value: Any) -> Any:
-    """A number, or an array of them as nested tuples: static, so that it is no parameter."""
+    """A number, or an array of them as nested tuples: static, so that it is no parameter. None where there is none."""
+    if value is None:
+        return None
     values = np.asarray(value, np.float64)
     return float(values) if values.ndim == 0 else tuple(map(as_static, values))

@@ -46,7 +46,7 @@ def restore(plan: Plan, workdir: epath.Path, settings: Restoration, step: int | 
     sde = experiment.through(sampling.process)
     model: Any = guidance(seen_through(plan.model(params), sde))
     denoise = Measuring.of(model.denoiser, experiment, settings, sde)
-    shape = tuple(experiment.data.shape)
+    shape = experiment.data.shape
     solver = sampling.method(sde, shape).solver(sde)
 
     count = min(settings.images, len(source))
