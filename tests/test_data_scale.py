@@ -50,8 +50,11 @@ def test_few_calls_are_spent_where_images_are_decided(sde):
     [
         ("gddim:3:data:free@tuned", "gddim:3:free:data:data_std=3.46@tuned"),
         ("gddim:3:residual", "gddim:3:residual:data_std=3.46"),
-        ("gddim:2:data@band:0.1", "gddim:2:data:data_std=3.46@band:0.1"),
-        ("afs:gddim:2:data@band", "afs:gddim:2:data:data_std=3.46@band"),
+        ("gddim:2:data@band:0.1", "gddim:2:data@band:0.1:data_std=3.46"),
+        ("afs:gddim:2:data@band", "afs:gddim:2:data@band:data_std=3.46"),
+        ("unipc:2@tuned", "unipc:2@tuned:data_std=3.46"),
+        ("gddim:3:data:free@band:data_std=2", "gddim:3:free:data:data_std=3.46@band:data_std=2"),
+        ("gddim:2:data:data_std=0.5@band", "gddim:2:data:data_std=0.5@band"),
         ("gddim:3:data", "gddim:3:data"),  # needs none
         ("gddim:3", "gddim:3"),
         ("gddim:3:data:free:data_std=0.5@tuned", "gddim:3:free:data:data_std=0.5@tuned"),  # has its own
@@ -63,6 +66,21 @@ def test_a_sampler_takes_the_scale_of_a_shape_where_it_needs_one_and_has_none(wo
     assert sampler_name(scaled) == told
     assert parse_sampler(told) == scaled
     assert parse_sampler(word).for_data((8, 8, 1)) == parse_sampler(word)  # 0.5 as everywhere
+
+
+@pytest.mark.parametrize(
+    ("word", "unit"),
+    [
+        ("unipc:2@band", 3.46),
+        ("unipc:2@band:data_std=0.7", 0.7),
+        ("gddim:3:data:data_std=0.7@band", 0.7),
+        ("heun@band", 3.46),
+    ],
+)
+def test_a_grid_is_in_its_own_unit_or_the_samplers_or_that_of_the_shape(word, unit):
+    sde, even = gddim.CLD(), gddim.uniform_grid(1.0, 1e-3, 6)
+    times = parse_sampler(word).for_data((32, 32, 3)).times(sde, even)
+    np.testing.assert_array_equal(times, gddim.band_grid(sde, 1.0, 1e-3, 6, data_std=unit))
 
 
 def test_runs_sample_with_the_scale_of_their_data():

@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from gddim.errors import UserError
 from gddim.experiment.network import require
-from gddim.samplers import Method, OnGrid
+from gddim.samplers import Grid, Method, OnGrid
 from gddim.samplers.fit import Family
 from gddim.samplers.grids import Band
 from gddim.samplers.method import check_methods
@@ -90,7 +90,7 @@ def fitted_by(experiment: Experiment, workdir: epath.Path) -> Problem:
     refusal = f"sampler {sampler_name(sampling.sampler)}: fit corrects the table of one such as gddim:3:data:free@tuned"
     if not isinstance(sampler, AbstractTableSampler):
         raise UserError(refusal)
-    std = np.ravel(sampler.noise_unit)[0]
+    std = np.ravel(OnGrid(method.sampler, Grid("band")).for_data(experiment.data.shape).noise_unit)[0]
     family = Family(sampler, sde, grid[0], grid[-1], Band.of(std, LO, HI))
     try:
         family.table(grid)

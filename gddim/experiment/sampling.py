@@ -15,7 +15,7 @@ from gddim.experiment.network import require
 from gddim.experiment.options import SPELLED, UNGROUPED, tyro
 from gddim.experiment.words import Process, Sampler, TimeGrid, spell_process
 from gddim.guidance import EVERYWHERE, Guidance
-from gddim.samplers import Grid, Method
+from gddim.samplers import Grid, Method, OnGrid, power_grid
 from gddim.samplers.words import BEST, laid_out
 from gddim.sde import AbstractLinearSDE
 from gddim.sde.base import last_time
@@ -99,10 +99,10 @@ class Sampling:
     """Times are uniform in t^(1/power), those of the process, for samplers that bring no grid; without it 2, for ve 7. That of
     a run is of its process alone, as t-min is; one that is given here, of every process."""
     grid: TimeGrid = field(default=None, metadata={SPELLED: lambda grid: grid and str(grid)})
-    """Another layout of the times, of every sampler that brings none: tuned, power[:POWER], band[:LO:HI] (in units of the
-    sampler's data_std), karras[:RHO], log-snr, two-phase[:SHARE:FRACTION:POWER] or uniform. The unit of tuned, band, residual
-    and free is 0.5 √(n/64) for data of n numbers, 3.46 for CIFAR-10, at least 0.5, unless the sampler says another, as
-    gddim:3:data:data_std=0.75; for samplers that have none 0.5."""
+    """Another layout of the times, of every sampler that brings none: tuned[:data_std=…], power[:POWER],
+    band[:LO:HI][:data_std=…], karras[:RHO], log-snr, two-phase[:SHARE:FRACTION:POWER] or uniform. The unit of tuned, band,
+    residual and free is 0.5 √(n/64) for data of n numbers, 3.46 for CIFAR-10, at least 0.5, unless sampler or grid say
+    another."""
     t_min: float | None = None
     """Time of the process at which the sampler stops; without it 0.001 of the horizon, for ve 0.002 of its 80. The verb
     likelihood begins at a hundredth of these, whatever is told here."""
@@ -150,8 +150,7 @@ class Sampling:
     def flow_grid(self, sde: AbstractLinearSDE, shape: tuple[int, ...], steps: int) -> Float[np.ndarray, " n"]:
         """Times between which the probability flow goes both ways: they begin where something is left of the data."""
         grid = self.grid or Grid("power", (self.method(sde, shape).power,))
-        unit = np.ravel(self.sampler.for_data(shape, True).noise_unit)[0]
-        return grid(sde, last_time(sde), self.end(sde), steps, unit)
+        return OnGrid(self.sampler, grid).for_data(shape).times(sde, power_grid(last_time(sde), self.end(sde), steps))
 
     def __post_init__(self):
         for name in ("nfe", "samples", "batch"):

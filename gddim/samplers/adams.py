@@ -97,11 +97,10 @@ class GDDIM(AbstractTableSampler):
     def nfe(self, steps: int) -> int:
         return steps * (1 if self.corrector == "free" else 1 + self.corrector)
 
-    def for_data(self, shape: tuple[int, ...], on_scale: bool = False) -> GDDIM:
-        on_scale = on_scale or self.interpolate == "residual" or self.corrector == "free"
-        scale = data_scale(shape)
-        left_open = on_scale and self.data_std is None and scale != DATA_STD
-        return dataclasses.replace(self, data_std=scale) if left_open else self
+    def for_data(self, shape: tuple[int, ...]) -> GDDIM:
+        needed = self.interpolate == "residual" or self.corrector == "free"
+        left_open = needed and self.data_std is None and data_scale(shape) != DATA_STD
+        return dataclasses.replace(self, data_std=data_scale(shape)) if left_open else self
 
     def coefficients(self, sde: AbstractLinearSDE, ts: Any) -> Coefficients:
         table = self.both(sde, ts)

@@ -133,12 +133,11 @@ class AnalyticStart(AbstractTableSampler):
     """The scale of the data: a number, or a spectrum of the process's frequencies; None: the sampler's."""
 
     @property
-    def noise_unit(self) -> Any:
-        """`data_std`, or that of the sampler, or 0.5."""
-        return self.sampler.noise_unit if self.data_std is None else self.data_std
+    def told_unit(self) -> Any:
+        return self.sampler.told_unit if self.data_std is None else self.data_std
 
-    def for_data(self, shape: tuple[int, ...], on_scale: bool = False) -> "AnalyticStart":
-        return dataclasses.replace(self, sampler=self.sampler.for_data(shape, on_scale))
+    def for_data(self, shape: tuple[int, ...]) -> "AnalyticStart":
+        return dataclasses.replace(self, sampler=self.sampler.for_data(shape))
 
     def nfe(self, steps: int) -> int | None:
         return self.sampler.nfe(steps - 1)

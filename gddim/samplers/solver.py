@@ -77,15 +77,17 @@ class AbstractSampler(eqx.Module):
         """
 
     @property
-    def noise_unit(self) -> Any:
-        """Of noise levels: its `data_std` where it has one that is told, or 0.5."""
-        told = getattr(self, "data_std", None)
-        return DATA_STD if told is None else told
+    def told_unit(self) -> Any:
+        """The `data_std` that it was told, its unit of noise levels; None where it has none."""
+        return getattr(self, "data_std", None)
 
-    def for_data(self, shape: tuple[int, ...], on_scale: bool = False) -> AbstractSampler:
-        """This sampler for data of a shape, with their `data_scale` where it leaves a scale open, and needs one: itself, or
-        its grid (`on_scale`).
-        """
+    @property
+    def noise_unit(self) -> Any:
+        """The `told_unit`, or 0.5."""
+        return DATA_STD if self.told_unit is None else self.told_unit
+
+    def for_data(self, shape: tuple[int, ...]) -> AbstractSampler:
+        """This sampler for data of a shape: with their `data_scale` where it needs a scale and was told none."""
         return self
 
 

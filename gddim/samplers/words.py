@@ -15,6 +15,7 @@ from gddim.samplers.grids import (
     DATA_STD,
     band_grid,
     check_grid,
+    data_scale,
     karras_grid,
     log_snr_grid,
     power_grid,
@@ -48,6 +49,7 @@ ACCEPTED = (
 
 
 TABLE = "table:"  # a file's name follows
+UNIT = "data_std="  # a number follows
 
 
 def parse_sampler(text: str, tables: str | None = None) -> AbstractSampler:
@@ -143,9 +145,10 @@ def steps_for(sampler: AbstractSampler, nfe: int, last: Last = "none") -> int:
 
 # by word, how many numbers may follow
 _GRIDS = {"band": 2, "karras": 1, "log-snr": 0, "power": 1, "tuned": 0, "two-phase": 3, "uniform": 0}
+_SCALED = {"band", "tuned"}
 GRIDS = (
-    "tuned, power[:POWER], band[:LO:HI] (in units of the sampler's data_std, or of 0.5), karras[:RHO], "
-    "log-snr, two-phase[:SHARE:FRACTION:POWER], uniform; for example tuned or power:7"
+    "tuned[:data_std=…], power[:POWER], band[:LO:HI][:data_std=…], karras[:RHO], log-snr, "
+    "two-phase[:SHARE:FRACTION:POWER], uniform; for example tuned or power:7"
 )
 
 
@@ -160,11 +163,14 @@ class Grid:
 
     name: str = "power"
     numbers: tuple[float, ...] = ()
+    data_std: float | None = None
+    """The unit of band and tuned; None where it is not told."""
 
     def __call__(
         self, sde: AbstractLinearSDE, t_max: float, t_min: float, steps: int, data_std: float = DATA_STD
     ) -> Float[np.ndarray, " n"]:
-        """The times, `(steps + 1,)`, of data of a standard deviation. Raises `ValueError` like the grid of that name."""
+        """The times, `(steps + 1,)`, for data of a scale, or its own. Raises `ValueError` like the grid of that name."""
+        data_std = data_std if self.data_std is None else self.data_std
         match self.name:
             case "band":
                 return band_grid(sde, t_max, t_min, steps, data_std, *self.numbers)
@@ -181,8 +187,14 @@ class Grid:
             case _:
                 return power_grid(t_max, t_min, steps, *self.numbers)
 
+    def for_data(self, shape: tuple[int, ...]) -> "Grid":
+        """This grid for data of a shape: with their `data_scale` where it leaves its unit open."""
+        left_open = self.name in _SCALED and self.data_std is None and data_scale(shape) != DATA_STD
+        return dataclasses.replace(self, data_std=data_scale(shape)) if left_open else self
+
     def __str__(self) -> str:
-        return ":".join([self.name, *(f"{number:.12g}" for number in self.numbers)])
+        unit = [] if self.data_std is None else [f"data_std={self.data_std:.12g}"]
+        return ":".join([self.name, *(f"{number:.12g}" for number in self.numbers), *unit])
 
 
 def parse_grid(text: str) -> Grid:
@@ -190,8 +202,10 @@ def parse_grid(text: str) -> Grid:
     name, *numbers = text.strip().lower().split(":")
     if name not in _GRIDS:
         raise UserError(f"unknown grid {text!r}; accepted are {GRIDS}")
+    told = numbers and name in _SCALED and numbers[-1].startswith(UNIT)
     try:
-        grid = Grid(name, tuple(float(number) for number in numbers))
+        unit = float(numbers.pop().removeprefix(UNIT)) if told else None
+        grid = Grid(name, tuple(float(number) for number in numbers), unit)
         if len(numbers) > _GRIDS[name]:
             raise ValueError(f"{name} takes {_GRIDS[name] or 'no'} number{'s' * (_GRIDS[name] != 1)}")
         grid(VP(), 1.0, 1e-3, 8)  # what is wrong with the numbers
@@ -203,8 +217,8 @@ def parse_grid(text: str) -> Grid:
 class OnGrid(AbstractSampler):
     """A sampler that brings its grid: whatever times it is given, it lays out as many between their ends by its own.
 
-    `sampler`: any that makes the steps that it is told to; the grid is in units of its `data_std`, or of 0.5 where it has none.
-    `grid`: a `Grid`.
+    `sampler`: any that makes the steps that it is told to.
+    `grid`: a `Grid`, in units of its own `data_std`, else of the sampler's, or of 0.5 where neither was told any.
 
     >>> sampler = OnGrid(GDDIM(3, corrector="free", interpolate="data"), Grid("tuned"))
     >>> sampler == parse_sampler("gddim:3:data:free@tuned")
@@ -218,9 +232,8 @@ class OnGrid(AbstractSampler):
         return self.sampler.nfe(steps)
 
     @property
-    def noise_unit(self) -> Any:
-        """That of the sampler."""
-        return self.sampler.noise_unit
+    def told_unit(self) -> Any:
+        return self.sampler.told_unit if self.grid.data_std is None else self.grid.data_std
 
     def times(self, sde: AbstractLinearSDE, ts: Any) -> Float[np.ndarray, " n"]:
         """As many as `ts`, between the same ends. Raises `ValueError` like `check_grid` and the grid of that name."""
@@ -230,9 +243,9 @@ class OnGrid(AbstractSampler):
     def solver(self, sde: AbstractLinearSDE, ts: Any, last: Last = "none") -> AbstractSolver:
         return self.sampler.solver(sde, self.times(sde, ts), last)
 
-    def for_data(self, shape: tuple[int, ...], on_scale: bool = False) -> "OnGrid":
-        on_scale = on_scale or self.grid.name in ("band", "tuned")
-        return dataclasses.replace(self, sampler=self.sampler.for_data(shape, on_scale))
+    def for_data(self, shape: tuple[int, ...]) -> "OnGrid":
+        sampler = self.sampler.for_data(shape)
+        return OnGrid(sampler, self.grid if sampler.told_unit is not None else self.grid.for_data(shape))
 
 
 BEST = OnGrid(GDDIM(3, corrector="free", interpolate="data"), Grid("tuned"))
