@@ -153,6 +153,7 @@ def test_images_are_made_smaller_and_larger():
         (["--processes", "nope"], "no process 'nope'; accepted: vp"),
         (["--nfe", "0"], "--images, --noises and --nfe must be at least 1"),
         (["--samplers", "nope"], "unknown sampler 'nope'"),
+        (["--samplers", "em:lam=1"], "adds noise"),
         (["--model", "nowhere"], "nowhere"),
         (["--root", "nowhere"], "nowhere"),
     ],

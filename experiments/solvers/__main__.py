@@ -198,24 +198,24 @@ def noisy(sampler: AbstractSampler) -> bool:
     return False
 
 
-def check_processes(names: Sequence[str]) -> None:
-    """Raise `UserError` for a name that is none of `PROCESSES`."""
-    if unknown := set(names) - set(PROCESSES):
+def check(processes: Sequence[str], samplers: Sequence[AbstractSampler]) -> None:
+    """Raise `UserError` for a name that is none of `PROCESSES`, and for a sampler whose error is not one of few calls."""
+    if unknown := set(processes) - set(PROCESSES):
         raise UserError(f"no process {min(unknown)!r}; accepted: {', '.join(PROCESSES)}")
+    for sampler in samplers:
+        if noisy(sampler) or sampler.nfe(1) is None:
+            raise UserError(
+                f"{sampler_name(sampler)} adds noise or chooses its own steps: it has no error at few calls"
+            )
 
 
 def run(options: argparse.Namespace) -> None:
     """Measure, print, and write into the folder."""
     pairs = [pair for word in ("@".join(REFERENCE), *options.samplers) for pair in on(word, options.grids)]
     pairs = list(dict.fromkeys(pairs))
-    check_processes(options.processes)
+    check(options.processes, [sampler for sampler, _ in pairs])
     if min(options.mixtures, options.samples, *options.nfe) < 1:
         raise UserError("--mixtures, --samples and --nfe must be at least 1")
-    for sampler, _ in pairs:
-        if noisy(sampler) or sampler.nfe(1) is None:
-            raise UserError(
-                f"{sampler_name(sampler)} adds noise or chooses its own steps: it has no error at few calls"
-            )
     try:
         options.out.mkdir(parents=True)
     except FileExistsError:

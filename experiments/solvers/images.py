@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, ScalarLike
 
 import gddim
-from experiments.solvers.__main__ import PROCESSES, check_processes
+from experiments.solvers.__main__ import PROCESSES, check
 from gddim.data import CIFAR10
 from gddim.errors import UserError, printable
 from gddim.experiment import Sampling
@@ -62,7 +62,9 @@ def resized(images: Float[np.ndarray, "n 32 32 3"], size: int, channels: int) ->
 @eqx.filter_jit
 def drawn(model: Any, solver: AbstractSolver, begin: Array) -> Array:
     """The samples from these states, some at a time."""
-    one = lambda u: model.sde.project(solver(model, u, jax.random.key(0)).state)  # the key of noise, where any is added
+    one = lambda u: model.sde.project(
+        solver(model, u, jax.random.key(0)).state
+    )  # traced it wants a key, and adds no noise
     return jax.lax.map(one, begin, batch_size=64)
 
 
@@ -74,10 +76,10 @@ def drawn_by(model: Any, begin: Array, shape: tuple[int, ...], sampler: Abstract
 
 def run(options: argparse.Namespace) -> None:
     """Measure and print, in Markdown."""
-    check_processes(options.processes)
     if min(options.images, options.noises, *options.nfe) < 1:
         raise UserError("--images, --noises and --nfe must be at least 1")
     samplers = [parse_sampler(word) for word in options.samplers]
+    check(options.processes, samplers)
     seen: Callable[[gddim.AbstractLinearSDE], Any]
     if options.model:
         loaded = gddim.load(options.model)
