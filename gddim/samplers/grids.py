@@ -153,7 +153,7 @@ LEARNED: dict[tuple[bool, int], tuple[float, ...]] = {
     (False, 6): (0.1654, 0.3051, 0.4927, 0.6888, 0.8455),
     (False, 8): (0.1375, 0.2582, 0.3891, 0.5411, 0.6586, 0.8298, 0.9009),
     (False, 10): (0.0951, 0.2028, 0.2888, 0.3897, 0.4947, 0.6061, 0.7073, 0.8621, 0.9168),
-    (True, 6): (0.1440, 0.2737, 0.4037, 0.5451, 0.7201),
+    (True, 6): (0.1493, 0.2822, 0.4149, 0.5583, 0.7341),
     (True, 8): (0.1328, 0.2421, 0.3475, 0.4706, 0.5934, 0.7714, 0.8488),
     (True, 10): (0.1314, 0.2265, 0.3143, 0.4059, 0.4988, 0.6313, 0.7048, 0.8820, 0.9164),
 } | dict.fromkeys(
@@ -164,8 +164,8 @@ LEARNED: dict[tuple[bool, int], tuple[float, ...]] = {
 
 Found by Adam as in `experiments.solvers.tune`, on 30 to 80 mixtures, those of one field through VP and others through CLD; at
 first the scale of `arctan(r / 2.5 s)` was free with them. Those of 5 steps are a quarter of the way back to the band of 0.3 to
-6; of several fields those of 8 a fifth to that of 0.3 to 4, those of 6 two thirds to that and then a fifth to that of 0.5 to 4:
-what was learned has smaller median errors still, but larger root mean squares and Fréchet distances of the digits."""
+6; of several fields those of 6 two thirds to that of 0.3 to 4, those of 8 a fifth: what was learned has smaller median errors
+still, but larger root mean squares and Fréchet distances of the digits."""
 
 
 def tuned_grid(
