@@ -62,9 +62,8 @@ def resized(images: Float[np.ndarray, "n 32 32 3"], size: int, channels: int) ->
 @eqx.filter_jit
 def drawn(model: Any, solver: AbstractSolver, begin: Array) -> Array:
     """The samples from these states, some at a time."""
-    one = lambda u: model.sde.project(
-        solver(model, u, jax.random.key(0)).state
-    )  # traced it wants a key, and adds no noise
+    # a traced solver wants a key; these add no noise
+    one = lambda u: model.sde.project(solver(model, u, jax.random.key(0)).state)
     return jax.lax.map(one, begin, batch_size=64)
 
 
