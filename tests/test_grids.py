@@ -56,7 +56,8 @@ def test_a_band_scales_with_the_data():
 def test_a_band_leaves_extremes_to_more_steps(sde):
     several = [(5, (0.3, 4.0)), (6, (0.3, 4.0)), (7, (0.15, 3.0)), (10, (0.15, 3.0))]
     wide = [(steps, (0.06, 6.0)) for steps in (5, 6, 7, 10)]
-    for steps, band in [(1, (0.4, 3.0)), (4, (0.4, 3.0)), *(wide if sde.k == 1 else several), (11, (0.06, 6.0))]:
+    few = [(steps, (0.4, 6.0 if sde.k == 1 else 3.0)) for steps in (1, 4)]
+    for steps, band in [*few, *(wide if sde.k == 1 else several), (11, (0.06, 6.0))]:
         told, own = (gddim.band_grid(sde, 1.0, 1e-3, steps, 0.5, *each) for each in (band, ()))
         np.testing.assert_array_equal(own, told)
 
@@ -72,6 +73,21 @@ def test_a_tuned_grid_follows_ends_and_data_and_differs_by_fields():
         assert np.array_equal(own, band) == (steps not in (6, 8, 10, 15))
     r = gddim.tuned_grid(gddim.VE(), 80.0, 0.01, 8)  # close to those that were learned, on other ends
     np.testing.assert_allclose(r[1:4], [3.51, 1.39, 0.643], rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("sde", "steps", "lo"), [(gddim.VP(), 4, 0.2), (gddim.VP(), 12, 0.03), (gddim.CLD(), 20, 0.03)]
+)
+def test_the_lower_end_of_a_band_does_not_grow_with_the_size_of_images(sde, steps, lo):
+    times = gddim.tuned_grid(sde, 1.0, 1e-3, steps, data_std=4.0, rms=0.5)
+    np.testing.assert_allclose(times, gddim.band_grid(sde, 1.0, 1e-3, steps, data_std=1.0, lo=lo, hi=24.0), rtol=1e-9)
+    np.testing.assert_array_equal(Grid("tuned", data_std=4.0)(sde, 1.0, 1e-3, steps), times)
+
+
+@pytest.mark.parametrize(("sde", "steps"), [(gddim.VP(), 8), (gddim.CLD(), 4), (gddim.CLD(), 8)])
+def test_learned_times_and_few_of_several_fields_do(sde, steps):
+    by_size = gddim.tuned_grid(sde, 1.0, 1e-3, steps, data_std=4.0, rms=0.5)
+    np.testing.assert_array_equal(by_size, gddim.tuned_grid(sde, 1.0, 1e-3, steps, data_std=4.0))
 
 
 def test_a_wide_band_is_log_snr_and_ends_may_be_0():

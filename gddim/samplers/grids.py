@@ -137,13 +137,13 @@ def band_grid(
 def band_of(sde: AbstractLinearSDE, steps: Number) -> tuple[float, float]:
     """The band that was best by measurement, for so many steps of `gddim:3:data:free`: few leave the extremes out.
 
-    In units of the data's standard deviation it is 0.4 to 3 up to 4 steps, and 0.06 to 6 beyond; for several fields 0.3 to 4
-    up to 6 and 0.15 to 3 up to 10.
+    In units of the data's standard deviation it is 0.4 to 6 up to 4 steps, and 0.06 to 6 beyond; for several fields 0.4 to 3
+    up to 4, 0.3 to 4 up to 6 and 0.15 to 3 up to 10.
     """
+    if sde.k == 1 or steps > 10:
+        return (0.4 if steps <= 4 else 0.06), 6.0
     if steps <= 4:
         return 0.4, 3.0
-    if sde.k == 1 or steps > 10:
-        return 0.06, 6.0
     return (0.3, 4.0) if steps <= 6 else (0.15, 3.0)
 
 
@@ -169,14 +169,17 @@ still, but larger root mean squares and Fréchet distances of the digits."""
 
 
 def tuned_grid(
-    sde: AbstractLinearSDE, t_max: Number, t_min: Number, steps: Number, data_std: Number = DATA_STD
-) -> np.ndarray:
+    sde: AbstractLinearSDE, t_max: Number, t_min: Number, steps: Number, data_std: Number = DATA_STD,
+    rms: Number | None = None,
+) -> np.ndarray:  # fmt: skip
     """Times of 5, 6, 8, 10 or 15 steps as they were learned by gradients through `gddim:3:data:free` on Gaussian mixtures,
     those of 5 for one field alone. Others are those of `band_grid`.
 
     Learned ones lie at shares of the way from `t_max` to `t_min` in `log((r + 0.06 s)/(r + 6 s))`, r the `noise_level`.
 
     `sde`: the process; `t_max`, `t_min`, `steps`: as in `power_grid`; `data_std`: s, as in `band_grid`.
+    `rms`: of data whose scale is larger, as images, whose details do not grow with their size: in units of it is the lower
+    end of a band of one field, or of more than 10 steps. None: s.
 
     Returns `(steps + 1,)`. Raises `ValueError` like `band_grid`.
 
@@ -187,7 +190,9 @@ def tuned_grid(
     t_max, t_min, steps = _range(t_max, t_min, steps)
     shares = LEARNED.get((sde.k > 1, steps))
     if shares is None:
-        return band_grid(sde, t_max, t_min, steps, data_std)
+        lo, hi = band_of(sde, steps)
+        finest = rms if rms is not None and (sde.k == 1 or steps > 10) else data_std
+        return band_grid(sde, t_max, t_min, steps, data_std, lo * finest / data_std, hi)
     return spaced(Band.of(data_std, *LEARNED_BAND), sde, t_max, t_min, np.array([0.0, *shares, 1.0]))
 
 
