@@ -250,8 +250,8 @@ def test_a_method_that_cannot_be_is_refused_in_one_line(method, says):
 
 
 def test_a_method_is_tried_on_the_steps_that_it_makes():
-    two_phase, band = Grid("two-phase"), Grid("band", (3.5,))  # of up to 4 steps the band ends at 3
-    check_methods([Method(OnGrid(GDDIM(3), grid), 6) for grid in (two_phase, band)], gddim.VP())
+    two_phase, band = Grid("two-phase"), Grid("band", (3.5,))  # of up to 4 steps of several fields the band ends at 3
+    check_methods([Method(OnGrid(GDDIM(3), grid), 6) for grid in (two_phase, band)], gddim.CLD())
     for method, says in (
         (Method(OnGrid(GDDIM(3), two_phase), 1), "leaves a phase without steps"),
         (Method(OnGrid(GDDIM(3), band), 4), "a band needs"),
@@ -259,4 +259,4 @@ def test_a_method_is_tried_on_the_steps_that_it_makes():
         (Method(GDDIM(3), 4, start=1e-4), "t_min"),
     ):
         with pytest.raises(UserError, match=says):
-            check_methods([method], gddim.VP())
+            check_methods([method], gddim.CLD())
