@@ -32,7 +32,8 @@ def errors(sde: gddim.AbstractLinearSDE, images: np.ndarray, words: list[str], n
     shape = images.shape[1:]
     keys = jax.random.split(jax.random.key(1), NOISES)
     prior = jax.vmap(lambda key: sde.sample_prior(key, (*shape[:-1], sde.k, shape[-1])))(keys)
-    ends = lambda word, nfe: drawn_by(gddim.through(sde, exact(images)), prior, shape, parse_sampler(word), nfe)
+    model = gddim.through(sde, exact(images))
+    ends = lambda word, nfe: drawn_by(model, prior, shape, parse_sampler(word), nfe)
     truth = ends("gddim:3:data", 64)
     return [float(np.median(np.sqrt(np.mean((ends(word, nfe) - truth) ** 2, (1, 2, 3))))) for word in words]
 

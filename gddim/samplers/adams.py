@@ -9,7 +9,7 @@ import equinox as eqx
 import numpy as np
 
 from gddim.samplers.base import Coefficients
-from gddim.samplers.grids import DATA_STD, check_grid, data_scale, noise_level
+from gddim.samplers.grids import check_grid, noise_level, scaled
 from gddim.samplers.quadrature import Clock, Panels, corrected_for_free, lagrange
 from gddim.samplers.residual import Residual
 from gddim.samplers.solver import AbstractTableSampler
@@ -98,9 +98,7 @@ class GDDIM(AbstractTableSampler):
         return steps * (1 if self.corrector == "free" else 1 + self.corrector)
 
     def for_data(self, shape: tuple[int, ...]) -> GDDIM:
-        needed = self.interpolate == "residual" or self.corrector == "free"
-        left_open = needed and self.data_std is None and data_scale(shape) != DATA_STD
-        return dataclasses.replace(self, data_std=data_scale(shape)) if left_open else self
+        return scaled(self, shape) if self.interpolate == "residual" or self.corrector == "free" else self
 
     def coefficients(self, sde: AbstractLinearSDE, ts: Any) -> Coefficients:
         table = self.both(sde, ts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -32,6 +33,12 @@ def data_scale(shape: tuple[int, ...]) -> float:
     (0.5, 0.5, 3.46)
     """
     return round(DATA_STD * max(1.0, (math.prod(shape) / SIZE) ** 0.5), 2)
+
+
+def scaled(it: Any, shape: tuple[int, ...]) -> Any:
+    """A sampler or grid with the `data_scale` of a shape as its `data_std`, unless it was told one; 0.5 is left untold."""
+    scale = data_scale(shape)
+    return it if it.data_std is not None or scale == DATA_STD else dataclasses.replace(it, data_std=scale)
 
 
 def power_grid(t_max: Number, t_min: Number, steps: Number, power: Number = 2.0) -> np.ndarray:
