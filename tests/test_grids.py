@@ -62,6 +62,11 @@ def test_a_band_leaves_extremes_to_more_steps(sde):
         np.testing.assert_array_equal(own, told)
 
 
+def tuned_shares(steps):
+    level = -np.log1p((3.0 - 0.03) / (gddim.tuned_grid(gddim.VE(), 80.0, 0.002, steps) + 0.03))
+    return (level - level[0]) / (level[-1] - level[0])
+
+
 def test_a_tuned_grid_follows_ends_and_data_and_differs_by_fields():
     for steps in range(1, 17):
         grids = [gddim.tuned_grid(gddim.VE(), s * 80.0, s * 0.002, steps, data_std=s * 0.5) for s in (1.0, 2.0)]
@@ -70,24 +75,30 @@ def test_a_tuned_grid_follows_ends_and_data_and_differs_by_fields():
         assert np.all(np.diff(grids[0]) < 0)
         assert (grids[0][0], grids[0][-1]) == (80.0, 0.002)
         own, band = (make(gddim.CLD(), 1.0, 1e-3, steps) for make in (gddim.tuned_grid, gddim.band_grid))
-        assert np.array_equal(own, band) == (steps not in (6, 8, 10, 15))
+        assert np.array_equal(own, band) == (steps not in (6, 7, 8, 9, 10, 15))
     r = gddim.tuned_grid(gddim.VE(), 80.0, 0.01, 8)  # close to those that were learned, on other ends
     np.testing.assert_allclose(r[1:4], [3.51, 1.39, 0.643], rtol=0.05)
+    parts = [tuned_shares(steps) for steps in (6, 7, 8)]  # of the way, at every part of the steps
+    between = [np.interp(np.linspace(0, 1, 8), np.linspace(0, 1, len(part)), part) for part in parts]
+    np.testing.assert_allclose(between[1], (between[0] + between[2]) / 2, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("sde", "steps", "lo"), [(gddim.VP(), 4, 0.2), (gddim.VP(), 12, 0.03), (gddim.CLD(), 20, 0.03)]
 )
 def test_the_lower_end_of_a_band_does_not_grow_with_the_size_of_images(sde, steps, lo):
-    times = gddim.tuned_grid(sde, 1.0, 1e-3, steps, data_std=4.0, rms=0.5)
-    np.testing.assert_allclose(times, gddim.band_grid(sde, 1.0, 1e-3, steps, data_std=1.0, lo=lo, hi=24.0), rtol=1e-9)
-    np.testing.assert_array_equal(Grid("tuned", data_std=4.0)(sde, 1.0, 1e-3, steps), times)
+    told = gddim.band_grid(sde, 1.0, 1e-3, steps, data_std=1.0, lo=lo, hi=24.0)
+    for make, name in ((gddim.tuned_grid, "tuned"), (gddim.band_grid, "band")):
+        times = make(sde, 1.0, 1e-3, steps, data_std=4.0, rms=0.5)
+        np.testing.assert_allclose(times, told, rtol=1e-9)
+        np.testing.assert_array_equal(Grid(name, data_std=4.0)(sde, 1.0, 1e-3, steps), times)
 
 
-@pytest.mark.parametrize(("sde", "steps"), [(gddim.VP(), 8), (gddim.CLD(), 4), (gddim.CLD(), 8)])
-def test_learned_times_and_few_of_several_fields_do(sde, steps):
-    by_size = gddim.tuned_grid(sde, 1.0, 1e-3, steps, data_std=4.0, rms=0.5)
-    np.testing.assert_array_equal(by_size, gddim.tuned_grid(sde, 1.0, 1e-3, steps, data_std=4.0))
+@pytest.mark.parametrize(("sde", "steps"), [(gddim.VP(), 7), (gddim.VP(), 8), (gddim.CLD(), 4), (gddim.CLD(), 8)])
+def test_those_of_5_to_10_steps_and_few_of_several_fields_do(sde, steps):
+    for make in (gddim.tuned_grid, gddim.band_grid):
+        by_size = make(sde, 1.0, 1e-3, steps, data_std=4.0, rms=0.5)
+        np.testing.assert_array_equal(by_size, make(sde, 1.0, 1e-3, steps, data_std=4.0))
 
 
 def test_a_wide_band_is_log_snr_and_ends_may_be_0():

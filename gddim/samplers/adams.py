@@ -9,7 +9,7 @@ import equinox as eqx
 import numpy as np
 
 from gddim.samplers.base import Coefficients
-from gddim.samplers.grids import check_grid, noise_level, scaled
+from gddim.samplers.grids import DATA_STD, check_grid, noise_level, scaled
 from gddim.samplers.quadrature import Clock, Panels, corrected_for_free, lagrange
 from gddim.samplers.residual import Residual
 from gddim.samplers.solver import AbstractTableSampler
@@ -51,7 +51,8 @@ class GDDIM(AbstractTableSampler):
     `corrector`: correct every step that it improves: one order more, for 2 network calls a step. "free" corrects a step once
     the call that follows it has come, with that record (`corrected_for_free`): one order more for no call, on a good grid
     (`band_grid`) up to half the error. Polynomials of "data" are then in `arctan(r / 2.5 data_std)`, r the noise level, not in
-    t, as those of "residual" are in its `Band`: at 5 to 10 calls less is extrapolated. With ε it diverges, and is refused.
+    t (up to 4 steps of one field see `angle`), as those of "residual" are in its `Band`: at 5 to 10 calls less is extrapolated.
+    With ε it diverges, and is refused.
     `interpolate`: "eps", the network's ε, "data", its data prediction, better for a `Denoiser` and for λ > 0, or "residual",
     what is left of that once the prediction for data N(0, data_std²) is taken off (`Residual`): exact for these, too.
     `data_std`: the scale of the data: what "residual" subtracts (→ 0 is "data", → ∞ for k = 1 "eps"), and a unit of noise
@@ -113,7 +114,7 @@ class GDDIM(AbstractTableSampler):
         ts = check_grid(sde, ts, data=self.interpolate != "eps")
         if self.interpolate == "residual":
             return self._on_residual(Residual(sde, ts, self.lam, self.noise_unit), ts)
-        clock = angle(sde, self.noise_unit) if self.corrector == "free" else same
+        clock = angle(sde, self.noise_unit, len(ts) - 1) if self.corrector == "free" else same
         steps = Steps.of(sde, ts, self.lam, self.order, clock)
         return self._on_data(steps) if self.interpolate == "data" else self._on_eps(steps)
 
@@ -237,9 +238,13 @@ def same(t: np.ndarray) -> np.ndarray:
     return t
 
 
-def angle(sde: AbstractLinearSDE, data_std: Any) -> Clock:
-    """`arctan(r / 2.5 data_std)`, r the `noise_level`: of the lowest frequency, as this is."""
-    scale = 2.5 * np.ravel(data_std)[0]
+def angle(sde: AbstractLinearSDE, data_std: Any, steps: int) -> Clock:
+    """`arctan(r / 2.5 s)`, r the `noise_level` and s the scale of the data: of the lowest frequency both.
+
+    Up to 4 steps of one field a scale above 0.5 counts as its geometric mean with 0.5: so few span all scales of an image.
+    """
+    s = np.ravel(data_std)[0]
+    scale = 2.5 * (np.sqrt(s * min(s, DATA_STD)) if sde.k == 1 and steps <= 4 else s)
 
     def clock(t: np.ndarray) -> np.ndarray:
         absent = np.isnan(t)

@@ -119,7 +119,7 @@ def karras_grid(sde: AbstractLinearSDE, t_max: Number, t_min: Number, steps: Num
 
 def band_grid(
     sde: AbstractLinearSDE, t_max: Number, t_min: Number, steps: Number, data_std: Number = DATA_STD,
-    lo: Number | None = None, hi: Number | None = None,
+    lo: Number | None = None, hi: Number | None = None, rms: Number | None = None,
 ) -> np.ndarray:  # fmt: skip
     """Times uniform in `log((r + lo s)/(r + hi s))`, r the `noise_level`: log-SNR confined to the scales that data have.
 
@@ -129,6 +129,7 @@ def band_grid(
     `sde`: the process; `t_max`, `t_min`, `steps`: as in `power_grid`.
     `data_std`: s, the scale of the data: for images, `data_scale` of their shape.
     `lo`, `hi`: the band, in units of `data_std`; without them that of `band_of`.
+    `rms`: of data whose scale is larger, as images, whose details do not grow with their size; s if it is not told.
 
     Returns `(steps + 1,)`. Raises `ValueError` unless `0 < lo < hi` and `data_std > 0`, both finite.
 
@@ -136,19 +137,19 @@ def band_grid(
     >>> bool(np.all(np.diff(times) < 0)), times.shape
     (True, (5,))
     """
-    own = band_of(sde, steps)
+    own = band_of(sde, steps, 1.0 if rms is None else float(rms / data_std))
     clock = Band.of(data_std, own[0] if lo is None else lo, own[1] if hi is None else hi)
     return _uniform_in(clock, sde, t_max, t_min, steps)
 
 
-def band_of(sde: AbstractLinearSDE, steps: Number) -> tuple[float, float]:
+def band_of(sde: AbstractLinearSDE, steps: Number, rms: float = 1.0) -> tuple[float, float]:
     """The band that was best by measurement, for so many steps of `gddim:3:data:free`: few leave the extremes out.
 
-    In units of the data's standard deviation it is 0.4 to 6 up to 4 steps, and 0.06 to 6 beyond; for several fields 0.4 to 3
-    up to 4, 0.3 to 4 up to 6 and 0.15 to 3 up to 10.
+    In units of the scale of the data, of which `rms` is their root mean square, it is 0.4 rms to 6 up to 4 steps, 0.06 to 6 up
+    to 10, and 0.06 rms to 6 beyond; for several fields 0.4 to 3 up to 4, 0.3 to 4 up to 6 and 0.15 to 3 up to 10.
     """
     if sde.k == 1 or steps > 10:
-        return (0.4 if steps <= 4 else 0.06), 6.0
+        return (0.4 * rms if steps <= 4 else 0.06 if steps <= 10 else 0.06 * rms), 6.0
     if steps <= 4:
         return 0.4, 3.0
     return (0.3, 4.0) if steps <= 6 else (0.15, 3.0)
@@ -180,14 +181,12 @@ def tuned_grid(
     sde: AbstractLinearSDE, t_max: Number, t_min: Number, steps: Number, data_std: Number = DATA_STD,
     rms: Number | None = None,
 ) -> np.ndarray:  # fmt: skip
-    """Times of 5, 6, 8, 10 or 15 steps as they were learned by gradients through `gddim:3:data:free` on Gaussian mixtures,
-    those of 5 for one field alone. Others are those of `band_grid`.
+    """Times of 5 to 10 or 15 steps as they were learned by gradients through `gddim:3:data:free` on Gaussian mixtures, those of
+    5 for one field alone, those of 7 and 9 between their neighbours'. Others are those of `band_grid`.
 
     Learned ones lie at shares of the way from `t_max` to `t_min` in `log((r + 0.06 s)/(r + 6 s))`, r the `noise_level`.
 
-    `sde`: the process; `t_max`, `t_min`, `steps`: as in `power_grid`; `data_std`: s, as in `band_grid`.
-    `rms`: of data whose scale is larger, as images, whose details do not grow with their size: in units of it is the lower
-    end of a band of one field, or of more than 10 steps. None: s.
+    `sde`: the process; `t_max`, `t_min`, `steps`: as in `power_grid`; `data_std`: s, and `rms`, as in `band_grid`.
 
     Returns `(steps + 1,)`. Raises `ValueError` like `band_grid`.
 
@@ -196,12 +195,13 @@ def tuned_grid(
     (True, (9,))
     """
     t_max, t_min, steps = _range(t_max, t_min, steps)
-    shares = LEARNED.get((sde.k > 1, steps))
-    if shares is None:
-        lo, hi = band_of(sde, steps)
-        finest = rms if rms is not None and (sde.k == 1 or steps > 10) else data_std
-        return band_grid(sde, t_max, t_min, steps, data_std, lo * finest / data_std, hi)
-    return spaced(Band.of(data_std, *LEARNED_BAND), sde, t_max, t_min, np.array([0.0, *shares, 1.0]))
+    learned = {n: [0.0, *shares, 1.0] for (several, n), shares in LEARNED.items() if several == (sde.k > 1)}
+    near = [steps] if steps in learned else [steps - 1, steps + 1]
+    if not learned.keys() >= set(near):
+        return band_grid(sde, t_max, t_min, steps, data_std, rms=rms)
+    part = np.linspace(0, 1, steps + 1)
+    shares = np.mean([np.interp(part, np.linspace(0, 1, n + 1), learned[n]) for n in near], axis=0)
+    return spaced(Band.of(data_std, *LEARNED_BAND), sde, t_max, t_min, shares)
 
 
 class Band(NamedTuple):

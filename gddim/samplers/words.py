@@ -171,9 +171,10 @@ class Grid:
     ) -> Float[np.ndarray, " n"]:
         """The times, `(steps + 1,)`, for data of a scale, or its own. Raises `ValueError` like the grid of that name."""
         data_std = data_std if self.data_std is None else self.data_std
+        rms = min(data_std, DATA_STD)
         match self.name:
             case "band":
-                return band_grid(sde, t_max, t_min, steps, data_std, *self.numbers)
+                return band_grid(sde, t_max, t_min, steps, data_std, *self.numbers, rms=rms)
             case "karras":
                 return karras_grid(sde, t_max, t_min, steps, *self.numbers)
             case "log-snr":
@@ -181,7 +182,7 @@ class Grid:
             case "two-phase":
                 return two_phase_grid(t_max, t_min, steps, *self.numbers)
             case "tuned":
-                return tuned_grid(sde, t_max, t_min, steps, data_std, min(data_std, DATA_STD))
+                return tuned_grid(sde, t_max, t_min, steps, data_std, rms)
             case "uniform":
                 return uniform_grid(t_max, t_min, steps)
             case _:
