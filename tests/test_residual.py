@@ -127,14 +127,14 @@ def test_every_entry_of_a_table_is_its_integral(sde, std, lam):
 @pytest.mark.parametrize("sde", [VP, pytest.param(CLD, marks=SLOW)], ids=name)
 @pytest.mark.parametrize(("lam", "data_std", "fewer"), [(0.0, 0.3, 0.3), (0.7, 0.3, 0.3), (0.0, 2.0, 1.0)])
 def test_with_the_free_corrector_data_are_interpolated_in_the_angle_of_the_noise(sde, lam, data_std, fewer):
-    """As above, `W' = F̂W − ½(1+λ²)GGᵀΣ⁻¹Ψ(τ,t_j) ℓ_j(arctan r/2.5s)`; s = √(0.5 data_std) of these 4 steps of one field."""
-    scale = fewer if sde.k == 1 else data_std
+    """As above, `W' = F̂W − ½(1+λ²)GGᵀΣ⁻¹Ψ(τ,t_j) ℓ_j(arctan r/2.5s)`; these are 4 steps: s is √(0.5 data_std) of one field."""
+    reach = 2.5 * fewer if sde.k == 1 else 2.1 * data_std
     ts, k = np.array([1.0, 0.72, 0.5, 0.31, 0.05]), sde.k
     table = GDDIM(3, lam, corrector="free", interpolate="data", data_std=data_std).both(sde, ts)
 
     def angle(tau):
         psi = sde.transition(tau, 0.0)[:, :1]
-        return np.arctan((psi.T @ np.linalg.solve(sde.covariance(tau), psi))[0, 0] ** -0.5 / (2.5 * scale))
+        return np.arctan((psi.T @ np.linalg.solve(sde.covariance(tau), psi))[0, 0] ** -0.5 / reach)
 
     for i in range(len(ts) - 1):
         times = ts[i::-1][: table.orders[i]]

@@ -51,8 +51,8 @@ class GDDIM(AbstractTableSampler):
     `corrector`: correct every step that it improves: one order more, for 2 network calls a step. "free" corrects a step once
     the call that follows it has come, with that record (`corrected_for_free`): one order more for no call, on a good grid
     (`band_grid`) up to half the error. Polynomials of "data" are then in `arctan(r / 2.5 data_std)`, r the noise level, not in
-    t (up to 4 steps of one field see `angle`), as those of "residual" are in its `Band`: at 5 to 10 calls less is extrapolated.
-    With ε it diverges, and is refused.
+    t (of few steps see `angle`), as those of "residual" are in its `Band`: at 5 to 10 calls less is extrapolated. With ε it
+    diverges, and is refused.
     `interpolate`: "eps", the network's ε, "data", its data prediction, better for a `Denoiser` and for λ > 0, or "residual",
     what is left of that once the prediction for data N(0, data_std²) is taken off (`Residual`): exact for these, too.
     `data_std`: the scale of the data: what "residual" subtracts (→ 0 is "data", → ∞ for k = 1 "eps"), and a unit of noise
@@ -241,14 +241,17 @@ def same(t: np.ndarray) -> np.ndarray:
 def angle(sde: AbstractLinearSDE, data_std: Any, steps: int) -> Clock:
     """`arctan(r / 2.5 s)`, r the `noise_level` and s the scale of the data: of the lowest frequency both.
 
-    Up to 4 steps of one field a scale above 0.5 counts as its geometric mean with 0.5: so few span all scales of an image.
+    Fewer steps span more of the scales, and polynomials reach less far: up to 8 steps of several fields it is 2.1, and up to 4
+    of one s is the geometric mean of 0.5 and a scale above it, of images.
     """
     s = np.ravel(data_std)[0]
-    scale = 2.5 * (np.sqrt(s * min(s, DATA_STD)) if sde.k == 1 and steps <= 4 else s)
+    if sde.k == 1 and steps <= 4:
+        s = np.sqrt(s * min(s, DATA_STD))
+    reach = (2.1 if sde.k > 1 and steps <= 8 else 2.5) * s
 
     def clock(t: np.ndarray) -> np.ndarray:
         absent = np.isnan(t)
-        return np.where(absent, np.nan, np.arctan(noise_level(sde, np.where(absent, sde.horizon, t)) / scale))
+        return np.where(absent, np.nan, np.arctan(noise_level(sde, np.where(absent, sde.horizon, t)) / reach))
 
     return clock
 
