@@ -95,6 +95,8 @@ def test_a_step_tells_the_network_and_a_run_needs_it_no_more_once_it_samples(tmp
     words = [f"--workdir={tmp_path / 'w'}", "--train.augment=0.5"]
     assert status_of(COLOUR, "train", *words) == 0
     assert status_of(COLOUR, "sample", words[0], "--sampling.nfe=3") == 0
+    unit = gddim.data_scale(Colours().shape)
+    assert f" by gddim:3:free:data:data_std={unit}@tuned: NFE 3" in capsys.readouterr().out
     with np.load(tmp_path / "w" / "samples.npz", allow_pickle=False) as file:
         found = gddim.load(tmp_path / "w").sample(8, nfe=3)
         np.testing.assert_allclose(gddim.data.to_uint8(found).astype(int), file["samples"].astype(int), atol=1)

@@ -47,7 +47,8 @@ def restore(plan: Plan, workdir: epath.Path, settings: Restoration, step: int | 
     model: Any = guidance(seen_through(plan.model(params), sde))
     denoise = Measuring.of(model.denoiser, experiment, settings, sde)
     shape = experiment.data.shape
-    solver = sampling.method(sde, shape).solver(sde)
+    method = sampling.method(sde, shape)
+    solver = method.solver(sde)
 
     count = min(settings.images, len(source))
     records, cond = x0_and_cond(source[np.arange(count)])
@@ -81,7 +82,7 @@ def restore(plan: Plan, workdir: epath.Path, settings: Restoration, step: int | 
         told = describe(settings)
         origin = {"experiment": experiment.name, "step": step, **describe(sampling), "restore": told}
         run = f"{experiment.name}, step {step}: {settings.task}" + f", noise {settings.noise:g}" * bool(settings.noise)
-        by = f"{settings.by}, {label_in_words(sampler_name(sampling.sampler))}, {made:g} network calls"
+        by = f"{settings.by}, {label_in_words(sampler_name(method.sampler))}, {made:g} network calls"
         strip = np.concatenate([truth[:, None], seen[:, None], samples], 1)
         write_figure(workdir / name, rows(strip, f"{run}: truth, what is seen, samples\n{by}"), origin)
         write_npz(workdir / f"{name}.npz", to_host(to_uint8(jnp.asarray(samples))), origin)

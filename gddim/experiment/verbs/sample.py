@@ -62,7 +62,8 @@ def sample(plan: Plan, workdir: epath.Path, step: int | None = None, start: Star
         run = f"{experiment.name}, step {step}"
         through = "" if sde == experiment.sde else f" through {process_name(sde)}"
         guide = f", guided by {sampling.guide}" if sampling.guide.acts else ""
-        by = f"{label_in_words(sampler_name(sampling.sampler))}{through}, {calls.made:g} network calls{guide}"
+        sampler = sampler_name(sampling.method(sde, experiment.data.shape).sampler)
+        by = f"{label_in_words(sampler)}{through}, {calls.made:g} network calls{guide}"
         from_data = "" if start is None else f", from data noised to t = {start.time:.3g}"
         by += from_data
         on = "" if paths is None else f"{process_in_words(process_name(sde))}, {len(paths.ts)} steps of order 1{guide}"
@@ -83,7 +84,7 @@ def sample(plan: Plan, workdir: epath.Path, step: int | None = None, start: Star
             write_figure(workdir / "denoise", film(paths, f"{run}\n{on}"), origin)
         write_page(workdir)
         print(
-            f"{len(data)} samples of step {step} by {sampler_name(sampling.sampler)}{through}{guide}{from_data}: NFE {calls}, "
+            f"{len(data)} samples of step {step} by {sampler}{through}{guide}{from_data}: NFE {calls}, "
             f"{rate}; {workdir}: samples.npz, samples.png, {'trajectory.png, denoise.png, ' if paths else ''}report.html",
             flush=True,
         )
