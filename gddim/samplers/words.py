@@ -258,9 +258,9 @@ through VP (means of three sampling seeds; of `gddim:3:data` on power 2 9.32 2.1
 .88, of one).
 
 Through cifar10_tiny at 4 to 10 calls it is nearer the network's flow than every peer that was measured, through VP and CLD.
-FID of 5,000 samples at 5 calls is 98.1 through CLD, where `gddim:3:data` on power 2 has 116.7, and 72.1 through VP, where that
-has 70.5 (KID .0544 and .0574); at 10 calls 71.3 and 71.5 through VP, but 78.4 and 74.9 through CLD, though at half the distance
-from the flow; at 4 through VP 82.0 and 77.8, at 8 70.4 and 71.3. See experiments/results/solvers.md and cifar10.md."""
+FID of 5,000 samples through VP at 4 5 6 8 10 calls is 73.3 72.1 68.4 70.4 71.3, where `gddim:3:data` on power 2 has 77.8 70.5
+70.3 71.3 71.5 (1,000 KID at 5 54.4 and 57.4); through CLD at 5 and 10 95.1 73.9, where that has 116.7 74.9. See
+experiments/results/solvers.md and cifar10.md."""
 
 
 def laid_out(sampler: AbstractSampler, grid: Grid | None, power: float | None) -> AbstractSampler:
