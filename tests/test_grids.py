@@ -140,7 +140,8 @@ def test_grids_have_words(word, expected):
 @pytest.mark.parametrize(
     ("word", "says"),
     [("cosine", "unknown grid"), ("power:x", "'x'"), ("power:0", "power=0.0"), ("power:2:3", "takes 1 number"),
-     ("band:3:1", "lo=3.0"), ("log-snr:2", "takes no number"), ("karras:-1", "rho"), ("band:nan", "lo=nan")],
+     ("band:3:1", "lo=3.0"), ("log-snr:2", "takes no number"), ("karras:-1", "rho"), ("band:nan", "lo=nan"),
+     ("band:data_std=0", "data_std=0")],
 )  # fmt: skip
 def test_a_word_that_is_no_grid_is_refused_in_one_line(word, says):
     with pytest.raises(UserError, match=says) as caught:
@@ -153,6 +154,9 @@ def test_a_word_that_is_no_grid_is_refused_in_one_line(word, says):
 def test_a_band_that_is_none_is_refused(wrong):
     with pytest.raises(ValueError, match="a band needs"):
         gddim.band_grid(gddim.VP(), 1.0, 1e-3, 5, **wrong)
+    for rms in (0.0, -1.0, 0.6, np.nan):
+        with pytest.raises(ValueError, match=r"needs 0 < rms ≤ data_std"):
+            gddim.band_grid(gddim.VP(), 1.0, 1e-3, 4, rms=rms)
 
 
 def test_a_sampler_may_bring_its_grid():

@@ -14,7 +14,8 @@ from experiments.processes import blurred_langevin
 from gddim import GDDIM
 from gddim.check import mixture_eps, slope
 from gddim.errors import UserError
-from gddim.samplers.adams import history_nodes
+from gddim.samplers.adams import angle, history_nodes
+from gddim.samplers.grids import noise_level
 from gddim.samplers.residual import HI, LO, Residual
 from gddim.samplers.words import parse_sampler, sampler_name
 from gddim.sde.linalg import aligned, inverse, product
@@ -125,10 +126,10 @@ def test_every_entry_of_a_table_is_its_integral(sde, std, lam):
 
 
 @pytest.mark.parametrize("sde", [VP, pytest.param(CLD, marks=SLOW)], ids=name)
-@pytest.mark.parametrize(("lam", "data_std", "fewer"), [(0.0, 0.3, 0.3), (0.7, 0.3, 0.3), (0.0, 2.0, 1.0)])
-def test_with_the_free_corrector_data_are_interpolated_in_the_angle_of_the_noise(sde, lam, data_std, fewer):
-    """As above, `W' = F̂W − ½(1+λ²)GGᵀΣ⁻¹Ψ(τ,t_j) ℓ_j(arctan r/2.5s)`; these are 4 steps: s is √(0.5 data_std) of one field."""
-    reach = 2.5 * fewer if sde.k == 1 else 2.1 * data_std
+@pytest.mark.parametrize(("lam", "data_std"), [(0.0, 0.3), (0.7, 0.3), (0.0, 2.0)])
+def test_with_the_free_corrector_data_are_interpolated_in_the_angle_of_the_noise(sde, lam, data_std):
+    """As above, `W' = F̂W − ½(1+λ²)GGᵀΣ⁻¹Ψ(τ,t_j) ℓ_j(arctan r/reach)`, of 4 steps."""
+    reach = 2.5 * min(data_std, (0.5 * data_std) ** 0.5) if sde.k == 1 else 2.1 * data_std
     ts, k = np.array([1.0, 0.72, 0.5, 0.31, 0.05]), sde.k
     table = GDDIM(3, lam, corrector="free", interpolate="data", data_std=data_std).both(sde, ts)
 
@@ -154,6 +155,15 @@ def test_with_the_free_corrector_data_are_interpolated_in_the_angle_of_the_noise
         found = [*table.weights[i, : len(nodes)], *table.corrector[i, : len(nodes) + 1]]
         for w, expected in zip(found, y, strict=True):
             assert off(w, expected) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("sde", "steps", "data_std", "reach"),
+    [(VP, 4, 0.3, 0.75), (VP, 4, 2.0, 2.5), (VP, 5, 2.0, 5.0), (CLD, 8, 2.0, 4.2), (CLD, 9, 2.0, 5.0)],
+)
+def test_polynomials_of_few_steps_reach_less_far(sde, steps, data_std, reach):
+    t = np.array([0.2, 0.7])
+    np.testing.assert_allclose(angle(sde, data_std, steps)(t), np.arctan(noise_level(sde, t) / reach), rtol=1e-12)
 
 
 @pytest.mark.parametrize("sde", [VP, CLD], ids=name)

@@ -50,9 +50,10 @@ class GDDIM(AbstractTableSampler):
     `lam`: λ ≥ 0; 0 is the probability flow, without noise; 1 the reverse SDE; between and above, less or more noise.
     `corrector`: correct every step that it improves: one order more, for 2 network calls a step. "free" corrects a step once
     the call that follows it has come, with that record (`corrected_for_free`): one order more for no call, on a good grid
-    (`band_grid`) up to half the error. Polynomials of "data" are then in `arctan(r / 2.5 data_std)`, r the noise level, not in
-    t (of few steps see `angle`), as those of "residual" are in its `Band`: at 5 to 10 calls less is extrapolated. With ε it
-    diverges, and is refused.
+    (`band_grid`) up to half the error. Polynomials of "data" are then in `arctan(r / 2.5 s)`, r the noise level and s
+    `data_std`, not in t, as those of "residual" are in its `Band`: at 5 to 10 calls less is extrapolated. Of few steps they
+    reach less far: 2.1 s up to 8 of several fields, and up to 4 of one an s above 0.5, of images, counts as `√(0.5 s)`. With
+    ε it diverges, and is refused.
     `interpolate`: "eps", the network's ε, "data", its data prediction, better for a `Denoiser` and for λ > 0, or "residual",
     what is left of that once the prediction for data N(0, data_std²) is taken off (`Residual`): exact for these, too.
     `data_std`: the scale of the data: what "residual" subtracts (→ 0 is "data", → ∞ for k = 1 "eps"), and a unit of noise
@@ -241,8 +242,8 @@ def same(t: np.ndarray) -> np.ndarray:
 def angle(sde: AbstractLinearSDE, data_std: Any, steps: int) -> Clock:
     """`arctan(r / 2.5 s)`, r the `noise_level` and s the scale of the data: of the lowest frequency both.
 
-    Fewer steps span more of the scales, and polynomials reach less far: up to 8 steps of several fields it is 2.1, and up to 4
-    of one s is the geometric mean of 0.5 and a scale above it, of images.
+    Few steps are long, and polynomials should reach less far: up to 8 of several fields 2.1 stands for 2.5, and up to 4 of one
+    field `√(0.5 s)` for an s above 0.5, which images have.
     """
     s = np.ravel(data_std)[0]
     if sde.k == 1 and steps <= 4:

@@ -129,14 +129,17 @@ def band_grid(
     `sde`: the process; `t_max`, `t_min`, `steps`: as in `power_grid`.
     `data_std`: s, the scale of the data: for images, `data_scale` of their shape.
     `lo`, `hi`: the band, in units of `data_std`; without them that of `band_of`.
-    `rms`: of data whose scale is larger, as images, whose details do not grow with their size; s if it is not told.
+    `rms`: of data whose scale is larger, as images, whose details do not grow with their size: the unit of `lo` up to 4 steps
+    of one field and beyond 10 steps, where `lo` is not told; s without it.
 
-    Returns `(steps + 1,)`. Raises `ValueError` unless `0 < lo < hi` and `data_std > 0`, both finite.
+    Returns `(steps + 1,)`. Raises `ValueError` unless `0 < lo < hi` and `0 < rms ≤ data_std`, all finite.
 
     >>> times = band_grid(gddim.CLD(), 1.0, 1e-3, steps=4)
     >>> bool(np.all(np.diff(times) < 0)), times.shape
     (True, (5,))
     """
+    if rms is not None and not 0 < rms <= data_std < np.inf:
+        raise ValueError(f"data_std={data_std}, rms={rms}: needs 0 < rms ≤ data_std, finite")
     own = band_of(sde, steps, 1.0 if rms is None else float(rms / data_std))
     clock = Band.of(data_std, own[0] if lo is None else lo, own[1] if hi is None else hi)
     return _uniform_in(clock, sde, t_max, t_min, steps)
@@ -145,8 +148,8 @@ def band_grid(
 def band_of(sde: AbstractLinearSDE, steps: Number, rms: float = 1.0) -> tuple[float, float]:
     """The band that was best by measurement, for so many steps of `gddim:3:data:free`: few leave the extremes out.
 
-    In units of the scale of the data, of which `rms` is their root mean square, it is 0.4 rms to 6 up to 4 steps, 0.06 to 6 up
-    to 10, and 0.06 rms to 6 beyond; for several fields 0.4 to 3 up to 4, 0.3 to 4 up to 6 and 0.15 to 3 up to 10.
+    In units of the scale of the data, and `rms` is their root mean square in these, it is 0.4 rms to 6 up to 4 steps, 0.06 to 6
+    up to 10, and 0.06 rms to 6 beyond; for several fields 0.4 to 3 up to 4, 0.3 to 4 up to 6 and 0.15 to 3 up to 10.
     """
     if sde.k == 1 or steps > 10:
         return (0.4 * rms if steps <= 4 else 0.06 if steps <= 10 else 0.06 * rms), 6.0
@@ -197,7 +200,7 @@ def tuned_grid(
     t_max, t_min, steps = _range(t_max, t_min, steps)
     learned = {n: [0.0, *shares, 1.0] for (several, n), shares in LEARNED.items() if several == (sde.k > 1)}
     near = [steps] if steps in learned else [steps - 1, steps + 1]
-    if not learned.keys() >= set(near):
+    if any(n not in learned for n in near):
         return band_grid(sde, t_max, t_min, steps, data_std, rms=rms)
     part = np.linspace(0, 1, steps + 1)
     shares = np.mean([np.interp(part, np.linspace(0, 1, n + 1), learned[n]) for n in near], axis=0)
