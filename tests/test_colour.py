@@ -18,7 +18,7 @@ from gddim.sde import CLD, VP, AbstractLinearSDE, Blurring
 WORDS = [
     *("--train.steps=2", "--train.batch=8", "--net.width=8", "--net.attention", "--net.multipliers", "1"),
     *("--sampling.samples=8", "--sampling.batch=8", "--sampling.nfe=3", "--eval.samples=8", "--eval.batch=8"),
-    *("--eval.nfe", "4", "--eval.samplers", "gddim:2", "heun", "rk45"),
+    *("--eval.nfe", "4", "--eval.samplers", "gddim:2", "heun", "rk45", "--eval.processes", "own"),
 ]
 
 
@@ -31,8 +31,13 @@ WORDS = [
 def test_every_verb_on_colour_images(sde: AbstractLinearSDE, predicts: Literal["data", "eps"], tmp_path: Path, capsys):
     images = np.random.default_rng(0).integers(0, 256, (200, 8, 8, 3), np.uint8)
     np.save(tmp_path / "colours.npy", images)
+    train = dataclasses.replace(cld_digits.EXPERIMENT.train, sigma_mean=None, sigma_std=None)
     experiment = dataclasses.replace(
-        cld_digits.EXPERIMENT, sde=sde, data=ArrayFile(str(tmp_path / "colours.npy")), model=Model(predicts)
+        cld_digits.EXPERIMENT,
+        sde=sde,
+        data=ArrayFile(str(tmp_path / "colours.npy")),
+        model=Model(predicts),
+        train=train,
     )
     workdir = tmp_path / "w"
     for verb in ("train", "sample", "evaluate", "likelihood", "encode"):

@@ -214,7 +214,7 @@ def test_a_spectrum_is_a_standard_deviation_of_each_frequency():
 
 
 ORDERS = [
-    (sde, GDDIM(q, interpolate=interpolate), 96)
+    (sde, GDDIM(q, interpolate=interpolate), 384 if (q, interpolate) == (3, "residual") else 96)
     for sde in (VP, CLD) for interpolate in ("data", "residual") for q in (1, 2, 3)
 ]  # fmt: skip
 FAST = {(name(VP), GDDIM(2, interpolate=interpolate)) for interpolate in ("data", "residual")}
