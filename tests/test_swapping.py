@@ -161,6 +161,14 @@ def test_a_network_of_frequencies_is_drawn_through_its_own_process_alone():
         own.through(gddim.VP())
 
 
+def test_ways_of_a_process_by_frequency_are_drawn_to_their_size():
+    own = dataclasses.replace(cld_digits.EXPERIMENT, sde=gddim.Blurring(8), train=Training(), eval=Evaluation())
+    model = gddim.Denoiser(own.sde, lambda x, level, cond=None, *, key=None: 0 * x)
+    paths = follow(own, model, own.sampling, Guidance(), count=2, steps=4)
+    assert paths.data.shape == paths.foreseen.shape == (4, 2, 8, 8, 1)
+    assert 0.2 < float(paths.data[0].std()) < 2
+
+
 def test_an_epsilon_of_one_field_is_drawn_through_every_process():
     own = dataclasses.replace(points_vp.EXPERIMENT, model=Model("eps"))
     assert own.through(gddim.CLD()) == gddim.CLD()

@@ -169,6 +169,6 @@ def follow(
     _, _, path = sample_numbered(model, solver, experiment.data.shape, seed, numbers, path=True, cond=cond)
     assert path is not None
     project = jax.jit(jax.vmap(jax.vmap(sde.project)))
-    spread = np.sqrt(sde.prior_covariance(ts[:-1])[..., 0, 0]).reshape(steps, -1).max(-1)
+    spread = [np.sqrt(np.max(sde.prior_covariance(t)[..., 0, 0])) for t in ts[:-1]]
     size = jnp.asarray(np.maximum(spread, 1), path.states.dtype).reshape(-1, *[1] * (path.states.ndim - 2))
     return Paths(ts[:-1], path.eps, project(path.states) / size, project(path.foreseen))
