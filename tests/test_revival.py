@@ -108,7 +108,7 @@ def test_verbs_after_training_need_no_option_repeated(tmp_path, capsys):
     make_run(tmp_path / "w", run)
     assert status_of(COLOUR, "sample", f"--workdir={tmp_path / 'w'}") == 0
     said = capsys.readouterr()
-    assert "4 samples of step 2 by gddim:3:free:data@tuned: NFE 3," in said.out
+    assert "4 samples of step 2 by gddim:3:free:data:data_std=0.87@tuned: NFE 3," in said.out
     assert "as the run has it, not the experiment's file: sampling.batch, sampling.nfe, sampling.samples\n" in said.err
     assert status_of(COLOUR, "sample", f"--workdir={tmp_path / 'w'}", "--net.width=4") == 2
     assert "net.width: the run has 8, this command 4" in capsys.readouterr().err
