@@ -25,7 +25,7 @@ from gddim.errors import UserError, from_extra, place, printable, progress
 from gddim.evaluation.figures import KEY, encode, label_in_words
 from gddim.experiment.pictures import gallery
 from gddim.experiment.sampling import Guide
-from gddim.experiment.trained import find, parse_average
+from gddim.experiment.trained import find
 from gddim.guidance import Autoguidance
 from gddim.loading import loaded
 from gddim.parallel import check_backend, make_mesh, round_up, to_host
@@ -93,7 +93,7 @@ def _generate(options: argparse.Namespace) -> str:
         import matplotlib  # noqa: F401
         import PIL  # noqa: F401
     mesh = make_mesh()
-    found = find(place(options.source), options.step, parse_average(options.weights), mesh=mesh)
+    found = find(place(options.source), options.step, options.weights, mesh=mesh)
     shape, settings = tuple(found.experiment.data.shape), found.experiment.sampling
     if len(shape) != 3 or shape[-1] not in (1, 3):
         raise UserError(

@@ -198,7 +198,7 @@ def load(
     source: Any,
     *,
     step: int | None = None,
-    weights: Literal["ema", "raw"] | float | None = None,
+    weights: str | float | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
     mesh: jax.sharding.Mesh | None = None,
     sde: AbstractLinearSDE | None = None,

@@ -217,6 +217,8 @@ def test_what_is_no_run_is_refused_in_a_line(what, tmp_path):
 def test_what_a_run_does_not_hold_is_refused_in_a_line(run, model, tmp_path):
     with pytest.raises(gddim.UserError, match=r"no whole checkpoint of step 7 \(saved: \[1, 2\]"):
         gddim.load(run, step=7)
+    with pytest.raises(gddim.UserError, match="weights best: accepted are ema, raw and a length"):
+        gddim.load(run, weights="best")
     with pytest.raises(gddim.UserError, match="is made of snapshots"):
         gddim.load(run, weights=0.1)
     with pytest.raises(gddim.UserError, match="unknown sampler 'ddim'"):

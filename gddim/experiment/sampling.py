@@ -102,7 +102,7 @@ class Sampling:
     """Another layout of the times, of every sampler that brings none: tuned[:data_std=…], power[:POWER],
     band[:LO:HI][:data_std=…], karras[:RHO], log-snr, two-phase[:SHARE:FRACTION:POWER] or uniform. The unit of tuned, band,
     residual and free is 0.5 √(n/64) for data of n numbers, 3.46 for CIFAR-10, at least 0.5, unless sampler or grid say
-    another; the lower end of tuned's own band, of one field or more than 10 steps, is in units of at most 0.5."""
+    another; the lower end of a band that is not told, up to 4 steps of one field and beyond 10, in units of at most 0.5."""
     t_min: float | None = None
     """Time of the process at which the sampler stops; without it 0.001 of the horizon, for ve 0.002 of its 80. The verb
     likelihood begins at a hundredth of these, whatever is told here."""

@@ -65,7 +65,7 @@ class Trained(NamedTuple):
 def find(
     path: epath.Path,
     step: int | None = None,
-    average: Average | None = None,
+    average: str | float | None = None,
     dtype: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
     sde: AbstractLinearSDE | None = None,

@@ -21,7 +21,7 @@ import sys
 from etils import epath
 
 from gddim.errors import UserError, from_extra, place, printable
-from gddim.experiment.trained import HUB, find, parse_average, tables_of
+from gddim.experiment.trained import HUB, find, tables_of
 from gddim.export.card import card, front_matter, picture, results, tables
 from gddim.export.model import exported, portable
 from gddim.export.state import MOMENTS, export_state
@@ -113,7 +113,7 @@ def _model(options: argparse.Namespace) -> list[str]:
     if hub is not None:
         check_empty(hub)
     how = {name: getattr(options, name) for name in ("sampler", "process", "nfe") if getattr(options, name) is not None}
-    found = find(run, options.step, parse_average(options.weights))
+    found = find(run, options.step, options.weights)
     model = loaded(found)
     if program is not None:
         model.through(**how)  # what cannot be is refused before anything is written
