@@ -36,7 +36,7 @@ class Loaded(eqx.Module):
     """
 
     model: Any
-    """The network seen through the process: a `Denoiser`, or an `EpsModel`."""
+    """The network seen through the process: a `Denoiser`, an `EpsModel` or a `VelocityModel`."""
     shape: tuple[int, ...] = eqx.field(static=True)
     """Of the data, `(*dims, C)`."""
     settings: Any = eqx.field(static=True)

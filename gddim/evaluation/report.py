@@ -248,7 +248,7 @@ def _metric_table(group: Group, metric: str) -> list[list[str]]:
         if set(row.values) & set(columns):
             values = [_published(row.values.get(nfe, "")) for nfe in columns]
             found.append([*named(f"*{row.label}*", row.process), *values, *([""] if adaptive else [])])
-    if group.floor and metric in group.floor["metrics"]:
+    if group.floor and "frechet" in group.floor["metrics"]:
         value = _digits(group.floor["metrics"][metric])
         found.append([*named(f"{group.floor['cell']['source']} (floor)", ""), *[value] * len(numbers)])
     return found
@@ -263,16 +263,17 @@ def _published(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
 
-def plot(rows: Sequence[Row], path: os.PathLike, metric: str = "frechet") -> None:
-    """The metric against the network calls made, as `path`, a PNG, and beside it as SVG and PDF. Raises `UserError` for
-    no rows.
+def plot(rows: Sequence[Row], path: os.PathLike) -> None:
+    """The Fréchet distance against the network calls made, as `path`, a PNG, and beside it as SVG and PDF.
+
+    Raises `UserError` for no rows.
     """
-    figure = chart(rows, metric)
+    figure = chart(rows)
     for suffix in SUFFIXES:
         write_whole(epath.Path(path).with_suffix(suffix), encode(figure, suffix))
 
 
-def chart(rows: Sequence[Row], metric: str = "frechet") -> Any:
+def chart(rows: Sequence[Row]) -> Any:
     """A panel for each group, log axes: one line a sampler, its floor, published rows; one legend for all, beside them.
 
     Of groups that differ by no more than a commit or a version the last is drawn.
@@ -283,9 +284,9 @@ def chart(rows: Sequence[Row], metric: str = "frechet") -> Any:
     columns = min(2, len(found))
     height = -(-len(found) // columns)
     figure, panels = new_figure(height, columns, (4.4 * columns + 1.9, 3.4 * height))
-    shared = looks(label for group in found for label in group.entries(metric))
+    shared = looks(label for group in found for label in group.entries("frechet"))
     for axes, group in zip(panels, found, strict=False):
-        _chart_group(axes, group, metric, shared)
+        _chart_group(axes, group, shared)
     for axes in panels[len(found) :]:
         axes.remove()
     lines = {line.get_label(): line for axes in figure.axes for line in axes.get_lines() if line.get_label()[0] != "_"}
@@ -297,9 +298,9 @@ def chart(rows: Sequence[Row], metric: str = "frechet") -> Any:
     return figure
 
 
-def _chart_group(axes: Any, group: Group, metric: str, shared: dict[str, Look]) -> None:
+def _chart_group(axes: Any, group: Group, shared: dict[str, Look]) -> None:
     budgets: set[int] = set()
-    for label, cells in group.entries(metric).items():
+    for label, cells in group.entries("frechet").items():
         look, points = shared[label], sorted(cells.values(), key=lambda entry: entry.nfe)
         whole = [entry for entry in points if math.isfinite(entry.mean)]
         nfe, mean, spread = ([getattr(entry, name) for entry in whole] for name in ("nfe", "mean", "spread"))
@@ -311,17 +312,17 @@ def _chart_group(axes: Any, group: Group, metric: str, shared: dict[str, Look]) 
         if lost := [entry.nfe for entry in points if not math.isfinite(entry.mean)]:
             edge = {"transform": axes.get_xaxis_transform(), "clip_on": False, "color": look.color}
             axes.plot(lost, [1.0] * len(lost), "x", label="diverged", **edge)
-    for row, marker in zip(group.published() if metric == "frechet" else [], itertools.cycle(MARKERS)):
+    for row, marker in zip(group.published(), itertools.cycle(MARKERS)):
         values = {nfe: value for nfe, value in row.values.items() if not isinstance(value, str)}
         if len(values) > 1:  # of a single one the table tells
             style = {"color": looks([row.sampler])[row.sampler].color, "marker": marker, "markersize": 4.5}
             label = f"{row.label}, {row.process}" if len(group.processes) > 1 else row.label
             axes.plot([*values], [*values.values()], "--", label=label, **style, fillstyle="none", linewidth=0.8)
             budgets |= set(values)
-    if group.floor and metric in group.floor["metrics"]:
+    if group.floor and "frechet" in group.floor["metrics"]:
         label = f"{group.floor['cell']['source']} (floor)"
-        axes.axhline(group.floor["metrics"][metric], color="black", linestyle=(0, (1, 1.5)), label=label)
-    axes.set(xscale="log", yscale="log", xlabel="network calls", ylabel=group.title(metric))
+        axes.axhline(group.floor["metrics"]["frechet"], color="black", linestyle=(0, (1, 1.5)), label=label)
+    axes.set(xscale="log", yscale="log", xlabel="network calls", ylabel=group.title("frechet"))
     title = "\n".join(line for words in (group.heading, group.against) for line in textwrap.wrap(words, 64))
     axes.set_title(title, loc="left", fontsize=8)
     number(axes.xaxis, budgets)

@@ -71,8 +71,9 @@ AFTERWARDS = {
 }  # fmt: skip
 Verb = Literal["run", "train", "sample", "evaluate", "likelihood", "encode", "restore", "fit"]
 EPILOGUE = """Exit status: 0 done; 1 failed, or the loss was not finite; 2 a wrong option, value or path,
-nothing written; 75 stopped by SIGTERM, Ctrl-C or train.minutes, the state saved, so that the same command continues;
-134 another process of the job was lost, continue likewise. VERB --help tells what that verb needs, --help all there is;
+nothing written; 75 stopped by SIGTERM or train.minutes, or while it trains by Ctrl-C, the state saved, so that the same command
+continues; 130 stopped by Ctrl-C otherwise; 134 another process of the job was lost, continue likewise. VERB --help
+tells what that verb needs, --help all there is;
 source <(python -m experiments.NAME --completion) has bash complete verbs and options."""
 
 
@@ -106,7 +107,7 @@ class Command:
     kept: tyro.conf.Suppress[tuple[str, ...]] = ()
     """Settings that are the run's, and not what the experiment's file says."""
     everywhere: tyro.conf.Suppress[tuple[str, ...]] = ()
-    """Of sampling's, those of one process that were given, and are then of all in a table."""
+    """Which of sampling.power and sampling.t_min the command line gave: an evaluation uses these for every process."""
 
     def __post_init__(self):
         require(0 < self.strength <= 1, f"strength must be in (0, 1], not {self.strength:g}")
@@ -160,7 +161,7 @@ def parse(experiment: Experiment, argv: Sequence[str]) -> Command:
 
 
 def _nowhere(command: Command) -> bool:
-    """Whether a dry run was told of no run."""
+    """Whether this is a dry run without --workdir."""
     return command.dry_run and command.workdir == default_workdir(command.experiment)
 
 

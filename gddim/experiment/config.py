@@ -147,7 +147,7 @@ class Evaluation:
     nfe: tuple[int, ...] = (6, 10, 20, 50)
     """Its columns: network calls a sample."""
     samples: int = 500
-    """Samples a cell."""
+    """Samples a cell; of `likelihood`, held-out records."""
     seeds: int = 1
     """Times that each cell is drawn, with seeds from sampling.seed on; the table tells mean and spread."""
     batch: int = 500

@@ -72,9 +72,9 @@ class Start(NamedTuple):
 def numbered_batches(
     mesh: jax.sharding.Mesh, n: int, batch: int, given: PyTree = None
 ) -> Iterator[tuple[Int[Array, " b"], PyTree]]:
-    """The numbers of n samples, so many at a time over the devices, and of what is given, a row for each, theirs.
+    """Batches of the sample numbers 0, …, n − 1, spread over the devices, each with its rows of `given`.
 
-    The last numbers go beyond n, so that all batches are of one size, and have the row of the last.
+    The last numbers go beyond n, so that all batches are of one size, and have the row of the last sample.
     """
     size = round_up(min(batch, n), mesh.size)
     for first in range(0, n, size):
@@ -129,7 +129,7 @@ def draw_samples(
     Where the run has classes, n and each sample's class are those of `Experiment.drawn_classes`.
 
     `progress` is called with how many are there; `guidance` is that of `sampling`, with its worse network;
-    with a `start` samples are of given data, each of one after another as many. Tells how many are not finite.
+    with a `start` samples are spread evenly over the given data, in order. Tells how many are not finite.
     """
     sde = experiment.through(sampling.process)
     guidance = guidance or sampling.guide.away_from()

@@ -22,7 +22,7 @@ from gddim.sde.base import last_time
 from gddim.settings import LATER
 
 TIMES = ("power", "t_min")
-"""What of `Sampling` is of one process."""
+"""Fields of `Sampling` whose value belongs to one process."""
 
 
 @dataclass(frozen=True)

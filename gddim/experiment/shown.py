@@ -18,7 +18,7 @@ NEEDED = {
     "train": _BOTH | {"peak_flops", "compiled", "seed", "sde", "net", "model", "train"},
     "sample": _AFTERWARDS | {"compiled", "from_", "strength"},
     "evaluate": _AFTERWARDS | {"compiled", "eval"},
-    "likelihood": _AFTERWARDS,
+    "likelihood": _AFTERWARDS | {"eval"},
     "encode": _AFTERWARDS | {"from_"},
     "restore": _AFTERWARDS | {"restore"},
     "fit": _AFTERWARDS | {"fit"},

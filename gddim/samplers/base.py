@@ -18,7 +18,7 @@ from gddim.sde.linalg import Array, as_times, inverse, namespace, product
 EpsFn = Callable[[Array, Array], Array]  # ε(u, t) of one state (*dims, k, C)
 Callback = Callable[[Array, Array, Array], Array]  # of a state, the data foreseen and t, to the state that goes on
 Last = Literal["none", "euler", "data"]
-RECORD = ("record_eps", "carry", "shift")  # what a record of the data has not
+RECORD = ("record_eps", "carry", "shift")  # fields of a table that are None where the network is asked for the data
 SLOTS = 5  # history entries that the loop carries at least: order 4 and the corrector's, so that these share a program
 
 

@@ -132,8 +132,8 @@ def statistic(sde: AbstractLinearSDE, ts: np.ndarray) -> tuple[np.ndarray, np.nd
 def deviations(sde: AbstractLinearSDE, times: np.ndarray, data: np.ndarray) -> np.ndarray:
     """How far one step of order 1 from time i of a path ends from its state at time j, `(m, m)`, in units of the data.
 
-    In the coordinates `R⁻¹u` a path moves by `∫ D dv`, and the step by `D_i (v_j − v_i)`. What it misses is told as the
-    statistic of the data that a state is has it, `r²vᵀR⁻¹u`: root mean square over samples and dimensions.
+    In the coordinates `R⁻¹u` a path moves by `∫ D dv`, and the step by `D_i (v_j − v_i)`. The miss is that of the noised
+    data `r²vᵀR⁻¹u` that a state is equivalent to: root mean square over samples and dimensions.
 
     `times`: of the path, falling, `(m,)`; `data`: what was foreseen at all but the last, `(m − 1, n, *dims, C)`.
     """
@@ -165,7 +165,7 @@ def shortest(cost: np.ndarray, steps: int) -> np.ndarray:
 
 
 def spectrum(ends: np.ndarray) -> np.ndarray:
-    """What a loss counts in: the root mean square of data `(n, *dims, C)` about their mean, at every frequency of the cosine
+    """The unit of the loss: the root mean square of data `(n, *dims, C)` about their mean, at every frequency of the cosine
     basis for pictures and in every coordinate otherwise, relative to that over all; at least a tenth of it.
 
     Measured on the digits: with and without it the Fréchet distance of a table is the same to 0.01 (VP, 3 and 4 calls), and the
@@ -195,7 +195,7 @@ def distance(model: ProcessModel, solver: TableSolver, pairs: Pairs, unit: Array
 
 
 def beside(anchor: Coefficients, slopes: Coefficients, gaps: Array) -> Coefficients:
-    """The table of which the gaps are so much, `(n,)`, from those of an anchor without noise: to first order, see `slopes`."""
+    """The table at the gaps of the anchor, which has no noise, plus `gaps` `(n,)`: to first order, see `slopes`."""
     table = jax.tree.map(lambda x, slope: x + jnp.tensordot(gaps, slope, 1), anchor, slopes)
     return dataclasses.replace(table, noise=np.zeros(table.noise.shape))  # 0, and not traced as if it were more
 

@@ -191,7 +191,7 @@ def tuned_grid(
 
     `sde`: the process; `t_max`, `t_min`, `steps`: as in `power_grid`; `data_std`: s, and `rms`, as in `band_grid`.
 
-    Returns `(steps + 1,)`. Raises `ValueError` like `band_grid`.
+    Returns `(steps + 1,)`. Raises `ValueError` like `band_grid` where it is that.
 
     >>> times = tuned_grid(gddim.VP(), 1.0, 1e-3, steps=8)
     >>> bool(np.all(np.diff(times) < 0)), times.shape

@@ -60,8 +60,10 @@ class Method:
 
 
 def check_methods(methods: Iterable[Method], sde: AbstractLinearSDE) -> None:
-    """Raise `UserError` for too few calls, times that are none at so many steps, and a sampler of another process: its table
-    is made of as few steps as make a call."""
+    """Raise `UserError` for too few calls, for times outside the process, and for a sampler that the process does not suit.
+
+    Found by making each table with as few steps as make a call.
+    """
     methods = list(methods)
     for method in methods:
         steps_for(method.sampler, method.nfe, method.last)

@@ -106,7 +106,7 @@ def _argument(option: str) -> tuple[str, Any]:
 
 
 def sampler_name(sampler: AbstractSampler) -> str:
-    """The shortest word that `parse_sampler` reads as this sampler; the `repr` of one that has no word."""
+    """The word that `parse_sampler` reads as this sampler, without defaults but the order; the `repr` of one that has none."""
     if isinstance(sampler, OnGrid):
         return f"{sampler_name(sampler.sampler)}@{sampler.grid}"
     if isinstance(sampler, LearnedTable):
