@@ -10,8 +10,7 @@ import gddim
 from experiments.processes import phase_space_langevin
 from gddim import GDDIM
 from gddim.check import mixture_eps
-from gddim.samplers.adams import history_nodes
-from gddim.samplers.quadrature import lagrange
+from gddim.samplers.quadrature import history_nodes, lagrange
 from gddim.sde.linalg import inverse, product
 
 PROCESSES = {"VP": gddim.VP(), "CLD": gddim.CLD(), "PSLD": phase_space_langevin()}

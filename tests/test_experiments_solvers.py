@@ -11,7 +11,7 @@ import gddim
 from experiments.solvers import images, tune
 from experiments.solvers.__main__ import T_MIN, main, problem, typical
 from experiments.solvers.mixtures import DATA_STD, KINDS, mixture
-from gddim.samplers.grids import LEARNED_BAND
+from gddim.samplers.grids import BAND
 from gddim.samplers.solver import sharing
 
 
@@ -81,7 +81,7 @@ def test_learned_times_have_smaller_errors_on_mixtures_that_they_were_not_learne
             return np.exp(np.mean(np.log(typical(solver, problems)[0])))
 
         for steps in (8, 9, 10, 15):
-            band = gddim.band_grid(sde, 1.0, T_MIN, steps, DATA_STD, *LEARNED_BAND)
+            band = gddim.band_grid(sde, 1.0, T_MIN, steps, DATA_STD, *BAND)
             assert error(gddim.tuned_grid(sde, 1.0, T_MIN, steps, DATA_STD)) < 0.9 * error(band), steps
 
 

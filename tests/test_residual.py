@@ -14,9 +14,10 @@ from experiments.processes import blurred_langevin
 from gddim import GDDIM
 from gddim.check import mixture_eps, slope
 from gddim.errors import UserError
-from gddim.samplers.adams import angle, history_nodes
-from gddim.samplers.grids import noise_level
-from gddim.samplers.residual import HI, LO, Residual
+from gddim.samplers.adams import angle
+from gddim.samplers.grids import BAND, noise_level
+from gddim.samplers.quadrature import history_nodes
+from gddim.samplers.residual import Residual
 from gddim.samplers.words import parse_sampler, sampler_name
 from gddim.sde.linalg import aligned, inverse, product
 from tests.test_tables import basis, off, rates
@@ -94,7 +95,7 @@ def test_every_entry_of_a_table_is_its_integral(sde, std, lam):
     """By their definitions, as equations in falling τ: `Ψ̂' = F̂Ψ̂`, `P' = F̂P + PF̂ᵀ − λ²GGᵀ`, `W' = F̂W − ½(1+λ²)GGᵀΣ⁻¹ψ c ℓ_j`."""
     ts, k = np.array([1.0, 0.72, 0.5, 0.31, 0.05, 2e-3]), sde.k
     table = GDDIM(3, lam, corrector=True, interpolate="residual", data_std=std).coefficients(sde, ts)
-    lo, hi = LO * std, HI * std
+    lo, hi = (x * std for x in BAND)
 
     def at(tau):
         (F, GG), sigma, psi = rates(sde, tau), sde.covariance(tau), sde.transition(tau, 0.0)[:, :1]

@@ -8,9 +8,8 @@ import pytest
 import gddim
 from gddim import GDDIM
 from gddim.check import slope
-from gddim.samplers.adams import triangular
 from gddim.samplers.base import denoising_call
-from gddim.sde.linalg import inverse, product
+from gddim.sde.linalg import inverse, product, triangular
 
 PROCESSES = [gddim.VP(), gddim.CLD(), gddim.Blurring(4)]
 DETERMINISTIC = [

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from gddim.samplers.adams import history_nodes
+from gddim.samplers.quadrature import history_nodes
 from gddim.sde import CLD, Blurring
 from gddim.sde.linalg import inverse, transpose
 

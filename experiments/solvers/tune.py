@@ -26,7 +26,7 @@ from experiments.solvers.mixtures import DATA_STD, KINDS
 from gddim.errors import printable
 from gddim.samplers.base import Coefficients
 from gddim.samplers.fit import Family, beside
-from gddim.samplers.grids import LEARNED_BAND, Band
+from gddim.samplers.grids import BAND, Band
 from gddim.samplers.solver import TableSolver
 from gddim.sde.linalg import Array
 
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         judge = [problem(sde, kind, others.tolist(), 3 * options.samples) for kind in KINDS]
         sampler = gddim.GDDIM(3, interpolate="data", corrector="free")
         t_min = T_MIN * sde.horizon
-        family = Family(sampler, sde, sde.horizon, t_min, Band.of(DATA_STD, *LEARNED_BAND))
+        family = Family(sampler, sde, sde.horizon, t_min, Band.of(DATA_STD, *BAND))
         for calls in options.nfe:
             began = time.perf_counter()
             default = gddim.tuned_grid(sde, sde.horizon, t_min, calls, DATA_STD)

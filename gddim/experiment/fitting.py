@@ -14,9 +14,8 @@ from gddim.errors import UserError
 from gddim.experiment.network import require
 from gddim.samplers import Grid, Method, OnGrid
 from gddim.samplers.fit import Family
-from gddim.samplers.grids import Band
+from gddim.samplers.grids import BAND, Band
 from gddim.samplers.method import check_methods
-from gddim.samplers.residual import HI, LO
 from gddim.samplers.solver import AbstractTableSampler
 from gddim.samplers.words import sampler_name
 from gddim.sde.words import process_name
@@ -91,7 +90,7 @@ def fitted_by(experiment: Experiment, workdir: epath.Path) -> Problem:
     if not isinstance(sampler, AbstractTableSampler):
         raise UserError(refusal)
     std = np.ravel(OnGrid(method.sampler, Grid("band")).for_data(experiment.data.shape).noise_unit)[0]
-    family = Family(sampler, sde, grid[0], grid[-1], Band.of(std, LO, HI))
+    family = Family(sampler, sde, grid[0], grid[-1], Band.of(std, *BAND))
     try:
         family.table(grid)
     except ValueError as error:

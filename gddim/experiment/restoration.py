@@ -32,11 +32,9 @@ TASKS = (
 class Restoration:
     """The verb restore: held-out images of which only a linear measurement is seen."""
 
-    task: Annotated[str | None, tyro.conf.arg(name="task", prefix_name=False)] = field(
-        default=None, metadata={UNGROUPED: True}
-    )
-    """What is measured of them: inpaint, srN (sr2, sr4: N times fewer pixels a side), deblur[:STD], colour (their grey),
-    sense[:SHARE] (random projections)."""
+    task: Annotated[
+        str | None, tyro.conf.arg(name="task", prefix_name=False, help=f"What is measured of them: {TASKS}")
+    ] = field(default=None, metadata={UNGROUPED: True})
     mask: Annotated[str | None, tyro.conf.arg(name="mask", prefix_name=False)] = field(
         default=None, metadata={UNGROUPED: True}
     )

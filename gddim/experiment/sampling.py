@@ -16,7 +16,7 @@ from gddim.experiment.options import SPELLED, UNGROUPED, tyro
 from gddim.experiment.words import Process, Sampler, TimeGrid, spell_process
 from gddim.guidance import EVERYWHERE, Guidance
 from gddim.samplers import Grid, Method, OnGrid, power_grid
-from gddim.samplers.words import BEST, laid_out
+from gddim.samplers.words import ACCEPTED, BEST, GRIDS, laid_out
 from gddim.sde import AbstractLinearSDE
 from gddim.sde.base import last_time
 from gddim.settings import LATER
@@ -77,12 +77,9 @@ class Guide:
 class Sampling:
     """How samples are drawn: by `sample`, for the grids while training, and where an evaluation does not say."""
 
-    sampler: Annotated[Sampler, tyro.conf.arg(name="sampler", prefix_name=False)] = field(
+    sampler: Annotated[Sampler, tyro.conf.arg(name="sampler", prefix_name=False, help=ACCEPTED)] = field(
         default=BEST, metadata={UNGROUPED: True}
     )
-    """gddim[:ORDER][:data|:residual][:free|:corrector][:lam=λ][:data_std=…], cholesky[:ORDER], em[:lam=λ], heun, sscs,
-    rk45[:rtol=…][:atol=…], ipndm[:ORDER], dpm[:ORDER], unipc[:ORDER][:bh1], repaint[:REPEATS][:lam=λ], or afs:SAMPLER,
-    its first step analytic; any of them on a grid of its own, as gddim:3:data:free@tuned; or table:FILE, which fit wrote."""
     process: Annotated[Process, tyro.conf.arg(name="process", prefix_name=False)] = field(
         default=None, metadata={UNGROUPED: True, SPELLED: spell_process}
     )
@@ -98,11 +95,15 @@ class Sampling:
     power: float | None = None
     """Times are uniform in t^(1/power), those of the process, for samplers that bring no grid; without it 2, for ve 7. That of
     a run is of its process alone, as t-min is; one that is given here, of every process."""
-    grid: TimeGrid = field(default=None, metadata={SPELLED: lambda grid: grid and str(grid)})
-    """Another layout of the times, of every sampler that brings none: tuned[:data_std=…], power[:POWER],
-    band[:LO:HI][:data_std=…], karras[:RHO], log-snr, two-phase[:SHARE:FRACTION:POWER] or uniform. The unit of tuned, band,
-    residual and free is 0.5 √(n/64) for data of n numbers, 3.46 for CIFAR-10, at least 0.5, unless sampler or grid say
-    another; the lower end of a band that is not told, up to 4 steps of one field and beyond 10, in units of at most 0.5."""
+    grid: Annotated[
+        TimeGrid,
+        tyro.conf.arg(
+            help=f"Another layout of the times, of every sampler that brings none: {GRIDS}. The unit of tuned, band, residual "
+            "and free is 0.5 √(n/64) for data of n numbers, 3.46 for CIFAR-10, at least 0.5, unless sampler or grid say "
+            "another; the lower end of a band that is not told, up to 4 steps of one field and beyond 10, in units of at most "
+            "0.5."
+        ),
+    ] = field(default=None, metadata={SPELLED: lambda grid: grid and str(grid)})
     t_min: float | None = None
     """Time of the process at which the sampler stops; without it 0.001 of the horizon, for ve 0.002 of its 80. The verb
     likelihood begins at a hundredth of these, whatever is told here."""

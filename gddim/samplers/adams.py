@@ -9,16 +9,16 @@ import equinox as eqx
 import numpy as np
 
 from gddim.samplers.base import Coefficients
+from gddim.samplers.contraction import Contraction
 from gddim.samplers.grids import DATA_STD, check_grid, noise_level, scaled
-from gddim.samplers.quadrature import Clock, Panels, corrected_for_free, lagrange
+from gddim.samplers.quadrature import Clock, Panels, corrected_for_free, count, history_nodes, same
 from gddim.samplers.residual import Residual
 from gddim.samplers.solver import AbstractTableSampler
 from gddim.sde.base import AbstractLinearSDE
-from gddim.sde.collocation import GAUSS_WEIGHTS, collocate, unresolved
+from gddim.sde.collocation import unresolved
 from gddim.sde.host import as_index
-from gddim.sde.linalg import as_static, inverse, triangular
+from gddim.sde.linalg import as_static, inverse
 
-AMPLIFICATION = 256.0  # times the rounding of a network in bfloat16 this is the whole of ε
 GAIN = 2.0  # of the prediction's error by a correction, where data are a point; for others it is less
 
 
@@ -234,11 +234,6 @@ class Steps:
         return np.broadcast_to(matrices, np.broadcast_shapes(matrices.shape, self.psi.shape))
 
 
-def same(t: np.ndarray) -> np.ndarray:
-    """Time itself as the clock."""
-    return t
-
-
 def angle(sde: AbstractLinearSDE, data_std: Any, steps: int) -> Clock:
     """`arctan(r / 2.5 s)`, r the `noise_level` and s the scale of the data: of the lowest frequency both.
 
@@ -255,87 +250,3 @@ def angle(sde: AbstractLinearSDE, data_std: Any, steps: int) -> Clock:
         return np.where(absent, np.nan, np.arctan(noise_level(sde, np.where(absent, sde.horizon, t)) / reach))
 
     return clock
-
-
-def history_nodes(ts: np.ndarray, order: int, clock: Clock = same) -> np.ndarray:
-    """The times `t_i, t_{i−1}, …` of each step's history, `(steps, order)`; NaN where there is none, or none of use.
-
-    A polynomial on the nodes multiplies what the calls differ by at random, be it rounding or a network's, by up to
-    `Σ_j |ℓ_j(s)|`. From the latest on, a node that takes this beyond AMPLIFICATION is passed over.
-    """
-    index = np.arange(len(ts) - 1)[:, None] - np.arange(order)
-    nodes = np.where(index < 0, np.nan, ts[np.maximum(index, 0)])
-    for j in range(1, order):
-        value, _ = lagrange(clock(nodes[:, : j + 1]), clock(ts[1:])[:, None])
-        nodes[np.abs(value[:, 0]).sum(1) > AMPLIFICATION, j] = np.nan
-    return nodes
-
-
-def count(nodes: np.ndarray) -> np.ndarray:
-    """How many nodes each step has, `(steps,)`."""
-    return (~np.isnan(nodes)).sum(1)
-
-
-class Contraction:
-    """`Z(a, b) = R_a⁻¹ Ψ̂(a, b) R_b` for a < b, and the noise of a step.
-
-    `Z` solves `∂_a Z = (λ²/2) M Z`, `M = R⁻¹GGᵀR⁻ᵀ` symmetric and positive: a contraction, I at λ = 0. For k = 1 it is a power
-    of `R_a / (Ψ(a, b) R_b)`; else it is found by collocation on each panel. `noise` is the triangular factor of
-    `P = R_s (I − Z(s,t) Z(s,t)ᵀ) R_sᵀ = R_s [∫_s^t λ² Z(s,τ) M Z(s,τ)ᵀ dτ] R_sᵀ`, by the integral, which does not cancel.
-    """
-
-    step: np.ndarray
-    """`Z(s, t)`, (steps, *#dims, k, k)."""
-    from_s: np.ndarray
-    """`Z(s, τ)` at the nodes, (panels, nodes, *#dims, k, k)."""
-    to_t: np.ndarray
-    """`Z(τ, t)` at the nodes."""
-    noise: np.ndarray
-    """(steps, *#dims, k, k)."""
-
-    def __init__(self, panels: Panels, R: np.ndarray):
-        if panels.lam == 0:
-            one = np.eye(R.shape[-1]).reshape((1,) * (R.ndim - 3) + R.shape[-2:])
-            self.step = np.broadcast_to(one, R[1:].shape)
-            self.from_s = self.to_t = np.broadcast_to(one, (*panels.tau.shape, *one.shape))
-            self.noise = np.zeros((len(R) - 1, *panels.psi(panels.ts[1:], panels.ts[:-1]).shape[1:]))
-        elif R.shape[-1] == 1:
-            self._scalar(panels, R)
-        else:
-            self._matrix(panels, R)
-
-    def _scalar(self, panels: Panels, R: np.ndarray) -> None:
-        s, t, tau = panels.ts[1:], panels.ts[:-1], panels.tau
-        at_s, at_t = panels.times_at_nodes(s), panels.times_at_nodes(t)
-        R_tau, square = panels.at(panels.sde.noise_factor, tau), panels.lam**2
-        with np.errstate(divide="ignore"):
-            log_step = square * np.log(R[1:] / (panels.psi(s, t) * R[:-1]))
-        self.step = np.exp(log_step)
-        self.from_s = (panels.to_nodes(R[1:]) / (panels.psi(at_s, tau) * R_tau)) ** square
-        self.to_t = (R_tau / (panels.psi(tau, at_t) * panels.to_nodes(R[:-1]))) ** square
-        self.noise = R[1:] * np.sqrt(-np.expm1(2 * log_step))
-
-    def _matrix(self, panels: Panels, R: np.ndarray) -> None:
-        square, rate = panels.lam**2, panels.log_rate()
-        from_lower, whole = (x.swapaxes(-1, -2) for x in collocate(-square * rate))
-        to_upper, _ = collocate(square * rate, backward=True)
-        values, vectors = np.linalg.eigh(rate)
-        root = vectors * np.sqrt(2 * square * np.maximum(values, 0))[..., None, :]
-        root *= np.sqrt(GAUSS_WEIGHTS).reshape(-1, *(1,) * (rate.ndim - 2))
-        left, right = np.empty_like(whole), np.empty_like(whole)  # Z(s, lower) and Z(upper, t)
-        self.step = np.empty((len(R) - 1, *whole.shape[1:]))
-        self.noise = np.empty_like(self.step)
-        one = np.broadcast_to(np.eye(R.shape[-1]), whole.shape[1:])
-        for step, (start, stop) in enumerate(zip(panels.starts, [*panels.starts[1:], len(whole)], strict=True)):
-            Z, factor = one, np.zeros_like(one)
-            for p in range(start, stop):
-                left[p] = Z
-                increments = np.moveaxis(Z @ from_lower[p] @ root[p], 0, -2)  # (*#dims, k, nodes, k)
-                factor = triangular(np.concatenate([factor, increments.reshape(*factor.shape[:-1], -1)], -1))
-                Z = Z @ whole[p]
-            self.step[step], self.noise[step] = Z, triangular(R[step + 1] @ factor)
-            Z = one
-            for p in reversed(range(start, stop)):
-                right[p] = Z
-                Z = whole[p] @ Z
-        self.from_s, self.to_t = left[:, None] @ from_lower, to_upper @ right[:, None]

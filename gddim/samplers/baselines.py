@@ -10,11 +10,10 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from gddim.errors import from_extra
-from gddim.samplers.adams import count, history_nodes
 from gddim.samplers.base import Callback, Coefficients, EpsFn, Last
 from gddim.samplers.grids import check_grid
 from gddim.samplers.loop import denoise, predict
-from gddim.samplers.quadrature import Panels, lagrange
+from gddim.samplers.quadrature import Panels, count, history_nodes, lagrange
 from gddim.samplers.solver import AbstractSampler, AbstractSolver, AbstractTableSampler, Solution
 from gddim.sde.base import AbstractLinearSDE
 from gddim.sde.collocation import DIFFERENTIATE

@@ -158,7 +158,7 @@ def band_of(sde: AbstractLinearSDE, steps: Number, rms: float = 1.0) -> tuple[fl
     return (0.3, 4.0) if steps <= 6 else (0.15, 3.0)
 
 
-LEARNED_BAND = 0.06, 6.0
+BAND = 0.06, 6.0  # in units of the scale of the data
 LEARNED: dict[tuple[bool, int], tuple[float, ...]] = {
     (False, 5): (0.1876, 0.3800, 0.5870, 0.7713),
     (False, 6): (0.1654, 0.3051, 0.4927, 0.6888, 0.8455),
@@ -204,7 +204,7 @@ def tuned_grid(
         return band_grid(sde, t_max, t_min, steps, data_std, rms=rms)
     part = np.linspace(0, 1, steps + 1)
     shares = np.mean([np.interp(part, np.linspace(0, 1, n + 1), learned[n]) for n in near], axis=0)
-    return spaced(Band.of(data_std, *LEARNED_BAND), sde, t_max, t_min, shares)
+    return spaced(Band.of(data_std, *BAND), sde, t_max, t_min, shares)
 
 
 class Band(NamedTuple):

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree
 
-from gddim.samplers.adams import GDDIM, count, history_nodes
+from gddim.samplers.adams import GDDIM
 from gddim.samplers.base import Coefficients, ProcessModel
 from gddim.samplers.grids import check_grid
 from gddim.samplers.numbered import given
-from gddim.samplers.quadrature import Panels
+from gddim.samplers.quadrature import Panels, count, history_nodes
 from gddim.samplers.solver import AbstractSolver, TableSolver
 from gddim.sde import AbstractLinearSDE
 from gddim.sde.linalg import inverse, product, symmetric_root

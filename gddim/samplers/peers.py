@@ -11,10 +11,9 @@ from typing import Any, Literal
 import equinox as eqx
 import numpy as np
 
-from gddim.samplers.adams import count, history_nodes
 from gddim.samplers.base import Coefficients
 from gddim.samplers.grids import check_grid, noise_level
-from gddim.samplers.quadrature import Panels, corrected_for_free
+from gddim.samplers.quadrature import Panels, corrected_for_free, count, history_nodes
 from gddim.samplers.residual import Residual
 from gddim.samplers.solver import AbstractTableSampler
 from gddim.sde.base import AbstractLinearSDE

@@ -6,15 +6,22 @@ matrix function Q that the process knows in closed form. Integrated by parts it 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from gddim.sde.base import AbstractLinearSDE, positions
 from gddim.sde.collocation import DEPTH, DIFFERENTIATE, GAUSS_NODES, GAUSS_WEIGHTS, NODES, unresolved
 from gddim.sde.host import on_host
+from gddim.sde.linalg import triangular
 
 Clock = Callable[[np.ndarray], np.ndarray]  # what polynomials are in, a rising function of time
+AMPLIFICATION = 256.0  # times the rounding of a network in bfloat16 this is the whole of ε
+
+
+def same(t: np.ndarray) -> np.ndarray:
+    """Time itself as the clock."""
+    return t
 
 
 class Panels:
@@ -98,8 +105,35 @@ class Panels:
         """`∫_s^t values dξ` per step, for values at the nodes `(panels, nodes, …)`. Returns `(steps, …)`."""
         return np.add.reduceat(np.einsum("i,mi...->m...", GAUSS_WEIGHTS, values), self.starts, axis=0)
 
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """First panel of each step, and the one after its last."""
+        return zip(self.starts, [*self.starts[1:], len(self.tau)], strict=True)
+
+    def chained(
+        self, from_lower: np.ndarray, whole: np.ndarray, root: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A matrix that obeys `Z(s, t) = Z(s, τ) Z(τ, t)`, from what it is on panels to what it is on steps.
+
+        from_lower: `Z(lower, τ)` at the nodes; whole: `Z(lower, upper)`; root: B at the nodes, times the root of the
+        quadrature's weight, or None where it is 0. Returns `Z(s, lower)` of each panel, `Z(s, t)` of each step, and of each the
+        triangular factor of `∫_s^t Z(s, τ) B Bᵀ Z(s, τ)ᵀ dξ`, which sums squares and cannot cancel.
+        """
+        one = np.broadcast_to(np.eye(whole.shape[-1]), whole.shape[1:])
+        before, steps = np.empty_like(whole), np.empty((len(self.starts), *whole.shape[1:]))
+        factors = np.zeros_like(steps)
+        for step, (start, stop) in enumerate(self.spans()):
+            Z, factor = one, factors[step]
+            for p in range(start, stop):
+                before[p] = Z
+                if root is not None:
+                    increments = np.moveaxis(Z @ from_lower[p] @ root[p], 0, -2)  # (*#dims, k, nodes, k)
+                    factor = triangular(np.concatenate([factor, increments.reshape(*factor.shape[:-1], -1)], -1))
+                Z = Z @ whole[p]
+            steps[step], factors[step] = Z, factor
+        return before, steps, factors
+
     def stieltjes(
-        self, nodes: np.ndarray, Q: np.ndarray, Q_s: np.ndarray, Q_t: np.ndarray, clock: Clock = lambda t: t
+        self, nodes: np.ndarray, Q: np.ndarray, Q_s: np.ndarray, Q_t: np.ndarray, clock: Clock = same
     ) -> np.ndarray:
         """`∫_t^s ℓ_j(τ) dQ(τ)` for every step and every column j of `nodes` `(steps, q)`; NaN marks an absent node.
 
@@ -128,6 +162,25 @@ def lagrange(nodes: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]
             slope[..., j] = slope[..., j] * factor + value[..., j] * pair / gap
             value[..., j] *= factor
     return value * present[:, None], slope * present[:, None]
+
+
+def history_nodes(ts: np.ndarray, order: int, clock: Clock = same) -> np.ndarray:
+    """The times `t_i, t_{i−1}, …` of each step's history, `(steps, order)`; NaN where there is none, or none of use.
+
+    A polynomial on the nodes multiplies what the calls differ by at random, be it rounding or a network's, by up to
+    `Σ_j |ℓ_j(s)|`. From the latest on, a node that takes this beyond AMPLIFICATION is passed over.
+    """
+    index = np.arange(len(ts) - 1)[:, None] - np.arange(order)
+    nodes = np.where(index < 0, np.nan, ts[np.maximum(index, 0)])
+    for j in range(1, order):
+        value, _ = lagrange(clock(nodes[:, : j + 1]), clock(ts[1:])[:, None])
+        nodes[np.abs(value[:, 0]).sum(1) > AMPLIFICATION, j] = np.nan
+    return nodes
+
+
+def count(nodes: np.ndarray) -> np.ndarray:
+    """How many nodes each step has, `(steps,)`."""
+    return (~np.isnan(nodes)).sum(1)
 
 
 def corrected_for_free(psi: np.ndarray, weights: np.ndarray, corrector: np.ndarray) -> np.ndarray:

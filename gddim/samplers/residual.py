@@ -6,14 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from gddim.samplers.grids import Band, noise_level
+from gddim.samplers.grids import BAND, Band, noise_level
 from gddim.samplers.quadrature import Panels, lagrange
 from gddim.sde.base import AbstractLinearSDE
 from gddim.sde.collocation import DIFFERENTIATE, GAUSS_WEIGHTS, collocate, unresolved
-from gddim.sde.linalg import inverse, transpose, triangular
+from gddim.sde.linalg import inverse, transpose
 
 SPREAD = 1.0  # of the logarithm of Ψ̂ over a panel: where it is more, the panel is halved
-LO, HI = 0.06, 6.0  # of the band in which polynomials are uniform, in standard deviations of the data
 
 
 class Residual:
@@ -36,7 +35,7 @@ class Residual:
 
     def __init__(self, sde: AbstractLinearSDE, ts: np.ndarray, lam: float, data_std: Any):
         self.sde, self.lam, self.s = sde, lam, np.asarray(data_std, np.float64)[..., None, None]
-        self.band = Band.of(self.s.reshape(-1)[0], LO, HI)
+        self.band = Band.of(self.s.reshape(-1)[0], *BAND)
         self.panels = Panels(sde, ts, lam, self._rough)
         (self._scalar if sde.k == 1 else self._matrix)(ts)
 
@@ -95,25 +94,14 @@ class Residual:
         """k > 1: on each panel `v = Ψ(lower, τ) u` is followed by collocation. With `Y = Ψ(lower, τ) R_τ` its noise is
         `Y Yᵀ`, its signal does not move, `S_v = Y Yᵀ + s²ψψᵀ`, and `v' = (1+λ²)/2 (Y Yᵀ)' S_v⁻¹ v`.
         """
-        panels, k = self.panels, self.sde.k
+        panels = self.panels
         Y, rate, moved, _ = self._followed()
         from_lower, whole = (transpose(x) for x in collocate(-transpose(moved)))
         whole = whole @ panels.psi(panels.lower**2, panels.upper**2)
         values, vectors = np.linalg.eigh(rate @ transpose(Y) + Y @ transpose(rate))
         root = self.lam * vectors * np.sqrt(np.maximum(values, 0))[..., None, :]
         root *= np.sqrt(GAUSS_WEIGHTS).reshape(-1, *(1,) * (rate.ndim - 2))
-        left, one = np.empty_like(whole), np.broadcast_to(np.eye(k), whole.shape[1:])
-        self.psi_hat = np.empty((len(ts) - 1, *whole.shape[1:]))
-        self.noise = np.zeros_like(self.psi_hat)
-        for step, (start, stop) in enumerate(zip(panels.starts, [*panels.starts[1:], len(whole)], strict=True)):
-            hat, factor = one, self.noise[step]
-            for p in range(start, stop):
-                left[p] = hat
-                if self.lam:
-                    increments = np.moveaxis(hat @ from_lower[p] @ root[p], 0, -2)  # (*#dims, k, nodes, k)
-                    factor = triangular(np.concatenate([factor, increments.reshape(*factor.shape[:-1], -1)], -1))
-                hat = hat @ whole[p]
-            self.psi_hat[step], self.noise[step] = hat, factor
+        left, self.psi_hat, self.noise = panels.chained(from_lower, whole, root if self.lam else None)
         w = inverse(Y) @ self._signal()
         w = w / np.sqrt(self.s**-2 + transpose(w) @ w)  # c R⁻¹ψ, at most 1
         self.kernel = (1 + self.lam**2) * (left[:, None] @ from_lower @ rate @ w)
