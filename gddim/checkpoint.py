@@ -89,7 +89,8 @@ class Checkpointer:
         manifest = _seal({"config": config, "items": summaries, "kept": sorted(self._for_good)})
         if step in self._damaged:  # it stands where its successor has to go; another one may only have been unreadable
             self._damaged.remove(step)
-            manager.delete(step)
+            if step in manager.all_steps():  # which those that came since may have crowded out
+                manager.delete(step)
         if step in manager.all_steps():
             self.wait()
             if self._manifest(step)["items"] == manifest["items"]:

@@ -226,8 +226,8 @@ def train(
     `fused`: steps a dispatch; dispatches end at its multiples (`next_step`).
     `log`: is told of progress, and every `report_every` steps of the metrics' means.
     `save`: `(step, state)`, every `save_every` steps, only once every step before is known to be finite.
-    `callbacks`: what else is done with `(step, state)`, each after how many steps it is due (0: never); the time that it
-    takes is kept out of images/s.
+    `callbacks`: what else is done with `(step, state)`, each after how many steps it is due (0: never), likewise; the time
+    that it takes is kept out of images/s.
     `stop`: whether to end at a step, as when a signal has come.
 
     Raises `Diverged`, which names the first step whose loss or gradient is not finite.
@@ -243,10 +243,12 @@ def train(
             ledger.settle(AHEAD)
             if means := ledger.mean():
                 log.scalars(step, means)
-        for every, do in callbacks:
-            if _due(every, before, step):
-                with log.paused():
-                    do(step, structure.unflatten(leaves))
+        due = [do for every, do in callbacks if _due(every, before, step)]
+        if due:
+            ledger.settle()
+        for do in due:
+            with log.paused():
+                do(step, structure.unflatten(leaves))
         if _due(save_every, before, step):
             ledger.settle()
             save(step, structure.unflatten(leaves))

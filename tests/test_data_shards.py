@@ -115,6 +115,18 @@ def test_a_damaged_shard_is_named_and_prepared_again(tmp_path):
     assert [name for name, stamp in stamps(tmp_path).items() if stamp != before[name]] == [path.name]
 
 
+def test_a_prepare_that_the_disk_had_no_room_to_begin_goes_on(tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.os, "fsync", full)
+        with pytest.raises(UserError, match="run the same command to go on"):
+            prepare(Data(), tmp_path, SHARD_BYTES)
+    prepare(Data(), tmp_path, SHARD_BYTES)
+    np.testing.assert_array_equal(records(Shards(str(tmp_path)).train()), RECORDS[:-100])
+
+
 @pytest.mark.parametrize("name", ["holiday.jpg", "manifest.json"])
 def test_a_folder_of_something_else_is_left_alone(tmp_path, name):
     (tmp_path / name).write_text("{}")

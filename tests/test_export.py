@@ -148,6 +148,7 @@ REFUSED = {
     "RUN new.safetensors --hub-layout FILES": "is there already, and is not overwritten",
     "RUN new.safetensors --stablehlo FILES/a.md": "a.md is there already",
     "RUN new.safetensors --weights=best": "accepted are ema, raw and a length",
+    "RUN new.safetensors --weights=0.5": r"weights 0.5: a length σ_rel must lie in (0, 0.289]",
     "RUN new.safetensors --step=9": "no whole checkpoint of step 9",
     "FILES/a.safetensors new.safetensors --step=2": "holds one set of parameters",
     "nowhere new.safetensors": "nowhere holds no run",
@@ -197,7 +198,9 @@ def test_a_file_names_the_digest_of_what_it_holds_and_rows_and_tables_of_it_go_w
         assert (of[name].about["checkpoint"], of[name].about["rounded_from"]) == (rounded, whole)
     again = exported(of["b.safetensors"], "float32", "")
     assert (again.about["checkpoint"], again.about["rounded_from"]) == (rounded, whole)
-    page = card(again, "again.safetensors", None, "")
+    page = card(again, "again.safetensors", None)
+    assert 'process="cld"' in page
+    assert "process" not in card(again, "again.safetensors", None, own=True).partition("## Facts")[0]  # by frequency
     assert f"| digest of the parameters | {rounded} |\n| rounded from those of | {whole} |" in page
     table = cifar_row("gddim:3", 10, 7.25)
     rows = [table | {"provenance": table["provenance"] | {"checkpoint": each}} for each in (whole, rounded, "another")]

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from command_line import status_of
+from etils import epath
 from runs import COLOUR, LabelledColours, make_run
 
 import gddim
 from gddim import GDDIM, export
 from gddim.errors import UserError
 from gddim.experiment.cli import execute, parse
+from gddim.experiment.fitting import fitted_by
 from gddim.experiment.verbs.fit import APART
 from gddim.samplers import Method, OnGrid
 from gddim.samplers.fit import Family, Pairs, deviations, distance, fit, shortest, spectrum
@@ -207,6 +209,15 @@ def test_a_table_is_used_wherever_samplers_are_named(tmp_path, capsys):
         np.testing.assert_array_equal(each, drawn[0])
     with pytest.warns(UserWarning, match="fitted for the network"):
         gddim.load(run, step=1).sample(2, sampler=table, process="cld")
+
+
+def test_a_process_without_a_word_has_a_file_of_its_own(tmp_path):
+    names = set()
+    for last in (0.02, 0.03):
+        sde = gddim.VP.from_betas(np.linspace(1e-4, last, 1000))
+        names.add(fitted_by(dataclasses.replace(COLOUR, sde=sde), epath.Path(tmp_path)).file.name)
+    assert len(names) == 2
+    assert all(len(name) < 50 for name in names)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 
+from gddim import load_table
 from gddim.checkpoint import Checkpointer
 from gddim.data.pipeline import batch_indices
 from gddim.parallel import EXIT_LOST, EXIT_PREEMPTED, MeshConfig, make_mesh, replicated
@@ -184,6 +185,20 @@ def test_what_two_processes_saved_is_the_same_on_any_mesh(undisturbed):
 def test_every_verb_gives_the_same_on_one_and_on_two_processes(undisturbed, tmp_path):
     options = ["--sampling.samples", 10, "--sampling.batch", 8, "--eval.samples", 20, "--eval.nfe", 4]
     options += ["--eval.features", "pixels", "--eval.samplers", "gddim:2:data", "em:lam=1"]
+    fit = [
+        "--sampling.nfe",
+        2,
+        "--fit.steps",
+        25,
+        "--fit.pairs",
+        16,
+        "--fit.held-out",
+        8,
+        "--fit.batch",
+        8,
+        "--fit.teacher",
+        8,
+    ]
     found = []
     for processes in (1, 2):
         workdir, logs = tmp_path / str(processes), tmp_path / "logs"
@@ -191,7 +206,10 @@ def test_every_verb_gives_the_same_on_one_and_on_two_processes(undisturbed, tmp_
         for verb in ("sample", "evaluate", "likelihood", "encode"):
             job = Job(verb, "--workdir", workdir, *options, processes=processes, devices=4 // processes, logs=logs)
             assert job.wait() == [0] * processes, job.said()
+        job = Job("fit", "--workdir", workdir, *fit, processes=processes, devices=4 // processes, logs=logs)
+        assert job.wait() == [0] * processes, job.said()
         arrays = [np.load(workdir / name)["samples"] for name in ("samples.npz", "latents.npz")]
+        arrays.append(load_table(workdir / "solvers" / "cld-2.npz").stored.table.weights)
         rows = [json.loads(line)["metrics"] for line in (workdir / "results.jsonl").read_text().splitlines()]
         bits = json.loads((workdir / "likelihood.json").read_text())["bits_per_dimension"]
         found.append((arrays, rows, bits))

@@ -230,12 +230,13 @@ def test_a_stop_saves_the_step_that_was_reached(tmp_path):
 @pytest.mark.parametrize("bad", [0, 3, 5, 7, 9])
 def test_nothing_is_saved_after_a_step_that_is_not_finite(tmp_path, bad):
     state, update = toy()
-    recorder = Recorder()
+    recorder, snapshots = Recorder(), Recorder()
     rows = [jnp.full((4, 2), jnp.nan if step == bad else 1.0, jnp.float32) for step in range(10)]
     with pytest.raises(Diverged, match=f"^step {bad}: loss nan"):
-        loop(state, update, rows, 10, tmp_path, save=recorder)
+        loop(state, update, rows, 10, tmp_path, save=recorder, callbacks=[(2, snapshots)])
     assert [at for at, _ in recorder.saved] == [at for at in (4, 8) if at <= bad]
-    assert np.isfinite([value for _, value in recorder.saved]).all()
+    assert [at for at, _ in snapshots.saved] == [at for at in (2, 4, 6, 8) if at <= bad]
+    assert np.isfinite([value for _, value in recorder.saved + snapshots.saved]).all()
 
 
 def test_an_infinite_gradient_of_a_finite_loss_counts(tmp_path):

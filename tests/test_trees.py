@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs import make_run
 
 import gddim
 from gddim.data import ArraySource, Source, batches, data_alone, identity, moments, prefetch, prepare, spectrum
@@ -16,6 +17,7 @@ from gddim.errors import UserError
 from gddim.experiment import Evaluation, Experiment, Model, Training
 from gddim.experiment.cli import main
 from gddim.experiment.plan import Plan
+from gddim.nn import NCSNppConfig
 from gddim.parallel import MeshConfig, global_batch
 from gddim.train import TrainState, next_step
 
@@ -23,6 +25,7 @@ COUNT, BATCH = 32, 16
 IMAGES = np.random.default_rng(0).integers(0, 256, (COUNT, 8, 8, 3), np.uint8)
 LABELS = IMAGES[:, 0, 0, 0].astype(np.int64) % 5  # an image tells its label, mirrored or not
 IMAGES[:, 0, -1, 0] = IMAGES[:, 0, 0, 0]
+LATENTS = np.linspace(-4, 4, 2 * 8 * 8 * 4, dtype=np.float32).reshape(2, 8, 8, 4)
 
 
 class Classes(eqx.Module):
@@ -188,6 +191,21 @@ def test_the_whole_job_takes_records_with_labels(tmp_path: Path, capsys):
     assert {"results.md", "samples.npz"} <= {path.name for path in tmp_path.iterdir()}
 
 
+def test_a_network_of_labels_that_are_no_classes_is_loaded_without_its_data(tmp_path: Path):
+    net = NCSNppConfig(
+        width=8, multipliers=(1,), blocks=1, attention=(), dropout=0.0, embedding="positional", classes=5
+    )
+    run = make_run(tmp_path / "w", dataclasses.replace(PICTURES, net=net), (1,))
+    for data in (None, Pictures()):
+        assert gddim.load(run, data=data).sample(2, nfe=2).shape == (2, 8, 8, 3)
+
+
+def test_the_batch_of_training_is_not_that_of_samples():
+    plan = Plan(change(batch=6))
+    with pytest.raises(UserError, match="batch 6 cannot be split over 8"):
+        plan.check_batch()
+
+
 # What a record is.
 
 
@@ -232,8 +250,9 @@ def test_a_label_is_part_of_what_a_data_set_is():
         ({"image": IMAGES, "label": LABELS}, "need 'x0', the data, beside image, label"),
         ({"x0": IMAGES, "label": LABELS[:9]}, r"'label' must be numbers of each of 32 records, not int64 \(9,\)"),
         ({"x0": IMAGES, "label": LABELS.astype(str)}, "'label' must be numbers of each of 32 records, not <U"),
+        (LATENTS, r"in \[-1, 1\], and these in \[-4, 4\]: scale them"),
     ],
-    ids=["no data", "too few", "words"],
+    ids=["no data", "too few", "words", "another range"],
 )
 def test_what_is_no_record_is_refused(records, says):
     with pytest.raises(UserError, match=says):

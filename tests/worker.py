@@ -21,6 +21,8 @@ from gddim.nn import MLPConfig, NCSNppConfig
 from gddim.parallel import MeshConfig, global_batch, initialize
 from gddim.sde import CLD
 
+jax.block_until_ready(jax.numpy.zeros(()))  # as a process whose coefficients are JAX's does when it is imported
+
 
 class Recorded:
     """A source that writes down which records are read, a line a batch."""

@@ -276,7 +276,7 @@ def _read_manifest(folder: Path) -> dict | None:
 
 
 def _write_manifest(folder: Path, manifest: dict) -> None:
-    part = folder / (_MANIFEST + ".part")
+    part = folder / f".{_MANIFEST}.part"  # hidden, so that a folder of nothing else counts as empty
     with open(part, "w", encoding="utf-8") as file:
         json.dump(manifest, file, indent=1)
         file.flush()

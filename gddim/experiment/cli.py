@@ -243,6 +243,7 @@ def execute(command: Command) -> None:
 
         # What could fail later is looked at now.
         if training:
+            plan.check_batch()
             with from_extra("train"):
                 import grain  # noqa: F401
                 import orbax.checkpoint  # noqa: F401

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -71,7 +72,10 @@ def fitted_by(experiment: Experiment, workdir: epath.Path) -> Problem:
     """
     settings, sampling = experiment.fit, experiment.sampling
     sde = experiment.through(sampling.process)
-    name = settings.name or re.sub(r"[^\w.=+-]+", "-", f"{process_name(sde)}-{sampling.nfe}")
+    word = process_name(sde)
+    if len(word) > 60:  # the repr of one's own
+        word = f"{type(sde).__name__}-{hashlib.sha256(word.encode()).hexdigest()[:8]}"
+    name = settings.name or re.sub(r"[^\w.=+-]+", "-", f"{word}-{sampling.nfe}")
     file = workdir / SOLVERS / f"{name}.npz"
     require(not file.exists(), f"{file} is there, and is not overwritten: give another --fit.name")
     require(

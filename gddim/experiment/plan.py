@@ -32,14 +32,13 @@ class Plan:
     """The mesh, the training step and the shapes of the state of an experiment, checked against each other.
 
     For all devices of all processes, or for `devices`, which may be descriptions of some that are not here.
-    Raises `UserError` for what does not fit: the batch and the devices, the images and the network.
+    Raises `UserError` for what does not fit: the mesh and the devices, the images and the network.
     """
 
     def __init__(self, experiment: Experiment, devices: Sequence[Any] | None = None):
         train = experiment.train
         self.experiment = experiment
         self.mesh = make_mesh(experiment.mesh, devices)
-        self.batch_per_device = per_device_batch(train.batch, self.mesh, train.accumulate)
         self.schedule = learning_rate(train.learning_rate, train.steps, train.warmup, train.cooldown)
         self.optimizer = adam(train.beta1, train.clip)
         model = eqx.filter_eval_shape(experiment.build, jax.random.key(experiment.seed))
@@ -49,6 +48,10 @@ class Plan:
         self.shapes = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, self.shardings
         )
+
+    def check_batch(self) -> None:
+        """Raise `UserError` where the devices do not divide the batches of training; samples are drawn in their own."""
+        per_device_batch(self.experiment.train.batch, self.mesh, self.experiment.train.accumulate)
 
     @property
     def state_bytes(self) -> int:

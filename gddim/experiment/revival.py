@@ -13,6 +13,7 @@ from etils import epath
 
 import gddim.data
 import gddim.nn
+from gddim.data import LABEL
 from gddim.errors import UserError
 from gddim.experiment.config import Experiment, Sampling, Training
 from gddim.experiment.options import UNGROUPED, find_spec
@@ -57,11 +58,13 @@ def revived(config: dict, sde: AbstractLinearSDE | None = None, net: Any = None,
         parse_sampler(sampling.get("sampler", "gddim"))
     except UserError:  # the repr of one's own
         del sampling["sampler"]
+    net, classes = _network(config) if net is None else net, config.get(RECORDS, {}).get("classes", 0)
+    cond = getattr(data, "cond", None) or ({LABEL: np.int32(0)} if getattr(net, "classes", 0) and not classes else None)
     return Experiment(
         name=config.get("name", "run"),
         sde=_process(config) if sde is None else sde,
-        net=_network(config) if net is None else net,
-        data=Remembered(data, tuple(shape), config.get(RECORDS, {}).get("classes", 0)),
+        net=net,
+        data=Remembered(data, tuple(shape), classes, cond),
         model=_part(config, "model"),
         train=Training(augment=config.get("train", {}).get("augment", 0.0)),  # which tells the network
         sampling=_build(Sampling, sampling),

@@ -37,7 +37,7 @@ def snapshot(plan: Plan, workdir: epath.Path, step: int, state: TrainState) -> N
 
 
 def drop_snapshots(workdir: epath.Path, after: int) -> list[int]:
-    """Delete those of later steps, which a run that saved no checkpoint has left; returns their steps. What was copied there
+    """Delete those of later steps, which training that was not saved has left; returns their steps. What was copied there
     under another name than a step's stays.
     """
     folder = workdir / SNAPSHOTS

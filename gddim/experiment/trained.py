@@ -13,12 +13,14 @@ from etils import epath
 from jaxtyping import PyTree
 
 from gddim import weights as files
+from gddim.averages import LONGEST
 from gddim.checkpoint import Checkpointer
 from gddim.data import classes_of
 from gddim.errors import UserError
 from gddim.experiment.checkpoints import checkpoint_digest
 from gddim.experiment.config import Experiment
 from gddim.experiment.fitting import SOLVERS
+from gddim.experiment.network import require
 from gddim.experiment.revival import revived
 from gddim.experiment.snapshots import placed, rebuild
 from gddim.experiment.workdir import check_release, read_config
@@ -77,6 +79,8 @@ def find(
     See `gddim.load` for the arguments and what is refused.
     """
     average = parse_average(average) if isinstance(average, str) else average
+    if isinstance(average, int | float):
+        require(0 < average <= LONGEST, f"weights {average:g}: a length σ_rel must lie in (0, {LONGEST:.3f}]")
     file = path / HUB if (path / HUB).exists() else path
     weights = None if file.is_dir() or not file.exists() else files.read(file)
     if weights and not (step is None and average is None):

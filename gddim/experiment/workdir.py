@@ -7,13 +7,14 @@ import dataclasses
 import json
 import os
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from etils import epath
 
 import gddim
+from gddim.checkpoint import Checkpointer
 from gddim.data import Source, classes_of, identity
 from gddim.errors import UserError, harmless
 from gddim.evaluation.provenance import flatten as flatten
@@ -191,11 +192,12 @@ def check_records(path: epath.Path, given: dict, source: Source, classes: int = 
 
 @dataclasses.dataclass(frozen=True)
 class Remembered:
-    """Data that are not there, of which a run remembers the shape, and the number of classes."""
+    """Data that are not there, of which a run remembers the shape, the number of classes, and what else conditions it."""
 
     data: Any  # to ask whether it is a Dataset would be to ask for its shape
     shape: tuple[int, ...]
     classes: int = 0
+    cond: Mapping[str, Any] | None = None
 
     def train(self) -> Source:
         return self.data.train()
@@ -217,7 +219,9 @@ def remembering(experiment: Experiment, run: str, config: dict | None) -> Experi
     try:
         given, of = experiment.data.shape, classes_of(experiment.data)
     except (UserError, OSError):
-        return dataclasses.replace(experiment, data=Remembered(experiment.data, tuple(shape), classes))
+        return dataclasses.replace(
+            experiment, data=Remembered(experiment.data, tuple(shape), classes, getattr(experiment.data, "cond", None))
+        )
     if list(given) != shape:
         raise UserError(f"{run} holds a run on records {tuple(shape)}, and these are {tuple(given)}")
     if of != classes:
@@ -226,9 +230,9 @@ def remembering(experiment: Experiment, run: str, config: dict | None) -> Experi
 
 
 def saves(path: epath.Path) -> int:
-    """How many checkpoints a workdir holds, whole or damaged."""
+    """How many checkpoints a workdir holds that were saved completely, whole or damaged since."""
     folder = path / "checkpoints"
-    return sum(step.name.isdigit() for step in folder.iterdir()) if folder.exists() else 0
+    return len(Checkpointer(folder).steps()) if folder.exists() else 0
 
 
 def write_config(path: epath.Path, config: dict) -> None:

@@ -48,13 +48,13 @@ def _digests(weights: Weights) -> set[str]:
     return {weights.about[name] for name in ("checkpoint", "rounded_from") if name in weights.about}
 
 
-def card(weights: Weights, file: str, image: str | None, results: str, note: str = "") -> str:
-    """The page in Markdown."""
+def card(weights: Weights, file: str, image: str | None, results: str = "", note: str = "", own: bool = False) -> str:
+    """The page in Markdown; `own`: of a network that belongs to its process also where it predicts data."""
     config, about = weights.config, weights.about
     told = config.get(OBJECTS, {}).get("sde") or config["sde"]["type"]
     data = config["model"]["predicts"] == "data"
-    serves = "one network for every process of gddim" if data else f"the ε of {process_in_words(told)}"
-    uses = {"process": "cld"} if data else {}
+    serves = f"{'a denoiser' if data else 'the ε'} of {process_in_words(told)}"
+    serves, uses = ("one network for every process of gddim", {"process": "cld"}) if data and not own else (serves, {})
     options = "".join(f" --{name} {value}" for name, value in uses.items())
     arguments = "".join(f', {name}="{value}"' for name, value in uses.items())
     parts = [

@@ -15,8 +15,10 @@ Nothing that is there is overwritten.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
+from collections.abc import Callable
 
 from etils import epath
 
@@ -27,8 +29,9 @@ from gddim.export.model import exported, portable
 from gddim.export.state import MOMENTS, export_state
 from gddim.loading import loaded
 from gddim.parallel import check_backend
+from gddim.sde.base import positions
 from gddim.storage import check_empty, write_whole
-from gddim.weights import DTYPES, Weights, encode
+from gddim.weights import DTYPES, encode
 
 SUFFIX = ".safetensors"
 
@@ -120,18 +123,19 @@ def _model(options: argparse.Namespace) -> list[str]:
         with from_extra("eval"):
             import flatbuffers  # noqa: F401
     weights, lines = exported(found, options.dtype or "float32", options.licence or ""), []
-    note = options.note or ""
     about = f"step {weights.about['step']}, {weights.about['parameters']:,} parameters in {weights.about['dtype']}"
     fitted = tables(epath.Path(found.tables), weights)
-    content, table, image = encode(weights), results(run, weights), picture(run, weights)
+    content, image = encode(weights), picture(run, weights)
+    own = bool(positions(found.experiment.sde))
+    page = functools.partial(card, weights, results=results(run, weights), note=options.note or "", own=own)
     if file is not None:
-        _with_page(file, file.with_suffix(".md"), file.with_suffix(".png"), "", content, weights, table, image, note)
+        _with_page(file, file.with_suffix(".md"), file.with_suffix(".png"), "", content, page, image)
         _with_tables(tables_of(file), fitted)
         lines.append(f"{file}: {about}, {len(content):,} bytes; {file.with_suffix('.md').name} tells of it")
     if hub is not None:
         head = front_matter(weights.licence)
         write_whole(hub / "config.json", (json.dumps(weights.config, indent=2) + "\n").encode())
-        _with_page(hub / HUB, hub / "README.md", hub / "samples.png", head, content, weights, table, image, note)
+        _with_page(hub / HUB, hub / "README.md", hub / "samples.png", head, content, page, image)
         _with_tables(tables_of(hub), fitted)
         lines.append(f"{hub}: {about}, as a hub's repository")
     if program is not None:
@@ -146,11 +150,11 @@ def _with_tables(folder: epath.Path, fitted: list[epath.Path]) -> None:
 
 
 def _with_page(
-    file: epath.Path, page: epath.Path, copy: epath.Path, head: str, content: bytes, weights: Weights, table: str,
-    image: epath.Path | None, note: str,
+    file: epath.Path, about: epath.Path, copy: epath.Path, head: str, content: bytes, page: Callable[[str, str | None], str],
+    image: epath.Path | None,
 ) -> None:  # fmt: skip
     """The file, and the page about it with its picture beside it."""
     write_whole(file, content)
     if image:
         write_whole(copy, image.read_bytes())
-    write_whole(page, (head + card(weights, file.name, image and copy.name, table, note)).encode())
+    write_whole(about, (head + page(file.name, image and copy.name)).encode())

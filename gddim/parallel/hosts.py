@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
+import jax.extend
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, ArrayLike, Shaped
@@ -127,6 +128,7 @@ def _join(job: dict[str, Any]) -> None:
 
     An exception that nobody catches then ends this process without waiting for the others, so that they learn of it.
     """
+    jax.extend.backend.clear_backends()  # a process written in JAX was evaluated when its experiment was imported
     jax.distributed.initialize(**job, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     report = sys.excepthook
 

@@ -264,6 +264,7 @@ def fit(
     steps: int = 400,
     batch: int = 64,
     seconds: float = math.inf,
+    clock: Callable[[], float] = time.perf_counter,
     put: Callable[[Any], Any] = lambda pairs: pairs,
     progress: Callable[[int, float], object] = lambda step, loss: None,
 ) -> Fitted:
@@ -271,11 +272,12 @@ def fit(
 
     `model`: the network through the family's process; `path`: the teacher's times, `(m,)`, and what it foresaw at all but the
     last, `(m − 1, n, *dims, C)`; `train`, `held`: pairs of the teacher, those of the gradients and others; `steps`, `batch`:
-    of Adam, whose rate falls to 0 with the steps or the `seconds`, whichever pass first; `put`: pairs onto devices.
+    of Adam, whose rate falls to 0 with the steps or the `seconds`, whichever pass first; `clock`: of these, the same on all
+    processes; `put`: pairs onto devices.
 
     Raises `ValueError` for a sampler whose table is not corrected (see `Family.table`).
     """
-    unit, began = spectrum(np.asarray(train.end)), time.perf_counter()
+    unit, began = spectrum(np.asarray(train.end)), clock()
     among = lambda pairs, rows: put(jax.tree.map(lambda x: x[rows], pairs))
     some = [among(held, slice(i, i + batch)) for i in range(0, len(held.end), batch)]
 
@@ -300,7 +302,7 @@ def fit(
     while step < steps and since < PATIENCE:
         anchor, slopes = family.table(family.times(gaps)), family.slopes(gaps)
         for _ in range(ANCHOR):
-            done = max(step / steps, (time.perf_counter() - began) / seconds)
+            done = max(step / steps, (clock() - began) / seconds)
             pairs = among(train, rng.integers(len(train.end), size=batch))
             rate = jnp.asarray((1 + math.cos(math.pi * min(done, 1))) / 2)
             moves, adam, _ = _descend(model, family.sde, anchor, slopes, scale, moves, adam, rate, pairs, unit)
@@ -312,6 +314,6 @@ def fit(
         if value < best[0]:
             best, since = (value, table), 0
         progress(step, value)
-        if time.perf_counter() - began > seconds:
+        if clock() - began > seconds:
             break
     return Fitted(best[1], default, on_grid, best[0], step)

@@ -18,7 +18,7 @@ from gddim.experiment.drawing import numbered_batches
 from gddim.experiment.fitting import Problem
 from gddim.experiment.plan import Plan
 from gddim.model import seen_through
-from gddim.parallel import batch_sharding, round_up, to_host
+from gddim.parallel import agree, batch_sharding, round_up, to_host
 from gddim.samplers.fit import Pairs, fit
 from gddim.samplers.learned import encode
 from gddim.samplers.numbered import sample_numbered, start
@@ -69,11 +69,14 @@ def fit_table(plan: Plan, workdir: epath.Path, problem: Problem, step: int | Non
             bar.set_description(f"step {steps}, loss {loss:.3g}")
             bar.update(max(0, theirs + 3 * steps * len(problem.grid) - bar.n))
 
-        left = 60 * settings.minutes - (time.perf_counter() - began)
+        clock = lambda: float(agree(time.perf_counter() - began))
+        left = 60 * settings.minutes - clock()
         put = lambda pairs: jax.device_put(pairs, sharding)
         path = np.append(path[0], problem.grid[-1]).astype(np.float64), path[1]
         path[0][0] = problem.grid[0]
-        found = fit(model, problem.family, problem.grid, path, train, held, settings.steps, size, left, put, told)
+        found = fit(
+            model, problem.family, problem.grid, path, train, held, settings.steps, size, left, clock, put, told
+        )
     about = {
         "experiment": experiment.name,
         "network": checkpoint_digest(params),

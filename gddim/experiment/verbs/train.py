@@ -60,8 +60,10 @@ def run_training(
         if step >= settings.steps:
             log.say(f"trained already: {step} steps")
             return
-        if not saved.any() and main and (left := drop_snapshots(workdir, step)):
-            log.say(f"snapshots of a run that saved no checkpoint are deleted: steps {', '.join(map(str, left))}")
+        if main and (left := drop_snapshots(workdir, step)):
+            log.say(
+                f"snapshots after step {step}, of what was not saved, are deleted: steps {', '.join(map(str, left))}"
+            )
         log.say(f"training from step {step} to {settings.steps} on {len(source):,} records {source.shape}")
         log.text("experiment", json.dumps(describe(experiment), indent=2))
         rows = batches(source, settings.batch, experiment.seed, step, jax.process_index(), jax.process_count())
