@@ -117,7 +117,10 @@ class PathDenoiser(eqx.Module):
         alpha, noise = self._alpha_sigma(t)
         alpha = jnp.sqrt((alpha**2 + noise**2) / (1 + sigma**2))
         noise = sigma * alpha
-        x = noise * (y / given)
+        above = (
+            given > sigma
+        )  # beyond what the path knows y is shrunk to its noise; below, where it knows more, it stays
+        x = alpha * y * jnp.where(above, sigma / jnp.where(above, given, 1), 1)
         out = jnp.asarray(self.net(x, self.label(t)))
         if out.shape != y.shape:
             raise ValueError(f"the network returned shape {out.shape} for x of shape {y.shape}; the two must agree")

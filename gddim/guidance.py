@@ -1,8 +1,8 @@
 """Guidance and inverse problems: functions from denoisers to a denoiser, for every process and every sampler.
 
-A denoiser is called as `denoise(y, sigma, cond=None)` for one example and says `E[x₀ | x₀ + σn = y, cond]`, `(*dims, C)`: that
-of a trained model is `model.denoiser`. What guides it is one again, which `gddim.through(sde, denoise)` samples, or `guided`
-puts in the place of the model's own:
+A denoiser is called as `denoise(y, sigma)`, or under a condition as `denoise(y, sigma, cond)`, for one example and says
+`E[x₀ | x₀ + σn = y, cond]`, `(*dims, C)`: that of a trained model is `model.denoiser`. What guides it is one again, which
+`gddim.through(sde, denoise)` samples, or `guided` puts in the place of the model's own:
 
 >>> model = gddim.Denoiser(gddim.CLD(), lambda x, level, cond=None, *, key=None: cond["label"] + 0 * x, data_std=0.5)
 >>> eps_fn = guided(model, lambda denoise: ClassifierFree(denoise, scale=2.0), {"label": jnp.array(3)})
@@ -19,6 +19,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import ArrayLike, Float, PyTree
 
 from gddim.denoiser import Through, reduction
@@ -38,6 +39,11 @@ def guided(model: Any, change: Callable[[Any], Any], cond: PyTree = None) -> Thr
     under that of each call, `eps_fn(u, t, cond)`."""
     denoise = change(model.denoiser)
     return Through(model.sde, denoise if cond is None else eqx.Partial(denoise, cond=cond))
+
+
+def _asked(denoise: Callable[..., Array], y: Array, sigma: ArrayLike, cond: PyTree, **kwargs: Any) -> Array:
+    """The reply of a denoiser, which need not take a condition where there is none."""
+    return denoise(y, sigma, **kwargs) if cond is None else denoise(y, sigma, cond, **kwargs)
 
 
 def _check_guidance(scale: float, interval: tuple[float, float] = EVERYWHERE) -> None:
@@ -102,8 +108,8 @@ class Autoguidance(eqx.Module):
     def __call__(
         self, y: Float[Array, "*dims C"], sigma: ArrayLike, cond: PyTree = None, **kwargs: Any
     ) -> Float[Array, "*dims C"]:
-        alone = lambda: self.denoise(y, sigma, cond, **kwargs)
-        both = lambda: (alone(), self.worse(y, sigma, cond, **kwargs))
+        alone = lambda: _asked(self.denoise, y, sigma, cond, **kwargs)
+        both = lambda: (alone(), _asked(self.worse, y, sigma, cond, **kwargs))
         return _extrapolated(alone, both, self.scale, self.interval, sigma)
 
 
@@ -178,7 +184,7 @@ class Classifier(eqx.Module):
     def __call__(
         self, y: Float[Array, "*dims C"], sigma: ArrayLike, cond: PyTree = None, **kwargs: Any
     ) -> Float[Array, "*dims C"]:
-        found = self.denoise(y, sigma, cond, **kwargs)
+        found = _asked(self.denoise, y, sigma, cond, **kwargs)
         if self.scale == 0:
             return found
         slope = jax.grad(lambda y: self.log_likelihood(y, sigma, cond))(y)
@@ -209,7 +215,7 @@ class Measured(eqx.Module):
     `basis`: the process, where its noise has a spectrum.
 
     Raises `ValueError` for another `by`, a negative `noise_std`, a `data_std` ≤ 0 and `iterations` < 1; and, when it is first
-    called, for an operator that is not linear and a measurement of another shape.
+    called, for an operator that is not linear, a measurement of another shape, and complex numbers.
     """
 
     denoise: Callable[..., Array]
@@ -234,10 +240,10 @@ class Measured(eqx.Module):
     def __call__(
         self, y: Float[Array, "*dims C"], sigma: ArrayLike, cond: PyTree = None, **kwargs: Any
     ) -> Float[Array, "*dims C"]:
-        check_linear(self.operator, y.shape, jnp.shape(self.measurement))
+        check_linear(self.operator, y.shape, self.measurement)
         transposed = jax.linear_transpose(self.operator, jax.ShapeDtypeStruct(y.shape, y.dtype))
         back = lambda z: transposed(z)[0]
-        found, pull = jax.vjp(lambda y: self.denoise(y, sigma, cond, **kwargs), y)
+        found, pull = jax.vjp(lambda y: _asked(self.denoise, y, sigma, cond, **kwargs), y)
         moved = lambda v: noise_covariance(pull(v)[0], sigma, self.basis)
         match self.by:
             case "moments":
@@ -286,12 +292,20 @@ def noise_covariance(v: Array, sigma: ArrayLike, basis: AbstractLinearSDE | None
     return basis.to_pixels(square[..., None] * basis.from_pixels(v))
 
 
-def check_linear(operator: Callable[[Array], Array], shape: tuple[int, ...], measured: tuple[int, ...]) -> None:
-    """Raise `ValueError` unless `operator` is linear on random arrays of this shape, and gives arrays as measured."""
+def check_linear(operator: Callable[[Array], Array], shape: tuple[int, ...], measurement: ArrayLike) -> None:
+    """Raise `ValueError` unless `operator` is linear on random arrays of this shape, and gives real arrays as measured.
+
+    Of an operator with arrays that are traced, as an argument of `jit`, the values are not known: linearity is not asked for.
+    """
+    measured = jnp.shape(measurement)
     with jax.ensure_compile_time_eval():
         x, z = jax.random.normal(jax.random.key(0), (2, *shape))
         whole, parts = operator(x + 2 * z), operator(x) + 2 * operator(z)
         if whole.shape != measured:
             raise ValueError(f"measurement has shape {measured}, and the operator gives {whole.shape} of data {shape}")
+        if jnp.iscomplexobj(whole) or jnp.iscomplexobj(measurement):
+            raise ValueError("the measurement is complex: give its real and imaginary parts, as two channels say")
+        if isinstance(parts, Tracer):
+            return
         if not jnp.allclose(whole, parts, rtol=1e-3, atol=1e-3 * float(jnp.abs(parts).max())):
             raise ValueError("operator is not linear: on random data A(x + 2z) differs from A(x) + 2A(z)")

@@ -25,6 +25,7 @@ from gddim.samplers.numbered import sample_numbered
 from gddim.samplers.solver import AbstractSolver
 from gddim.samplers.words import parse_sampler
 from gddim.sde import AbstractLinearSDE
+from gddim.sde.base import positions
 from gddim.sde.linalg import product
 from gddim.sde.words import parse_process
 
@@ -76,6 +77,8 @@ class Loaded(eqx.Module):
         denoise: Any = getattr(model, "denoise", None)
         if denoise is not None:
             return denoise(u, t, cond)
+        if self.sde.k == 1 and not positions(self.sde):  # also where ψ = 0
+            return guided(model, lambda denoise: denoise, cond).denoise(u, t)
         back, R = to_data(self.sde, jnp.asarray(t, u.dtype))
         return product(back, u - product(R, model(u, t, cond)))[..., 0, :]
 
@@ -107,7 +110,7 @@ class Loaded(eqx.Module):
         none, or not as many as samples, and without `guide` where the run's is a worse network.
         """
         model, solver = self.through(sampler=sampler, nfe=nfe, process=process, guide=guide)
-        numbers = jnp.arange(n) if isinstance(n, int) else n
+        numbers = jnp.arange(n) if isinstance(n, int | np.integer) else n
         key = jax.random.key(self.settings.seed) if key is None else key
         spread = self._spread(numbers)
         of = None if classes is None else self._spread(self._checked(classes, numbers.shape))

@@ -126,7 +126,7 @@ def _floating(x0: Array) -> Array:
     x0 = jnp.asarray(x0)
     if not jnp.issubdtype(x0.dtype, jnp.floating):
         raise ValueError(f"x0 is {x0.dtype}: scale to [−1, 1] first, images by gddim.data.to_unit")
-    return x0
+    return x0 if x0.dtype.itemsize > 2 else x0.astype(jnp.float32)  # levels, noises and coefficients are of its type
 
 
 def denoising_loss(

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Shaped
 
 from gddim.sde.blurring import dct2
 from gddim.sde.linalg import Array
@@ -20,9 +20,14 @@ from gddim.sde.linalg import Array
 Operator = Callable[[Array], Array]
 
 
-def inpainting(missing: Bool[np.ndarray, "h w"]) -> Operator:
-    """The pixels of an image that are not missing, `(n, C)`."""
-    known = np.nonzero(~missing)
+def inpainting(missing: Shaped[np.ndarray, "..."]) -> Operator:
+    """The pixels of an image that are not missing, `(n, C)`; missing are those where a mask `(H, W)` is true, or not 0.
+
+    Raises `ValueError` for a mask of another rank.
+    """
+    if np.ndim(missing) != 2:
+        raise ValueError(f"missing has shape {np.shape(missing)}; accepted is (H, W), of all channels")
+    known = np.nonzero(np.asarray(missing) == 0)
     return lambda x: x[known]
 
 

@@ -56,7 +56,18 @@ IMPORTS = {
     },
     "loading": {"sde", "samplers", "model", "guidance", "parallel", "experiment"},
     "export": {
-        *("checkpoint", "compact", "parallel", "samplers", "storage", "weights", "evaluation", "experiment", "loading")
+        *(
+            "checkpoint",
+            "compact",
+            "parallel",
+            "samplers",
+            "sde",
+            "storage",
+            "weights",
+            "evaluation",
+            "experiment",
+            "loading",
+        )
     },
     "generate": {"data", "evaluation", "experiment", "guidance", "loading", "parallel", "samplers", "sde", "storage"},
     "convert": {  # it writes a run

@@ -132,6 +132,10 @@ def of_gaussian(mean: np.ndarray, covariance: np.ndarray, basis: gddim.AbstractL
     return exact if basis else white
 
 
+def two_halves(x: Array) -> Array:
+    return jax.lax.complex(half(x), half(x))
+
+
 def half(x: Array) -> Array:
     """The upper half, a little blurred across: a measurement that is no projection."""
     return x[:2] + 0.5 * jnp.roll(x, 1, 1)[:2]
@@ -207,6 +211,14 @@ def test_a_trained_model_is_guided_through_its_process():
         (partial(Measured, operator=jnp.abs, measurement=jnp.zeros(SHAPE)), "operator is not linear"),
         (partial(Measured, operator=half, measurement=jnp.zeros(SHAPE)), r"measurement has shape \(4, 4, 3\), and the"),
         (partial(Measured, operator=half, measurement=jnp.zeros((2, 4, 3)), by="magic"), "by='magic' must be"),
+        (
+            partial(Measured, operator=half, measurement=np.zeros((2, 4, 3), complex)),
+            "the measurement is complex: give its",
+        ),
+        (
+            partial(Measured, operator=lambda x: jax.lax.complex(half(x), half(x)), measurement=jnp.zeros((2, 4, 3))),
+            "is complex: give its",
+        ),
         (partial(ClassifierFree, scale=2.0), "cond is None"),
         (partial(ClassifierFree, scale=np.nan), "scale=nan must be a finite number"),
         (partial(Classifier, log_likelihood=log_class, scale=np.inf), "scale=inf must be a finite number"),
@@ -218,6 +230,20 @@ def test_a_trained_model_is_guided_through_its_process():
 def test_what_cannot_be_is_refused_before_it_is_computed(make, says):
     with pytest.raises(ValueError, match=says):
         eqx.filter_jit(make(lambda y, sigma, cond=None: y))(jnp.ones(SHAPE), 0.5)
+
+
+def test_a_denoiser_without_a_condition_and_an_operator_of_arrays_are_enough():
+    """Of a network trained elsewhere, and of a mask that is traced, in a sampler's loop or one's own program."""
+    elsewhere = gddim.as_denoiser(lambda x, t: jnp.tanh(x), gddim.VP())
+    mask, y = jnp.asarray(np.indices(SHAPE).sum(0) % 2, jnp.float32), jnp.linspace(-1, 1, 48).reshape(SHAPE)
+    of = lambda mask: Measured(elsewhere, eqx.Partial(jnp.multiply, mask), mask * 0.3, by="replacement")
+    told = of(mask)(y, 0.5)
+    np.testing.assert_allclose(jax.jit(lambda mask, y: of(mask)(y, 0.5))(mask, y), told, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(told[mask == 1], 0.3, rtol=1e-5)
+    u = gddim.sample(gddim.GDDIM(2), gddim.VP(), gddim.through(gddim.VP(), of(mask)), y[..., None, :], [1.0, 0.3, 0.01])
+    assert bool(jnp.isfinite(u).all())
+    np.testing.assert_array_equal(Autoguidance(elsewhere, elsewhere, 2.0)(y, 0.5), elsewhere(y, 0.5))
+    np.testing.assert_array_equal(Classifier(elsewhere, lambda y, sigma, cond: y.sum(), 0.0)(y, 0.5), elsewhere(y, 0.5))
 
 
 def test_noise_with_a_spectrum_needs_its_basis():

@@ -97,6 +97,11 @@ def test_a_network_of_eps_has_no_denoiser_and_foresees_the_data_all_the_same(tmp
     with pytest.raises(gddim.UserError, match="predicts the ε of CLD"):
         model.sample(1, process="vp")
 
+    flow = gddim.load(make_run(tmp_path / "flow", dataclasses.replace(experiment, sde=gddim.FlowMatching())))
+    u = jax.random.normal(jax.random.key(0), (8, 8, 1, 3))
+    drawn = gddim.sample(gddim.GDDIM(2, interpolate="data"), flow.sde, flow, u, [1.0, 0.5, 0.1])  # from where ψ = 0
+    assert bool(jnp.isfinite(drawn).all())
+
 
 def test_steps_and_averages_are_chosen(run, model):
     u, t = jnp.ones((8, 8, 1, 3)), 0.5

@@ -49,6 +49,13 @@ def test_times_are_uniform_in_their_power():
         np.testing.assert_allclose(u, np.linspace(1e-5 ** (1 / power), 1, len(u)), atol=0.02)
 
 
+def test_times_of_data_in_half_precision_are_not():
+    """Of which there are no more than 128."""
+    rows = ScoreMatching(gddim.CLD()).rows(jnp.zeros((1024, 3), jnp.bfloat16), jax.random.key(0))
+    assert len(np.unique(rows.level)) > 1000
+    assert {x.dtype for x in (rows.x0, rows.level, rows.noise)} == {jnp.dtype("float32")}
+
+
 def test_noise_levels_are_log_normal():
     x0 = jnp.zeros((20_000, *SHAPE[-1:]))
     for given in ({}, {"mean": 0.5, "std": 2.0}):

@@ -25,7 +25,14 @@ X = jax.random.normal(jax.random.key(0), SHAPE)
 def test_each_is_linear_and_of_its_shape(name):
     operator, shape = OPERATORS[name]
     assert operator(X).shape == shape
-    check_linear(operator, SHAPE, shape)
+    check_linear(operator, SHAPE, np.zeros(shape))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float32])
+def test_a_mask_of_numbers_is_missing_where_it_is_not_0(dtype):
+    np.testing.assert_array_equal(inpainting(255 * MISSING.astype(dtype))(X), inpainting(MISSING)(X))
+    with pytest.raises(ValueError, match=r"missing has shape \(12, 8, 1\); accepted is \(H, W\)"):
+        inpainting(MISSING[..., None])
 
 
 def test_constants_stay_what_they_are_where_pixels_are_averaged():

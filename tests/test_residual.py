@@ -204,6 +204,15 @@ def test_as_the_data_spread_without_bound_it_is_eps_where_there_is_one_field(ord
             np.testing.assert_allclose(*ends, atol=1e-5)
 
 
+@pytest.mark.parametrize("data_std", [1e7, 1e10])
+def test_as_the_data_spread_without_bound_its_noise_is_that_of_no_drift_but_the_process(data_std):
+    """`P = ∫ Ψ(s,τ)² g² dτ = Ψ(s,t)² Σ_t − Σ_s`, which for VP is `α_s/α_t − 1`."""
+    ts = gddim.power_grid(1.0, 1e-3, 5)
+    noise = GDDIM(1, 1.0, interpolate="residual", data_std=data_std).coefficients(VP, ts).noise[..., 0, 0]
+    log_alpha = 2 * np.log(VP.transition(ts, 0.0)[..., 0, 0])
+    np.testing.assert_allclose(noise, np.sqrt(np.expm1(-np.diff(log_alpha) * -1)), rtol=1e-7)
+
+
 def test_a_spectrum_is_a_standard_deviation_of_each_frequency():
     sde, ts = gddim.Blurring(4), np.array([0.98, 0.5, 0.1])
     spectrum = np.linspace(2.0, 0.1, 16).reshape(4, 4)

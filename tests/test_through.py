@@ -138,6 +138,17 @@ def test_noise_beyond_the_range_of_a_path_is_shown_at_its_end(path):
     np.testing.assert_allclose(x, path.noise_factor(path.horizon)[0, 0] * n, rtol=1e-4)
 
 
+def test_noise_below_the_range_of_a_path_is_shown_at_its_beginning():
+    """As that of score_sde's VE below 0.01: of the same data, with less noise than the network is told."""
+    path = gddim.GaussianPath(lambda t: 1 + 0 * t, lambda t: 0.01 * 5000.0**t)
+    told, y = [], jax.random.normal(jax.random.key(0), (2, 2, 3))
+    for sigma in (0.0, 0.002):
+        gddim.as_denoiser(lambda x, t: (told.append((x, t)), x)[1], path, "score")(y, jnp.float32(sigma))
+        x, t = told[-1]
+        np.testing.assert_allclose(t, 0, atol=1e-6)
+        np.testing.assert_allclose(x, y, rtol=1e-6)
+
+
 @pytest.mark.parametrize("predicts", PREDICTS)
 def test_a_network_through_its_own_path_is_itself(predicts):
     sde = gddim.VP()

@@ -14,6 +14,7 @@ from gddim.errors import from_extra, progress
 from gddim.parallel import to_host
 from gddim.samplers.numbered import given
 from gddim.sde.base import AbstractLinearSDE, last_time
+from gddim.sde.host import on_host
 from gddim.sde.linalg import aligned, product
 
 
@@ -90,9 +91,10 @@ class _Table(NamedTuple):
 
 
 def _table(sde: AbstractLinearSDE, t_min: float) -> _Table:
-    psi, L = np.broadcast_arrays(*aligned(sde.transition(t_min, 0.0), sde.cholesky_factor(t_min)))
+    t, zero, end = map(np.asarray, (t_min, 0.0, last_time(sde)))
+    psi, L = np.broadcast_arrays(*aligned(on_host(sde.transition, t, zero), on_host(sde.cholesky_factor, t)))
     frame = np.concatenate([psi[..., :, :1], L[..., :, 1:]], axis=-1)
-    whiten = np.linalg.inv(np.linalg.cholesky(sde.prior_covariance(last_time(sde))))
+    whiten = np.linalg.inv(np.linalg.cholesky(on_host(sde.prior_covariance, end)))
     return _Table(frame, whiten, np.linalg.slogdet(frame)[1] + np.linalg.slogdet(whiten)[1])
 
 

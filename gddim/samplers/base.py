@@ -136,9 +136,10 @@ def calls(table: Coefficients, sde: AbstractLinearSDE, last: Last = "none", data
             record_u=nothing[..., :1, :] if table.data_u is None else table.data_u,
             corrector=None if table.corrector is None else _of_data(table.corrector, table.record_data, 1),
         )  # fmt: skip
+    table = _whole(table)
     assert table.record_u is not None
     assert table.record_eps is not None
-    corrected = table.corrected
+    shape, corrected = table.psi.shape[1:], table.corrected
     one, zero = np.broadcast_to(np.eye(shape[-1]), table.psi.shape), np.zeros(table.psi.shape)
     steps = np.arange(n)
     if corrected is None:
@@ -179,6 +180,18 @@ def calls(table: Coefficients, sde: AbstractLinearSDE, last: Last = "none", data
         noisy = (rows["noise"] != 0).any(tuple(range(1, rows["noise"].ndim)))
     rows |= dict(weights=by_slot, noisy=noisy, other=(to_eps if data else to_data)(sde, rows["time"]))
     return Calls(**{name: None if data and name in RECORD else value for name, value in rows.items()})
+
+
+def _whole(table: Coefficients) -> Coefficients:
+    """A table whose matrices have all the dims that any of them has, as where only the noise differs by position."""
+    names = "psi", "weights", "noise", "corrector", "corrector_noise", "carry", "shift", "record_u", "record_eps"
+    given = {name: value for name in names if (value := getattr(table, name)) is not None}
+    before = lambda name: 2 if name in ("weights", "corrector") else 1  # axes of steps and history
+    dims = np.broadcast_shapes(*(value.shape[before(name) : -2] for name, value in given.items()))
+    return dataclasses.replace(table, **{
+        name: namespace(value).broadcast_to(value, (*value.shape[: before(name)], *dims, *value.shape[-2:]))
+        for name, value in given.items()
+    })  # fmt: skip
 
 
 def among(rows: Calls, room: int) -> Calls:

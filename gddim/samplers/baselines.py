@@ -11,14 +11,14 @@ from jaxtyping import PRNGKeyArray
 
 from gddim.errors import from_extra
 from gddim.samplers.base import Callback, Coefficients, EpsFn, Last
-from gddim.samplers.grids import check_grid
+from gddim.samplers.grids import check_end, check_grid
 from gddim.samplers.loop import denoise, predict
 from gddim.samplers.quadrature import Panels, count, history_nodes, lagrange
 from gddim.samplers.solver import AbstractSampler, AbstractSolver, AbstractTableSampler, Solution
 from gddim.sde.base import AbstractLinearSDE
 from gddim.sde.collocation import DIFFERENTIATE
 from gddim.sde.host import as_index, on_host
-from gddim.sde.linalg import Array, inverse, lq, product, triangular
+from gddim.sde.linalg import Array, lq, product, triangular
 
 
 class CholeskyMultistep(AbstractTableSampler):
@@ -78,7 +78,7 @@ class EulerMaruyama(AbstractTableSampler):
         F, half = sde.velocity_factors(ts[:-1])
         h = -np.diff(ts).reshape(-1, *(1,) * (F.ndim - 1))
         one = np.broadcast_to(np.eye(sde.k), (len(ts), *F.shape[1:]))
-        noise = np.broadcast_to(self.lam * np.sqrt(h) * triangular_root(sde.diffusion_squared(ts[:-1])), F.shape)
+        noise = self.lam * np.sqrt(h) * triangular_root(sde.diffusion_squared(ts[:-1]))
         weights = -h * (1 + self.lam**2) * half
         return Coefficients(
             ts, ts[:-1], one[1:] - h * F, weights[:, None], noise, record_u=np.zeros_like(one), record_eps=one
@@ -96,7 +96,7 @@ class Heun(AbstractTableSampler):
         return 2 * steps
 
     def coefficients(self, sde: AbstractLinearSDE, ts: Any) -> Coefficients:
-        ts = _check_end(sde, check_grid(sde, ts))
+        ts = check_end(sde, check_grid(sde, ts))
         F, half = sde.velocity_factors(ts)
         one = np.broadcast_to(np.eye(sde.k), F[1:].shape)
         h = -np.diff(ts).reshape(-1, *(1,) * (F.ndim - 1)) * one
@@ -176,7 +176,7 @@ class RK45(AbstractSampler):
         with from_extra("eval"):
             import diffrax  # noqa: F401  what lacks is said before a network is trained
 
-        ts = _check_end(sde, check_grid(sde, ts))
+        ts = check_end(sde, check_grid(sde, ts))
         return AdaptiveSolver(sde, self.rtol, self.atol, float(ts[0]), float(ts[-1]), last)
 
 
@@ -229,14 +229,6 @@ def triangular_root(GG: np.ndarray) -> np.ndarray:
     # of many factors of a singular GGᵀ one, not the one that rounding picks
     size = np.abs(root)
     return triangular(np.where(size < 1e-7 * size.max((-2, -1), keepdims=True), 0, root))
-
-
-def _check_end(sde: AbstractLinearSDE, ts: np.ndarray) -> np.ndarray:
-    """The grid, for a sampler that calls ε at its end. Raises `ValueError` where R is singular there."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        if ts[-1] == 0 and not np.all(np.isfinite(inverse(on_host(sde.noise_factor, ts[-1:])))):
-            raise ValueError("this sampler calls ε at ts[-1]=0, where R is singular; end the grid at a t_min > 0")
-    return ts
 
 
 def _stationary(sde: AbstractLinearSDE, ts: np.ndarray) -> np.ndarray:

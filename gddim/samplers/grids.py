@@ -304,6 +304,14 @@ def check_grid(sde: AbstractLinearSDE, ts: Any, data: bool = False) -> np.ndarra
     return grid
 
 
+def check_end(sde: AbstractLinearSDE, ts: np.ndarray) -> np.ndarray:
+    """The grid, for a sampler that calls ε at its end. Raises `ValueError` where R is singular there."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if ts[-1] == 0 and not np.all(np.isfinite(inverse(on_host(sde.noise_factor, ts[-1:])))):
+            raise ValueError("this sampler calls ε at ts[-1]=0, where R is singular; end the grid at a t_min > 0")
+    return ts
+
+
 def _range(t_max: Any, t_min: Any, steps: Any) -> tuple[float, float, int]:
     """The range and the number of steps, scalars of any library, as Python's."""
     if not 0 <= t_min < t_max:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree
 
 from gddim.samplers.adams import GDDIM
 from gddim.samplers.base import Coefficients, ProcessModel
-from gddim.samplers.grids import check_grid
+from gddim.samplers.grids import check_end, check_grid
 from gddim.samplers.numbered import given
 from gddim.samplers.quadrature import Panels, count, history_nodes
 from gddim.samplers.solver import AbstractSolver, TableSolver
@@ -23,9 +23,10 @@ def encoding_table(sde: AbstractLinearSDE, ts: Any, order: int = 3) -> Coefficie
     """The exponential Adams–Bashforth method of gDDIM from the end of a decreasing grid to its start.
 
     `u_t = Ψ(t,s) u_s + Σ_j [∫_s^t ℓ_j(τ) d(Ψ(t,τ) R_τ)] ε(u_{s_j}, s_j)`, s_j the last `order` times at or below s. The
-    weights are those of sampling with the roles of s and t exchanged.
+    weights are those of sampling with the roles of s and t exchanged. Raises `ValueError` for a grid that ends at 0 where R is
+    singular there.
     """
-    ts = check_grid(sde, ts)
+    ts = check_end(sde, check_grid(sde, ts))
     panels = Panels(sde, ts, lam=0.0)
     nodes = history_nodes(ts[::-1], order)[::-1]
     Q = panels.psi(panels.times_at_nodes(ts[:-1]), panels.tau) @ panels.at(sde.noise_factor, panels.tau)

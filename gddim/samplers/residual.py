@@ -72,8 +72,10 @@ class Residual:
         panels, square = self.panels, self.lam**2
         late, early = ts[:-1], ts[1:]
         K, K_tau = self._K(ts), self._K(panels.tau)
-        with np.errstate(divide="ignore"):
-            log_excess = square * np.log(K[1:] / (panels.psi(early, late) * K[:-1])) if square else 0 * K[1:]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio, part = K[1:] / (panels.psi(early, late) * K[:-1]), np.divide(*self._sides(ts)) ** 2
+            near_1 = np.log1p((part[1:] - part[:-1]) / (1 + part[:-1])) / 2  # where s is large
+            log_excess = square * np.where(ratio < 0.5, np.log(ratio), near_1) if square else 0 * K[1:]
         self.psi_hat, self.noise = K[1:] / K[:-1] * np.exp(log_excess), K[1:] * np.sqrt(-np.expm1(2 * log_excess))
         rate = np.einsum("ij,mj...->mi...", DIFFERENTIATE, self._angle(panels.tau))
         K_s = panels.to_nodes(K[1:])

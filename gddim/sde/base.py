@@ -8,9 +8,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, PRNGKeyArray
+from jaxtyping import Float, PRNGKeyArray, Shaped
 
-from gddim.sde.host import in_float64
+from gddim.sde.host import in_float64, on_host
 from gddim.sde.linalg import Array, aligned, as_times, inverse, lq, product, symmetric_root, transpose
 
 Time = Any  # a Python float, a NumPy or a JAX scalar; NumPy arrays of times map over their axes
@@ -115,8 +115,12 @@ class AbstractLinearSDE(eqx.Module):
         F, R, rate = aligned(F, R, rate)
         return F, rate - product(F, R), R
 
-    def lift(self, x0: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Data in pixels `(*dims, C)` to the state `(*dims, k, C)` at t = 0: field 0 holds it, the others are 0."""
+    def lift(self, x0: Shaped[Array, "..."]) -> Float[Array, "..."]:
+        """Data in pixels `(*dims, C)` to the state `(*dims, k, C)` at t = 0: field 0 holds it, the others are 0.
+
+        Raises `ValueError` for data that are not floating.
+        """
+        _check_floating(x0, "x0")
         u = self.from_pixels(x0)[..., None, :]
         rest = jnp.zeros((*u.shape[:-2], self.k - 1, u.shape[-1]), u.dtype)
         return jnp.concatenate([u, rest], -2)
@@ -125,8 +129,11 @@ class AbstractLinearSDE(eqx.Module):
         """The data in pixels `(*dims, C)` that the state `(*dims, k, C)` holds in its field 0."""
         return self.to_pixels(u[..., 0, :])
 
-    def perturb(self, u0: Float[Array, "..."], t: Time, eps: Float[Array, "..."]) -> Float[Array, "..."]:
-        """`u_t = Ψ(t, 0) u_0 + R_t ε`, all states `(*dims, k, C)`, ε standard normal. Raises `ValueError` for another k."""
+    def perturb(self, u0: Shaped[Array, "..."], t: Time, eps: Float[Array, "..."]) -> Float[Array, "..."]:
+        """`u_t = Ψ(t, 0) u_0 + R_t ε`, all states `(*dims, k, C)`, ε standard normal.
+
+        Raises `ValueError` for another k, and a state that is not floating.
+        """
         self.check_state(u0, "u0")
         self.check_state(eps, "eps")
         return product(self.transition(t, 0.0), u0) + product(self.noise_factor(t), eps)
@@ -155,17 +162,24 @@ class AbstractLinearSDE(eqx.Module):
         return -product(transpose(inverse(self.noise_factor(t))), eps)
 
     def check_state(self, u: Array, name: str = "u") -> None:
-        """Raise `ValueError` unless `u` has the shape `(*dims, k, C)` of this process."""
+        """Raise `ValueError` unless `u` is floating, and has the shape `(*dims, k, C)` of this process."""
+        _check_floating(u, name)
         dims = np.shape(self.transition(self.horizon, 0.0))[:-2]
-        good = u.ndim >= 2 and u.shape[-2] == self.k and (not dims or u.shape[:-2] == dims)
-        if not good:
+        known = not dims or (u.ndim == len(dims) + 2 and all(n in (1, m) for n, m in zip(dims, u.shape, strict=False)))
+        if not (u.ndim >= 2 and u.shape[-2] == self.k and known):
             expected = ", ".join([*(map(str, dims) if dims else ["*dims"]), str(self.k), "C"])
             raise ValueError(f"{name} has shape {u.shape}; {type(self).__name__} takes ({expected})")
 
 
+def _check_floating(x: Array, name: str) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name} is {x.dtype}: it must be floating, of images as gddim.data.to_unit makes them")
+
+
 def last_time(sde: AbstractLinearSDE) -> float:
     """The horizon, or where `Ψ(T, 0) = 0` a time just before it: there ε says nothing of the data, and Ψ has no inverse."""
-    return sde.horizon if np.any(sde.transition(sde.horizon, 0.0)) else 0.99 * sde.horizon
+    at_end = on_host(sde.transition, np.asarray(sde.horizon), np.asarray(0.0))
+    return sde.horizon if np.any(at_end) else 0.99 * sde.horizon
 
 
 def positions(sde: AbstractLinearSDE) -> tuple[int, ...]:
