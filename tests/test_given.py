@@ -11,7 +11,7 @@ from runs import WHITE, Colours, LabelledColours, make_run
 
 import gddim
 from gddim.experiment.cli import execute, parse
-from gddim.experiment.drawing import Start
+from gddim.experiment.drawing import NoisedData
 from gddim.experiment.given import given_data
 from gddim.samplers import OnGrid
 from gddim.samplers.grids import noise_level, time_at
@@ -64,7 +64,7 @@ def test_of_white_data_samples_keep_what_the_noise_left(run, files, process, str
 def test_noise_alone_is_the_prior(run, files):
     x = drawn(run, "--from", files[0], "--strength=1", "--process=ve")
     assert abs((x * (IMAGES[0] / 127.5 - 1)[None]).mean()) < 0.03
-    start = Start.of(WHITE, IMAGES, 0.5)
+    start = NoisedData.of(WHITE, IMAGES, 0.5)
     np.testing.assert_allclose(noise_level(WHITE.sde, np.array([start.time])), 0.5, rtol=1e-6)
 
 
@@ -154,10 +154,10 @@ def test_files_of_both_scales_are_of_one(files, tmp_path):
 
 
 def test_given_images_are_no_more_than_what_is_drawn_of_all_classes():
-    def start(count: int, per_class: int) -> Start:
+    def start(count: int, per_class: int) -> NoisedData:
         sampling = dataclasses.replace(WHITE.sampling, per_class=per_class)
         labelled = dataclasses.replace(WHITE, data=LabelledColours(3), sampling=sampling)
-        return Start.of(labelled, np.resize(IMAGES, (count, 8, 8, 3)), 0.5)
+        return NoisedData.of(labelled, np.resize(IMAGES, (count, 8, 8, 3)), 0.5)
 
     assert len(start(9, 3).data) == 9
     with pytest.raises(gddim.UserError, match="10 images, and 9 to be drawn"):
@@ -174,7 +174,7 @@ def test_a_table_begins_where_it_was_fitted_to(run, files, tmp_path, capsys):
     said = refusal(WHITE, run, capsys, *words, "--strength=0.5")
     assert "strength 0.5: that is time 0.14, and " in said
     assert "vp.npz starts at 1, not at 0.14" in said
-    assert len(Start.of(parse(WHITE, words).experiment, IMAGES, 1.0).data) == 2
+    assert len(NoisedData.of(parse(WHITE, words).experiment, IMAGES, 1.0).data) == 2
 
 
 def test_points_are_given_as_arrays(tmp_path, capsys):

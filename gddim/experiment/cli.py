@@ -22,7 +22,7 @@ from gddim.evaluation.classes import Labelled
 from gddim.experiment.checkpoints import borrow, trained
 from gddim.experiment.compiled import keep_programs, kept_programs
 from gddim.experiment.config import Experiment, require
-from gddim.experiment.drawing import Start
+from gddim.experiment.drawing import NoisedData
 from gddim.experiment.fitting import fitted_by
 from gddim.experiment.given import given_data
 from gddim.experiment.guiding import check_guide
@@ -264,7 +264,7 @@ def execute(command: Command) -> None:
         table = cells(experiment, command.everywhere) if measured else []
         given = given_data(command.from_, tuple(experiment.data.shape)) if command.from_ else None
         noised = given if "sample" in verbs else None
-        start = None if noised is None else Start.of(experiment, noised, command.strength)
+        start = None if noised is None else NoisedData.of(experiment, noised, command.strength)
         problem = fitted_by(experiment, workdir) if "fit" in verbs else None
         source = experiment.data.train() if training else None
         if source is not None:

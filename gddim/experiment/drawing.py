@@ -25,11 +25,11 @@ from gddim.samplers.numbered import sample_numbered
 from gddim.samplers.solver import AbstractSolver
 
 
-class Calls(NamedTuple):
-    """What a sample costs, on average."""
+class Cost(NamedTuple):
+    """Of a sample, on average."""
 
     made: float
-    """Calls of the network, batched as they are."""
+    """Cost of the network, batched as they are."""
     evaluations: float
     """Evaluations of a network: twice as many in calls that are guided."""
 
@@ -38,7 +38,7 @@ class Calls(NamedTuple):
         return f"{self.made:g}{more}"
 
 
-class Start(NamedTuple):
+class NoisedData(NamedTuple):
     """Given data, noised, at which samples start in place of noise alone."""
 
     data: Shaped[np.ndarray, "m ..."]
@@ -47,7 +47,7 @@ class Start(NamedTuple):
     """To which they are noised."""
 
     @staticmethod
-    def of(experiment: Experiment, data: Shaped[np.ndarray, "m ..."], strength: float) -> Start:
+    def of(experiment: Experiment, data: Shaped[np.ndarray, "m ..."], strength: float) -> NoisedData:
         """Of a share of noise in the variance of `x₀ + σn`, 1 being noise alone, whichever the process and the sampler.
 
         Raises `UserError` for so little of it that there is no step to make, a sampler that cannot start there, and more data
@@ -66,7 +66,7 @@ class Start(NamedTuple):
             check_methods([replace(method, start=time)], sde)
         except UserError as error:
             raise UserError(f"{that} {error}") from error
-        return Start(data, time)
+        return NoisedData(data, time)
 
 
 def numbered_batches(
@@ -94,7 +94,7 @@ def draw_numbered(
     held: Callable[[Float[Array, "b ..."]], Array],
     progress: Callable[[int], object] = lambda count: None,
     cond: PyTree = None,
-    start: Start | None = None,
+    start: NoisedData | None = None,
 ) -> tuple[Shaped[np.ndarray, "n ..."], float]:
     """Samples 0, …, n − 1 of the sampling's seed, so many at a time as it says, held as given, and the mean of their calls.
 
@@ -122,8 +122,8 @@ def draw_samples(
     sampling: Sampling,
     progress: Callable[[int], object] = lambda count: None,
     guidance: Guidance | None = None,
-    start: Start | None = None,
-) -> tuple[Shaped[np.ndarray, "n ..."], Calls]:
+    start: NoisedData | None = None,
+) -> tuple[Shaped[np.ndarray, "n ..."], Cost]:
     """Samples 0, …, n − 1 as the data set would hold them (images in uint8), and the network calls of one.
 
     Where the run has classes, n and each sample's class are those of `Experiment.drawn_classes`.
@@ -143,7 +143,7 @@ def draw_samples(
         start = start._replace(data=start.data[np.arange(n) * len(start.data) // n])
     held = to_uint8 if len(shape) == 3 else lambda x: x
     drawn, made = draw_numbered(mesh, model, solver, shape, sampling, n, held, progress, told, start)
-    return drawn, Calls(made, guidance.evaluations(sde, made, getattr(solver, "times", None)))
+    return drawn, Cost(made, guidance.evaluations(sde, made, getattr(solver, "times", None)))
 
 
 class Paths(NamedTuple):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal
 
 import equinox as eqx
 import numpy as np
@@ -19,8 +19,6 @@ from gddim.experiment.guiding import check_denoiser
 from gddim.experiment.options import UNGROUPED, tyro
 from gddim.guidance import Measured
 from gddim.measurements import Operator
-from gddim.sde import AbstractLinearSDE
-from gddim.sde.base import positions
 
 TASKS = (
     "inpaint, srN (as sr2, sr4: N times fewer pixels a side), deblur[:STD] (a Gaussian of so many pixels, by default 1), "
@@ -127,30 +125,8 @@ def check_restoration(experiment: Experiment, settings: Restoration) -> None:
 class Measuring(eqx.Module):
     """A denoiser under a measurement that stands with what conditions each sample: `{"measurement": b, "cond": …}`."""
 
-    denoise: Any
-    operator: Operator
-    noise_std: float = eqx.field(static=True)
-    by: str = eqx.field(static=True)
-    data_std: float = eqx.field(static=True)
-    iterations: int = eqx.field(static=True)
-    basis: AbstractLinearSDE | None
+    measured: Measured
+    """Under one of them."""
 
-    @staticmethod
-    def of(denoise: Any, experiment: Experiment, settings: Restoration, sde: AbstractLinearSDE) -> Measuring:
-        """As it is asked for, through a process."""
-        return Measuring(
-            denoise,
-            settings.operator(tuple(experiment.data.shape)),
-            settings.noise,
-            settings.by,
-            experiment.model.rms,
-            settings.iterations,
-            sde if positions(sde) else None,
-        )
-
-    def __call__(self, y: Array, sigma: ArrayLike, told: PyTree) -> Array:
-        denoise = Measured(
-            self.denoise, self.operator, told["measurement"], self.noise_std, self.by, self.data_std, self.iterations,
-            self.basis,
-        )  # fmt: skip
-        return denoise(y, sigma, told["cond"])
+    def __call__(self, y: Array, sigma: ArrayLike, cond: PyTree) -> Array:
+        return replace(self.measured, measurement=cond["measurement"])(y, sigma, cond["cond"])

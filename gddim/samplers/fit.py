@@ -97,7 +97,7 @@ class Family:
     def _records(self, ts: np.ndarray, data_u: Array | None) -> tuple[Array | None, Array | None]:
         """What ε tells of the data, `D = r²vᵀ(R⁻¹u − ε)`, in the first field; nothing where none of it is left."""
         with np.errstate(divide="ignore", invalid="ignore"):
-            R_inv, v, square = statistic(self.sde, ts)
+            R_inv, v, square = reduction_at(self.sde, ts)
             of_eps = -square * transpose(v)
             of_u = -of_eps @ R_inv
         if not np.all(np.isfinite(of_u[:-1])):
@@ -119,7 +119,7 @@ class Family:
         return jax.tree.map(lambda above, below: (above - below) / (2 * h), moved(1), moved(-1))
 
 
-def statistic(sde: AbstractLinearSDE, ts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def reduction_at(sde: AbstractLinearSDE, ts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`R⁻¹`, `v = R⁻¹ψ` and `r² = 1/vᵀv` at times, `(n, *#dims, k, k)`, `(…, k, 1)` and `(…, 1, 1)`."""
     R, psi = on_host(sde.noise_factor, ts), on_host(sde.transition, ts, np.zeros_like(ts))[..., :1]
     rank = max(R.ndim, psi.ndim)
@@ -138,7 +138,7 @@ def deviations(sde: AbstractLinearSDE, times: np.ndarray, data: np.ndarray) -> n
     `times`: of the path, falling, `(m,)`; `data`: what was foreseen at all but the last, `(m − 1, n, *dims, C)`.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
-        _, v, square = statistic(sde, times)
+        _, v, square = reduction_at(sde, times)
     moves, found = np.diff(v, axis=0), np.zeros((len(times), len(times)))
     between = np.concatenate([(data[:-1] + data[1:]) / 2, data[-1:]])
     for i in range(len(times) - 1):

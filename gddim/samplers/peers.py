@@ -75,7 +75,7 @@ class DPMSolver(AbstractTableSampler):
         return steps
 
     def coefficients(self, sde: AbstractLinearSDE, ts: Any) -> Coefficients:
-        steps = Steps.of(sde, check_grid(sde, ts), self.order)
+        steps = LogSnrSteps.of(sde, check_grid(sde, ts), self.order)
         moments = steps.moments.copy()
         moments[:, 2:] /= 2
         return steps.table(steps.weights(steps.nodes, moments, moments[:, 0] / 2))
@@ -105,7 +105,7 @@ class UniPC(AbstractTableSampler):
         return steps
 
     def coefficients(self, sde: AbstractLinearSDE, ts: Any) -> Coefficients:
-        steps = Steps.of(sde, check_grid(sde, ts), self.order)
+        steps = LogSnrSteps.of(sde, check_grid(sde, ts), self.order)
         half = steps.moments[:, 0] / 2
         if self.variant == "bh1":
             half = half * (steps.h / -np.expm1(-steps.h)).reshape(-1, *(1,) * (half.ndim - 1))
@@ -153,7 +153,7 @@ class AnalyticStart(AbstractTableSampler):
 
 
 @dataclasses.dataclass(frozen=True)
-class Steps:
+class LogSnrSteps:
     """The steps of a grid in the log-SNR."""
 
     panels: Panels
@@ -168,7 +168,7 @@ class Steps:
     """`M_n` on `Ψ(t, 0) D`, `(steps, order + 1, *#dims, k, k)`."""
 
     @staticmethod
-    def of(sde: AbstractLinearSDE, ts: np.ndarray, order: int) -> Steps:
+    def of(sde: AbstractLinearSDE, ts: np.ndarray, order: int) -> LogSnrSteps:
         panels = Panels(sde, ts, lam=0.0)
         if panels.rank:
             raise ValueError(
@@ -187,7 +187,7 @@ class Steps:
         moments = np.concatenate([
             (panels.psi(ts[1:], ts[:-1]) - psi_hat)[:, None], -panels.integrate(powers * rate[:, :, None])
         ], 1)  # fmt: skip
-        return Steps(panels, history_nodes(ts, order), h, R, psi_hat, moments)
+        return LogSnrSteps(panels, history_nodes(ts, order), h, R, psi_hat, moments)
 
     def weights(self, nodes: np.ndarray, moments: np.ndarray, half: np.ndarray) -> np.ndarray:
         """Those of `m_j = Ψ(t_j, 0) D_j`, `(steps, nodes, k, k)`; NaN is an absent node; `half` is M_1 where there are two."""

@@ -111,7 +111,7 @@ def _coupled(A: np.ndarray, G: np.ndarray) -> tuple[np.ndarray, ...]:
     pulled = pulled.reshape(len(A), GAPS, -1, *pulled.shape[2:])
     root, roots = np.zeros_like(whole), []
     for gap in range(GAPS):
-        root = triangular(np.concatenate([root, *np.moveaxis(pulled[:, gap], 1, 0)], -1))
+        root = gram_schmidt(np.concatenate([root, *np.moveaxis(pulled[:, gap], 1, 0)], -1))
         roots.append(root)
     gain = np.concatenate([psi, whole[:, None]], 1)
     return psi, whole, gain, gain @ np.stack(roots, 1)
@@ -154,8 +154,8 @@ def propagate(panels: Panels, covariance: np.ndarray) -> tuple[np.ndarray, np.nd
         return L, L
     starts = [np.linalg.cholesky(covariance)]
     for p in range(len(gain) - 1):
-        starts.append(triangular(np.concatenate([gain[p, -1] @ starts[-1], noise[p, -1]], -1)))
-    L = triangular(np.concatenate([gain[:, :-1] @ np.stack(starts)[:, None], noise[:, :-1]], -1))
+        starts.append(gram_schmidt(np.concatenate([gain[p, -1] @ starts[-1], noise[p, -1]], -1)))
+    L = gram_schmidt(np.concatenate([gain[:, :-1] @ np.stack(starts)[:, None], noise[:, :-1]], -1))
     return L, L @ _rotation(panels, L)
 
 
@@ -180,7 +180,7 @@ def _rotation(panels: Panels, L: np.ndarray) -> np.ndarray:
     return O
 
 
-def triangular(A: np.ndarray) -> np.ndarray:
+def gram_schmidt(A: np.ndarray) -> np.ndarray:
     """The lower triangular L with `L Lᵀ = A Aᵀ` for A `(…, k, n)`, by Gram–Schmidt on the rows, which may be 0."""
     k = A.shape[-2]
     L = np.zeros((*A.shape[:-1], k))

@@ -18,7 +18,7 @@ from gddim.evaluation.figures import label_in_words
 from gddim.evaluation.metrics import psnr, ssim
 from gddim.evaluation.page import write_page
 from gddim.experiment.checkpoints import restore_ema
-from gddim.experiment.drawing import Calls, draw_numbered
+from gddim.experiment.drawing import Cost, draw_numbered
 from gddim.experiment.guiding import restore_guide
 from gddim.experiment.measure import held_out
 from gddim.experiment.outputs import check_names, write_figure, write_json, write_npz
@@ -26,10 +26,12 @@ from gddim.experiment.pictures import rows
 from gddim.experiment.plan import Plan
 from gddim.experiment.restoration import Measuring, Restoration
 from gddim.experiment.workdir import describe
+from gddim.guidance import Measured
 from gddim.measurements import Operator, least_norm
 from gddim.model import seen_through
 from gddim.parallel import to_host
 from gddim.samplers.words import sampler_name
+from gddim.sde.base import positions
 
 Images = Float[np.ndarray, "..."]
 NEIGHBOURS = 50_000  # records to train on among which the nearest is looked for
@@ -45,8 +47,8 @@ def restore(plan: Plan, workdir: epath.Path, settings: Restoration, step: int | 
     guidance, _ = restore_guide(plan, workdir, step)
     sde = experiment.through(sampling.process)
     model: Any = guidance(seen_through(plan.model(params), sde))
-    denoise = Measuring.of(model.denoiser, experiment, settings, sde)
-    shape = experiment.data.shape
+    shape = tuple(experiment.data.shape)
+    operator = settings.operator(shape)
     method = sampling.method(sde, shape)
     solver = method.solver(sde)
 
@@ -55,15 +57,16 @@ def restore(plan: Plan, workdir: epath.Path, settings: Restoration, step: int | 
     truth, seed = to_unit(jnp.asarray(records)), jax.random.key(sampling.seed)
     if cond is not None and sampling.classes:  # or each record's own
         cond = {LABEL: np.asarray(sampling.class_of(np.arange(count), classes_of(experiment.data)))}
-    b = jax.vmap(denoise.operator)(truth)
+    b = jax.vmap(operator)(truth)
     b = to_host(b + settings.noise * jax.random.normal(jax.random.fold_in(seed, 2**31), b.shape))
     n = count * settings.samples
     each = jax.tree.map(lambda x: np.repeat(x, settings.samples, 0), {"measurement": b, "cond": cond})
-    through = Through(sde, denoise)
+    basis, rms = sde if positions(sde) else None, experiment.model.rms
+    measured = Measured(model.denoiser, operator, b[0], settings.noise, settings.by, rms, settings.iterations, basis)
     with progress(total=n, unit="img") as bar:
         samples, made = draw_numbered(
             plan.mesh,
-            through,
+            Through(sde, Measuring(measured)),
             solver,
             shape,
             sampling,
@@ -73,14 +76,13 @@ def restore(plan: Plan, workdir: epath.Path, settings: Restoration, step: int | 
             each,
         )
     samples = samples.reshape(count, settings.samples, *shape)
-    calls = Calls(made, guidance.evaluations(sde, made, getattr(solver, "times", None)))
-    truth, seen = to_host(truth), _shown(denoise.operator, b, shape)
-    nearest = _nearest(denoise.operator, b, train)
-    each = [_worth(denoise.operator, *of) for of in zip(truth, b, samples, seen, nearest, strict=True)]
+    calls = Cost(made, guidance.evaluations(sde, made, getattr(solver, "times", None)))
+    truth, seen = to_host(truth), _shown(operator, b, shape)
+    nearest = _nearest(operator, b, train)
+    each = [_worth(operator, *of) for of in zip(truth, b, samples, seen, nearest, strict=True)]
     mean = {key: float(np.mean([one[key] for one in each])) for key in each[0]}
     if jax.process_index() == 0:
-        told = describe(settings)
-        origin = {"experiment": experiment.name, "step": step, **describe(sampling), "restore": told}
+        origin = {"experiment": experiment.name, "step": step, **describe(sampling), "restore": describe(settings)}
         run = f"{experiment.name}, step {step}: {settings.task}" + f", noise {settings.noise:g}" * bool(settings.noise)
         by = f"{settings.by}, {label_in_words(sampler_name(method.sampler))}, {made:g} network calls"
         strip = np.concatenate([truth[:, None], seen[:, None], samples], 1)
@@ -89,10 +91,10 @@ def restore(plan: Plan, workdir: epath.Path, settings: Restoration, step: int | 
         report = {"nfe": calls.made, "evaluations": calls.evaluations, "mean": mean, "each": each}
         write_json(workdir / f"{name}.json", report, origin)
         write_page(workdir)
-        told = "{psnr:.2f} of a sample, {psnr_of_mean:.2f} of their mean, {psnr_measured:.2f} of what was measured"
+        worth = "{psnr:.2f} of a sample, {psnr_of_mean:.2f} of their mean, {psnr_measured:.2f} of what was measured"
         print(
             f"{count} held-out images at step {step}, {settings.samples} samples each, {settings.task} by {settings.by}: NFE "
-            f"{calls}; PSNR {told.format(**mean)}, {mean['psnr_nearest']:.2f} of the nearest record to train on; "
+            f"{calls}; PSNR {worth.format(**mean)}, {mean['psnr_nearest']:.2f} of the nearest record to train on; "
             f"{workdir}: {name}.png, {name}.json, {name}.npz, report.html",
             flush=True,
         )

@@ -14,7 +14,7 @@ from gddim.errors import progress
 from gddim.evaluation.figures import label_in_words, process_in_words
 from gddim.evaluation.page import write_page
 from gddim.experiment.checkpoints import checkpoint_digest, restore_ema
-from gddim.experiment.drawing import Start, draw_samples, follow
+from gddim.experiment.drawing import NoisedData, draw_samples, follow
 from gddim.experiment.guiding import restore_guide
 from gddim.experiment.outputs import check_names, digest_of_data, write_figure, write_npz
 from gddim.experiment.pictures import film, gallery, rows, trajectory
@@ -29,7 +29,7 @@ SAMPLES = ("samples", "samples", "trajectory", "denoise")  # the file of arrays,
 """What the verb `sample` writes."""
 
 
-def sample(plan: Plan, workdir: epath.Path, step: int | None = None, start: Start | None = None) -> None:
+def sample(plan: Plan, workdir: epath.Path, step: int | None = None, start: NoisedData | None = None) -> None:
     """Write samples of a checkpoint's averaged model and pictures of how they come about, or of given data; tell NFE and
     images/s.
     """
