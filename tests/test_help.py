@@ -11,7 +11,7 @@ from command_line import options_told, status_of
 
 import experiments.__main__
 from experiments import blur_cifar10, cld_digits
-from gddim.experiment.cli import Verb
+from gddim.experiment.command import Verb
 from gddim.experiment.shown import NEEDED
 
 
