@@ -54,7 +54,7 @@ def test_coefficients_of_size_1_are_of_data_of_any_size():
 @pytest.mark.parametrize("sde", [gddim.VP(), gddim.CLD(), gddim.Blurring(4)], ids=repr)
 def test_bytes_are_no_data_and_no_state(sde):
     x, u = jnp.ones((4, 4, 1), jnp.uint8), jnp.ones((4, 4, sde.k, 1), jnp.int32)
-    with pytest.raises(ValueError, match="x0 is uint8: it must be floating"):
+    with pytest.raises(ValueError, match="x0 has dtype uint8; accepted are floating"):
         sde.lift(x)
-    with pytest.raises(ValueError, match="u0 is int32: it must be floating"):
+    with pytest.raises(ValueError, match="u0 has dtype int32; accepted are floating"):
         sde.perturb(u, 0.3, u.astype(jnp.float32))

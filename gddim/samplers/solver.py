@@ -56,8 +56,6 @@ class AbstractSolver(eqx.Module):
         """
         u = jnp.asarray(u)
         self.sde.check_state(u)
-        if not jnp.issubdtype(u.dtype, jnp.floating):
-            raise ValueError(f"u has dtype {u.dtype}; a state is of floating-point numbers")
         single = u.astype(jnp.float32) if u.dtype.itemsize < 4 else u
         solution = self.solve(eps_fn, single, key, path, callback)
         return solution._replace(state=solution.state.astype(u.dtype))

@@ -173,7 +173,9 @@ class AbstractLinearSDE(eqx.Module):
 
 def _check_floating(x: Array, name: str) -> None:
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"{name} is {x.dtype}: it must be floating, of images as gddim.data.to_unit makes them")
+        raise ValueError(
+            f"{name} has dtype {x.dtype}; accepted are floating numbers, of images those of gddim.data.to_unit"
+        )
 
 
 def last_time(sde: AbstractLinearSDE) -> float:
