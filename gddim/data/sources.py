@@ -148,10 +148,6 @@ class ArraySource:
         if not is_dark_somewhere(data):
             found = "negative" if data.ndim == 3 else f"below {DARK[4]}"
             raise UserError(f"floating images must lie in [-1, 1], but these are never {found}: {SCALE}")
-        if data.ndim == 4 and data.dtype != np.uint8 and data.size:
-            low, high = _extremes(data)
-            if not -1 <= low <= high <= 1:
-                raise UserError(f"floating images must lie in [-1, 1], and these in [{low:g}, {high:g}]: scale them")
         self.flip = flip
         self.rows = rows
         self.stamp = stamp
@@ -179,12 +175,6 @@ def is_dark_somewhere(array: Shaped[np.ndarray, "n *shape"]) -> bool:
     if array.ndim not in DARK or array.dtype == np.uint8 or not array.size:
         return True
     return any(array[begin : begin + _CHUNK].min() < DARK[array.ndim] for begin in range(0, len(array), _CHUNK))
-
-
-def _extremes(array: Shaped[np.ndarray, "n *shape"]) -> tuple[float, float]:
-    """The least and the greatest value of an array that may be a file's, a chunk at a time."""
-    chunks = [array[begin : begin + _CHUNK] for begin in range(0, len(array), _CHUNK)]
-    return float(np.min([chunk.min() for chunk in chunks])), float(np.max([chunk.max() for chunk in chunks]))
 
 
 def data_folder(root: str | None) -> Path:
