@@ -117,9 +117,7 @@ class PathDenoiser(eqx.Module):
         alpha, noise = self._alpha_sigma(t)
         alpha = jnp.sqrt((alpha**2 + noise**2) / (1 + sigma**2))
         noise = sigma * alpha
-        above = (
-            given > sigma
-        )  # beyond what the path knows y is shrunk to its noise; below, where it knows more, it stays
+        above = given > sigma  # of more noise than the path has y is shrunk to that; of less it stays as it is
         x = alpha * y * jnp.where(above, sigma / jnp.where(above, given, 1), 1)
         out = jnp.asarray(self.net(x, self.label(t)))
         if out.shape != y.shape:
