@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jaxtyping import Array
 from scipy.stats import norm
+from test_samplers import Relaxing
 
 from gddim.data import ArraySource
 from gddim.evaluation.likelihood import bits_per_dimension, log_density
@@ -62,25 +63,6 @@ def test_bits_per_dimension_of_gaussian_data_are_exact(sde: AbstractLinearSDE, s
     assert np.abs(found.each - exact).max() < 2e-3  # record by record, not on average alone
 
 
-class Relaxing(AbstractLinearSDE):
-    """`du = −u dt + √2 dw`, VP at β = 2, in jax.numpy alone."""
-
-    k: int = 1
-    horizon: float = 1.0
-
-    def transition(self, t, s):
-        return jnp.exp(-(t - s) * jnp.ones((1, 1)))
-
-    def noise_factor(self, t):
-        return jnp.sqrt(-jnp.expm1(-2 * t * jnp.ones((1, 1))))
-
-    def to_pixels(self, u):
-        return u
-
-    def from_pixels(self, x):
-        return x
-
-
 class Bent(eqx.Module):
     sde: AbstractLinearSDE
 
@@ -91,7 +73,8 @@ class Bent(eqx.Module):
 def test_the_likelihood_of_a_process_in_jax_numpy_alone_is_that_of_its_closed_form():
     x = jnp.asarray([0.3, -0.7, 0.1])
     found = [
-        eqx.filter_jit(log_density)(Bent(sde), x, jax.random.key(0), t_min=1e-3) for sde in (Relaxing(), VP(2.0, 2.0))
+        eqx.filter_jit(log_density)(Bent(sde), x, jax.random.key(0), t_min=1e-3)
+        for sde in (Relaxing(horizon=1.0), VP(2.0, 2.0))
     ]
     np.testing.assert_allclose(*found, rtol=1e-4)
 

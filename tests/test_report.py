@@ -103,6 +103,12 @@ def test_the_table_has_means_and_spreads_of_seeds_the_floor_and_the_published_nu
         assert min(image.size) > 300
 
 
+def test_a_floor_is_in_the_tables_of_what_it_was_measured_by():
+    floor = cifar_row("data", 0, 3.15)
+    floor["cell"]["source"], floor["metrics"] = "CIFAR10, held out", {"frechet": 3.15}
+    assert table([floor, cifar_row("gddim:3", 50, 2.3)]).count("CIFAR10, held out (floor)") == 1
+
+
 def test_results_without_a_cell_are_no_picture(tmp_path: Path):
     with pytest.raises(UserError, match="no results yet"):
         plot([], tmp_path / "p.png")

@@ -210,7 +210,7 @@ def test_as_the_data_spread_without_bound_its_noise_is_that_of_no_drift_but_the_
     ts = gddim.power_grid(1.0, 1e-3, 5)
     noise = GDDIM(1, 1.0, interpolate="residual", data_std=data_std).coefficients(VP, ts).noise[..., 0, 0]
     log_alpha = 2 * np.log(VP.transition(ts, 0.0)[..., 0, 0])
-    np.testing.assert_allclose(noise, np.sqrt(np.expm1(-np.diff(log_alpha) * -1)), rtol=1e-7)
+    np.testing.assert_allclose(noise, np.sqrt(np.expm1(np.diff(log_alpha))), rtol=1e-7)
 
 
 def test_a_spectrum_is_a_standard_deviation_of_each_frequency():

@@ -248,7 +248,7 @@ def _metric_table(group: Group, metric: str) -> list[list[str]]:
         if set(row.values) & set(columns):
             values = [_published(row.values.get(nfe, "")) for nfe in columns]
             found.append([*named(f"*{row.label}*", row.process), *values, *([""] if adaptive else [])])
-    if group.floor and "frechet" in group.floor["metrics"]:
+    if group.floor and metric in group.floor["metrics"]:
         value = _digits(group.floor["metrics"][metric])
         found.append([*named(f"{group.floor['cell']['source']} (floor)", ""), *[value] * len(numbers)])
     return found

@@ -99,8 +99,8 @@ def execute(command: Command) -> None:
     with contextlib.ExitStack() as stack:
         if not jax.distributed.is_initialized():  # JAX has its own handler, which training relies on
             stack.enter_context(ending_on_sigterm())
-        found, known = _run_of(command, asked, workdir, free)
         config = describe(command.experiment)
+        found, known = _run_of(command, asked, workdir, config, free)
         if known:
             told = found or (f"--workdir {workdir}", read_config(workdir))
             command = dataclasses.replace(command, experiment=remembering(command.experiment, *told))
@@ -189,9 +189,10 @@ class Checked(NamedTuple):
     """Why training and samples are to be had, and no table."""
 
 
-def _run_of(command: Command, asked: Asked, workdir: epath.Path, free: Any) -> tuple[tuple[str, dict] | None, bool]:
+def _run_of(
+    command: Command, asked: Asked, workdir: epath.Path, config: dict, free: set[str]
+) -> tuple[tuple[str, dict] | None, bool]:
     """What holds the network that was trained, and whether there is a run of this configuration; the same on every process."""
-    config = describe(command.experiment)
     found = None if asked.training or command.nowhere else trained(command.experiment, workdir)
 
     def check() -> bool:
