@@ -14,20 +14,20 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key, PyTree, ScalarLike, UInt32
 
+from gddim.denoiser import reduction, statistic
 from gddim.errors import UserError, place
 from gddim.guidance import UNTOLD, Guidance, guided
-from gddim.model import seen_through
+from gddim.model import Denoiser, EpsModel, seen_through
 from gddim.parallel import batch_sharding, check_backend, make_mesh, round_up
 from gddim.samplers import AbstractSampler, LearnedTable, count_calls
-from gddim.samplers.base import to_data
 from gddim.samplers.method import check_methods
 from gddim.samplers.numbered import sample_numbered
 from gddim.samplers.solver import AbstractSolver
 from gddim.samplers.words import parse_sampler
 from gddim.sde import AbstractLinearSDE
 from gddim.sde.base import positions
-from gddim.sde.linalg import product
-from gddim.sde.words import parse_process
+from gddim.sde.linalg import product, transpose
+from gddim.sde.words import parse_process, process_name
 
 
 class Loaded(eqx.Module):
@@ -63,8 +63,14 @@ class Loaded(eqx.Module):
     @property
     def denoiser(self) -> Callable[..., Float[Array, "*dims C"]]:
         """`denoiser(y, sigma, cond=None)`: `E[x₀ | x₀ + σn = y]` in pixels, as `gddim.through` takes it. A network that
-        predicts the ε of several fields has none."""
-        return self.model.denoiser
+        predicts the ε of several fields has none, and raises `AttributeError`."""
+        model: Any = self.model
+        white = isinstance(model, EpsModel) and self.sde.k == 1 and not positions(self.sde)
+        if not (white or isinstance(model, Denoiser)):
+            raise AttributeError(
+                f"the network predicts the ε of {process_name(self.sde)} and is no denoiser of x₀ + σn"
+            )
+        return model.denoiser
 
     def __call__(self, u: Float[Array, "*dims k C"], t: ScalarLike, cond: PyTree = None) -> Float[Array, "*dims k C"]:
         """`ε(u, t)` in R coordinates of one state of the process."""
@@ -77,10 +83,9 @@ class Loaded(eqx.Module):
         denoise: Any = getattr(model, "denoise", None)
         if denoise is not None:
             return denoise(u, t, cond)
-        if self.sde.k == 1 and not positions(self.sde):  # also where ψ = 0
-            return guided(model, lambda denoise: denoise, cond).denoise(u, t)
-        back, R = to_data(self.sde, jnp.asarray(t, u.dtype))
-        return product(back, u - product(R, model(u, t, cond)))[..., 0, :]
+        y, sigma = statistic(self.sde, u, t)
+        _, direction = reduction(self.sde, t, u.dtype)
+        return y - product(sigma[..., None, None] * transpose(direction), model(u, t, cond))[..., 0, :]
 
     def sample(
         self,
@@ -151,6 +156,10 @@ class Loaded(eqx.Module):
         model = self.model if how.process is None else seen_through(self.model, how.process)
         method = how.method(model.sde, self.shape)
         check_methods([method], model.sde)
+        if (callable(guide) or (how.guide.scale if guide is None else guide) != 1) and not hasattr(self, "denoiser"):
+            raise UserError(
+                f"guide: the network predicts the ε of {process_name(self.sde)} and cannot be guided; one of the data can"
+            )
         if callable(guide):
             return guided(model, guide), method.solver(model.sde)
         if guide is None and how.guide.by_worse:

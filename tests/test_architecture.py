@@ -54,7 +54,7 @@ IMPORTS = {
         ),
         *("evaluation", "averages", "compact", "checksums", "nn", "weights"),
     },
-    "loading": {"sde", "samplers", "model", "guidance", "parallel", "experiment"},
+    "loading": {"sde", "samplers", "denoiser", "model", "guidance", "parallel", "experiment"},
     "export": {
         *(
             "checkpoint",

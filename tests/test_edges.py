@@ -33,7 +33,7 @@ class Point(eqx.Module):
 def error(sampler, sde, grid, dtype=jnp.float32):
     """How far samples end from where they must, in the data: the path of their ε at λ = 0, else the point itself."""
     rng, dims = np.random.default_rng(0), np.shape(sde.transition(1.0, 0.0))[:-2]
-    u0 = np.asarray(sde.lift(jnp.asarray(rng.uniform(-1, 1, (8, *dims, 3)), jnp.float32)))
+    u0 = np.asarray(jax.vmap(sde.lift)(jnp.asarray(rng.uniform(-1, 1, (8, *dims, 3)), jnp.float32)))
     eps = rng.normal(size=u0.shape)
     begin = jnp.asarray(product(sde.transition(grid[0], 0.0), u0) + product(sde.noise_factor(grid[0]), eps), dtype)
     keys = jax.random.split(jax.random.key(1), len(u0))
@@ -101,6 +101,26 @@ def test_the_nodes_of_a_step_amplify_at_most_so_much(ts):
     assert np.abs(value).sum(-1).max() <= 256
     for grid in (gddim.power_grid(1.0, 1e-3, 20), gddim.log_snr_grid(gddim.CLD(), 1.0, 1e-3, 20)):
         assert not np.isnan(history_nodes(grid, 4)[3:]).any()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("interpolate", ["data", "residual"])
+@pytest.mark.parametrize("corrector", [False, "free"])
+def test_times_that_the_clock_does_not_tell_apart_are_passed_over(interpolate, corrector):
+    """`σ/α = e^50` and `e^40` are of one angle, and one log-SNR as far as data have scales."""
+    sde = gddim.GaussianPath(lambda t: np.exp(-t), lambda t: np.sqrt(-np.expm1(-2 * t)), 50.0)
+    sampler = GDDIM(3, interpolate=interpolate, corrector=corrector)
+    orders = sampler.coefficients(sde, gddim.power_grid(50.0, 1e-3, 10)).orders
+    assert orders[1] < 2 + (not corrector and interpolate == "data")
+    assert orders[-1] == 3
+
+
+def test_much_noise_is_resolved():
+    """An integral over a step is that over its two halves, `W = Ψ̂_2 W_1 + W_2` where the polynomial is a constant."""
+    ts = np.array([0.6, 0.45, 0.3])
+    halves, whole = (GDDIM(1, 20.0, interpolate="residual").coefficients(gddim.VP(), t) for t in (ts, ts[::2]))
+    both = halves.psi[1] @ halves.weights[0, 0] + halves.weights[1, 0]
+    np.testing.assert_allclose(whole.weights[0, 0], both, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("interpolate", ["eps", "data"])

@@ -90,12 +90,18 @@ def test_a_network_of_eps_has_no_denoiser_and_foresees_the_data_all_the_same(tmp
     model = gddim.load(make_run(tmp_path / "w", experiment))
     assert not isinstance(model.model, gddim.Denoiser)
     u, t = sde.sample_prior(jax.random.key(0), (8, 8, 2, 3)), jnp.asarray(0.4)
-    foreseen = jnp.stack([model.denoise(u, t), jnp.zeros((8, 8, 3))], -2)
-    kept = sde.transition(t, 0.0) @ foreseen + sde.noise_factor(t) @ model(u, t)
-    at_0 = jnp.linalg.solve(sde.transition(t, 0.0), jnp.moveaxis(u - kept, -2, 0).reshape(2, -1))
-    assert float(jnp.abs(at_0[0]).max()) < 1e-3, "its first field, at t = 0"
+    R_inv = jnp.linalg.inv(sde.noise_factor(t))
+    w = R_inv @ sde.transition(t, 0.0)[:, :1]
+    off = R_inv @ u - w @ model.denoise(u, t)[..., None, :] - model(u, t)
+    assert float(jnp.abs(w.T @ off).max()) < 1e-4 * float((w**2).sum()), (
+        "what ε says along R⁻¹ψ, where alone it is of the data"
+    )
+    assert not hasattr(model, "denoiser")
     with pytest.raises(gddim.UserError, match="predicts the ε of CLD"):
         model.sample(1, process="vp")
+    for guide in (2.0, lambda D: D):
+        with pytest.raises(gddim.UserError, match="cannot be guided"):
+            model.sample(1, guide=guide)
 
     flow = gddim.load(make_run(tmp_path / "flow", dataclasses.replace(experiment, sde=gddim.FlowMatching())))
     u = jax.random.normal(jax.random.key(0), (8, 8, 1, 3))

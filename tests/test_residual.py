@@ -204,6 +204,14 @@ def test_as_the_data_spread_without_bound_it_is_eps_where_there_is_one_field(ord
             np.testing.assert_allclose(*ends, atol=1e-5)
 
 
+@pytest.mark.parametrize("data_std", [300.0, 1e8])
+def test_data_that_spread_widely_need_no_more_panels(data_std):
+    """S is nearly of rank one then: across ψ it must stay exact."""
+    ts = gddim.power_grid(1.0, 1e-3, 10)
+    panels = [len(Residual(CLD, ts, 0.0, s).panels.tau) for s in (0.5, data_std)]
+    assert panels[1] <= panels[0]
+
+
 @pytest.mark.parametrize("data_std", [1e7, 1e10])
 def test_as_the_data_spread_without_bound_its_noise_is_that_of_no_drift_but_the_process(data_std):
     """`P = ∫ Ψ(s,τ)² g² dτ = Ψ(s,t)² Σ_t − Σ_s`, which for VP is `α_s/α_t − 1`."""
@@ -211,6 +219,11 @@ def test_as_the_data_spread_without_bound_its_noise_is_that_of_no_drift_but_the_
     noise = GDDIM(1, 1.0, interpolate="residual", data_std=data_std).coefficients(VP, ts).noise[..., 0, 0]
     log_alpha = 2 * np.log(VP.transition(ts, 0.0)[..., 0, 0])
     np.testing.assert_allclose(noise, np.sqrt(np.expm1(np.diff(log_alpha))), rtol=1e-7)
+
+
+def test_a_spectrum_of_a_process_without_frequencies_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"data_std: given a spectrum \(4, 4\); this VP takes a number"):
+        GDDIM(2, interpolate="residual", data_std=np.ones((4, 4))).coefficients(VP, [1.0, 0.5, 0.1])
 
 
 def test_a_spectrum_is_a_standard_deviation_of_each_frequency():

@@ -114,7 +114,16 @@ def test_derivatives_map_over_arrays_of_times(sde, count):
         np.testing.assert_allclose(method(jnp.asarray(ts)), exact, rtol=1e-4, atol=1e-4 * np.abs(exact).max())
 
 
+@pytest.mark.parametrize("count", [3, 4])
+def test_the_prior_covariance_maps_over_arrays_of_times(count):
+    sde, ts = gddim.Blurring(4), np.linspace(0.2, 0.8, count)
+    np.testing.assert_array_equal(sde.prior_covariance(ts), np.stack([sde.prior_covariance(t) for t in ts]))
+
+
 def test_derivatives_at_the_ends():
+    with jax.enable_x64(True):
+        rate = jax.jacfwd(gddim.CLD().noise_factor)
+        np.testing.assert_allclose(rate(jnp.asarray(0.0)), rate(jnp.asarray(1e-13)), rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(gddim.VP().diffusion_squared(0.0), [[0.1]])
     np.testing.assert_allclose(gddim.CLD().drift(jnp.asarray(1)), gddim.CLD().drift(1.0), rtol=1e-6)
 
@@ -211,6 +220,7 @@ def test_small_matrix_algebra(k):
         (lambda: gddim.LinearSDE(lambda t: np.ones((2, 3)), lambda t: np.eye(2), np.eye(2)), "drift"),
         (lambda: gddim.LinearSDE(lambda t: np.eye(2), lambda t: np.eye(3), np.eye(2)), "diffusion_squared"),
         (lambda: gddim.LinearSDE(lambda t: np.eye(1), lambda t: np.eye(1), np.eye(1), horizon=0.0), "horizon"),
+        (lambda: gddim.LinearSDE(lambda t: np.eye(1), lambda t: np.eye(1), lambda t: np.eye(1)), "must be a matrix"),
     ],
 )
 def test_bad_processes_are_refused_by_name(make, says):
@@ -290,6 +300,17 @@ def test_wrong_state_shape():
         gddim.CLD().perturb(jnp.zeros((4, 1, 3)), 0.5, jnp.zeros((4, 1, 3)))
     with pytest.raises(ValueError, match="Blurring takes"):
         gddim.Blurring(4).check_state(jnp.zeros((5, 5, 1, 3)))
+    with pytest.raises(ValueError, match=r"state of x0 has shape \(5, 5, 1, 3\)"):
+        gddim.Blurring(4).lift(jnp.zeros((5, 5, 3)))
+    with pytest.raises(ValueError, match=r"u has shape \(7, 4, 4, 1, 3\)"):
+        gddim.Blurring(4).project(jnp.zeros((7, 4, 4, 1, 3)))  # a batch: its first axis is no frequency
+
+
+def test_a_batch_of_times_is_mapped_over_and_not_taken_for_dims():
+    states, ts = jnp.zeros((4, 4, 4, 1, 3)), jnp.full(4, 0.5)
+    for method in (lambda: gddim.VP().perturb(states, ts, states), lambda: gddim.VP().score(states, ts)):
+        with pytest.raises(ValueError, match=r"t has shape \(4,\), accepted is one time"):
+            method()
 
 
 def test_float32_noise_factor_is_within_five_millionths():

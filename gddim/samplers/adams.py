@@ -11,7 +11,7 @@ import numpy as np
 from gddim.samplers.base import Coefficients
 from gddim.samplers.contraction import Contraction
 from gddim.samplers.grids import DATA_STD, check_grid, noise_level, scaled
-from gddim.samplers.quadrature import Clock, Panels, corrected_for_free, count, history_nodes, same
+from gddim.samplers.quadrature import Clock, Panels, corrected_for_free, count, history_nodes, same, with_end
 from gddim.samplers.residual import Residual
 from gddim.samplers.solver import AbstractTableSampler
 from gddim.sde.base import AbstractLinearSDE
@@ -186,8 +186,7 @@ class GDDIM(AbstractTableSampler):
         columns = lambda nodes: np.concatenate([w := steps.weights(nodes), np.zeros((*w.shape[:-1], k - 1))], -1)
         corrector: dict[str, Any] = {}
         if self.corrector:
-            with_s = columns(np.concatenate([phi[1:, None], nodes], 1))
-            corrector = dict(corrector=with_s, corrector_noise=steps.noise, corrected=regular)
+            corrector = dict(corrector=columns(with_end(phi, nodes)), corrector_noise=steps.noise, corrected=regular)
         told = bool(np.all(np.isfinite(of_eps[0])))
         return Coefficients(
             ts=ts, times=ts[:-1], psi=steps.psi_hat, weights=columns(nodes), noise=steps.noise, orders=count(nodes),
@@ -222,7 +221,7 @@ class Steps:
     @property
     def nodes_with_s(self) -> np.ndarray:
         """Those of the corrector, `(steps, order + 1)`."""
-        return np.concatenate([self.panels.ts[1:, None], self.nodes], 1)
+        return with_end(self.panels.ts, self.nodes, self.clock)
 
     @property
     def one(self) -> np.ndarray:

@@ -141,13 +141,14 @@ def calls(table: Coefficients, sde: AbstractLinearSDE, last: Last = "none", data
     assert table.record_eps is not None
     shape, corrected = table.psi.shape[1:], table.corrected
     one, zero = np.broadcast_to(np.eye(shape[-1]), table.psi.shape), np.zeros(table.psi.shape)
-    steps = np.arange(n)
+    # of a splitting method the state is ahead of the grid, at the next call, except in the end
+    steps, until = np.arange(n), _joined("concatenate", [table.times[1:], table.ts[-1:]])
     if corrected is None:
         corrected = np.full(n, table.corrector is not None)
     slots = max(SLOTS, *(w.shape[1] for w in (table.weights, table.corrector) if w is not None))
     predictor: dict[str, Any] = dict(
         time=table.times, slot=steps % slots, record_u=table.record_u[:-1], record_eps=table.record_eps[:-1],
-        psi=table.psi, weights=_padded(table.weights, slots), accept=~corrected, until=table.ts[1:], step=steps,
+        psi=table.psi, weights=_padded(table.weights, slots), accept=~corrected, until=until, step=steps,
         noise=table.noise, carry=one if table.carry is None else table.carry,
         shift=zero if table.shift is None else table.shift,
     )  # fmt: skip

@@ -69,7 +69,7 @@ class Panels:
         rough = np.zeros(len(self.tau), bool)
         for values in (local, local @ R, scaled):
             rough |= unresolved(values)
-        if self.lam > 0 and R.shape[-1] > 1:
+        if self.lam > 0:
             rate = np.abs(self.log_rate()).sum(-1)
             rough |= (self.lam**2 * rate > 1).any(tuple(range(1, rate.ndim)))
         return rough
@@ -173,9 +173,16 @@ def history_nodes(ts: np.ndarray, order: int, clock: Clock = same) -> np.ndarray
     index = np.arange(len(ts) - 1)[:, None] - np.arange(order)
     nodes = np.where(index < 0, np.nan, ts[np.maximum(index, 0)])
     for j in range(1, order):
-        value, _ = lagrange(clock(nodes[:, : j + 1]), clock(ts[1:])[:, None])
-        nodes[np.abs(value[:, 0]).sum(1) > AMPLIFICATION, j] = np.nan
+        with np.errstate(divide="ignore", invalid="ignore"):  # times that the clock does not tell apart
+            value, _ = lagrange(clock(nodes[:, : j + 1]), clock(ts[1:])[:, None])
+        nodes[~(np.abs(value[:, 0]).sum(1) <= AMPLIFICATION), j] = np.nan
     return nodes
+
+
+def with_end(ts: np.ndarray, nodes: np.ndarray, clock: Clock = same) -> np.ndarray:
+    """The corrector's nodes, `(steps, order + 1)`: the step's end s, and those of its history that the clock tells from s."""
+    s = ts[1:, None]
+    return np.concatenate([s, np.where(clock(nodes) == clock(s), np.nan, nodes)], 1)
 
 
 def count(nodes: np.ndarray) -> np.ndarray:

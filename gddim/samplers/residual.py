@@ -8,7 +8,7 @@ import numpy as np
 
 from gddim.samplers.grids import BAND, Band, noise_level
 from gddim.samplers.quadrature import Panels, lagrange
-from gddim.sde.base import AbstractLinearSDE
+from gddim.sde.base import AbstractLinearSDE, positions
 from gddim.sde.collocation import DIFFERENTIATE, GAUSS_WEIGHTS, collocate, unresolved
 from gddim.sde.linalg import inverse, transpose
 
@@ -34,6 +34,11 @@ class Residual:
     """`(1+λ²)/2 Ψ̂(s,τ) GGᵀΣ⁻¹ψ c` per ξ at the nodes, `(panels, nodes, *#dims, k, 1)`."""
 
     def __init__(self, sde: AbstractLinearSDE, ts: np.ndarray, lam: float, data_std: Any):
+        if np.ndim(data_std) and np.shape(data_std) != (dims := positions(sde)):
+            takes = f"a number or a spectrum {dims}" if dims else "a number"
+            raise ValueError(
+                f"data_std: given a spectrum {np.shape(data_std)}; this {type(sde).__name__} takes {takes}"
+            )
         self.sde, self.lam, self.s = sde, lam, np.asarray(data_std, np.float64)[..., None, None]
         self.band = Band.of(self.s.reshape(-1)[0], *BAND)
         self.panels = Panels(sde, ts, lam, self._rough)
@@ -112,8 +117,11 @@ class Residual:
         """Y and Y', `(1+λ²)/2 (Y Yᵀ)' S_v⁻¹`, all per ξ at the nodes, and `S_v⁻¹`."""
         Y = self.panels.local_psi() @ self.panels.at(self.sde.noise_factor, self.panels.tau)
         rate = np.einsum("ij,mj...->mi...", DIFFERENTIATE, Y)
-        signal = self.s * self._signal()
-        precision = np.linalg.inv(Y @ transpose(Y) + signal @ transpose(signal))
+        signal = self._signal()
+        Q = np.linalg.qr(signal, mode="complete").Q  # along ψ and across it, which a large s so leaves exact
+        S_v = transpose(Q) @ Y @ transpose(transpose(Q) @ Y)
+        S_v[..., 0, 0] += (self.s**2 * transpose(signal) @ signal)[..., 0, 0]
+        precision = Q @ np.linalg.inv(S_v) @ transpose(Q)
         inflow = (1 + self.lam**2) / 2 * (rate @ transpose(Y) + Y @ transpose(rate))
         return Y, rate, inflow @ precision, precision
 

@@ -118,22 +118,29 @@ class AbstractLinearSDE(eqx.Module):
     def lift(self, x0: Shaped[Array, "..."]) -> Float[Array, "..."]:
         """Data in pixels `(*dims, C)` to the state `(*dims, k, C)` at t = 0: field 0 holds it, the others are 0.
 
-        Raises `ValueError` for data that are not floating.
+        Raises `ValueError` for data that are not floating, and of other dims than the process has.
         """
         _check_floating(x0, "x0")
         u = self.from_pixels(x0)[..., None, :]
         rest = jnp.zeros((*u.shape[:-2], self.k - 1, u.shape[-1]), u.dtype)
-        return jnp.concatenate([u, rest], -2)
+        u = jnp.concatenate([u, rest], -2)
+        self.check_state(u, "the state of x0")
+        return u
 
     def project(self, u: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The data in pixels `(*dims, C)` that the state `(*dims, k, C)` holds in its field 0."""
+        """The data in pixels `(*dims, C)` that the state `(*dims, k, C)` holds in its field 0.
+
+        Raises `ValueError` for another k or dims, and a state that is not floating.
+        """
+        self.check_state(u)
         return self.to_pixels(u[..., 0, :])
 
     def perturb(self, u0: Shaped[Array, "..."], t: Time, eps: Float[Array, "..."]) -> Float[Array, "..."]:
         """`u_t = Ψ(t, 0) u_0 + R_t ε`, all states `(*dims, k, C)`, ε standard normal.
 
-        Raises `ValueError` for another k, and a state that is not floating.
+        Raises `ValueError` for another k, a state that is not floating, and several times: `jax.vmap` maps over them.
         """
+        _check_one(t)
         self.check_state(u0, "u0")
         self.check_state(eps, "eps")
         return product(self.transition(t, 0.0), u0) + product(self.noise_factor(t), eps)
@@ -153,11 +160,15 @@ class AbstractLinearSDE(eqx.Module):
         Returns `(*#dims, k, k)`.
         """
         psi = self.transition(t, 0.0)[..., :, :1]
-        signal, noise = aligned(product(psi, transpose(psi)), self.covariance(t))
+        signal, noise = aligned(product(psi, transpose(psi)), self.covariance(t), lead=np.ndim(t))
         return signal + noise
 
     def score(self, eps: Float[Array, "..."], t: Time) -> Float[Array, "..."]:
-        """`∇log p_t(u) = −R_t⁻ᵀ ε(u, t)`, of the shape of ε. Infinite at a t where `R_t` is singular."""
+        """`∇log p_t(u) = −R_t⁻ᵀ ε(u, t)`, of the shape of ε. Infinite at a t where `R_t` is singular.
+
+        Raises `ValueError` like `perturb`.
+        """
+        _check_one(t)
         self.check_state(eps, "eps")
         return -product(transpose(inverse(self.noise_factor(t))), eps)
 
@@ -169,6 +180,13 @@ class AbstractLinearSDE(eqx.Module):
         if not (u.ndim >= 2 and u.shape[-2] == self.k and known):
             expected = ", ".join([*(map(str, dims) if dims else ["*dims"]), str(self.k), "C"])
             raise ValueError(f"{name} has shape {u.shape}; {type(self).__name__} takes ({expected})")
+
+
+def _check_one(t: Time) -> None:
+    if np.ndim(t):
+        raise ValueError(
+            f"t has shape {np.shape(t)}, accepted is one time; of a batch map over states and times by jax.vmap"
+        )
 
 
 def _check_floating(x: Array, name: str) -> None:

@@ -97,7 +97,8 @@ class CLD(AbstractLinearSDE):
         velocity = math.sqrt(self.epsilon / (self.gamma / self.m_inv + self.epsilon)) / self.m_inv
         noise = (6 * self.epsilon) ** (1 / 3) / (2 * math.sqrt(self.m_inv))
         y = xp.arcsinh(B / min(velocity, noise))[..., None]
-        scale = B[..., None] / xp.where(y > 0, xp.sinh(y), 1)  # the layer's width, such that the last node is B exactly
+        # the layer's width, such that the last node is B exactly
+        scale = xp.where(y > 0, B[..., None] / xp.where(y > 0, xp.sinh(y), 1), min(velocity, noise))
         xx, _, det = self._moments(xp, scale * xp.sinh(y * nodes**2))
         excess = self.m_inv * xp.sqrt(det) / xx - math.sqrt(self.m_inv)
         slope = scale * y * 2 * nodes * xp.cosh(y * nodes**2)

@@ -66,6 +66,11 @@ class LinearSDE(AbstractLinearSDE):
         horizon = float(horizon)
         if not 0 < horizon < np.inf:
             raise ValueError(f"horizon={horizon} must be > 0")
+        for name, value in (("drift", drift), ("diffusion_squared", diffusion_squared)):
+            if not callable(value):
+                raise ValueError(f"{name} must be a function of time, given a {type(value).__name__}")
+        if callable(initial_covariance):
+            raise ValueError("initial_covariance must be a matrix, that at t = 0, given a function")
         with jax.enable_x64(True):
             middle = np.float64(horizon / 2)
             F = checked("drift", np.asarray(drift(middle), np.float64))

@@ -38,10 +38,10 @@ def matrix(xp: ModuleType, rows: list[list[Array]]) -> Array:
     return xp.stack([xp.stack(row, -1) for row in rows], -2)
 
 
-def aligned(*arrays: Array) -> tuple[Array, ...]:
-    """The arrays with leading axes of size 1 so that all have one rank."""
+def aligned(*arrays: Array, lead: int = 0) -> tuple[Array, ...]:
+    """The arrays with axes of size 1 after the first `lead` so that all have one rank."""
     rank = max(a.ndim for a in arrays)
-    return tuple(a.reshape((1,) * (rank - a.ndim) + a.shape) for a in arrays)
+    return tuple(a.reshape(a.shape[:lead] + (1,) * (rank - a.ndim) + a.shape[lead:]) for a in arrays)
 
 
 def product(A: Array, B: Array) -> Array:
