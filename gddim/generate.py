@@ -81,6 +81,14 @@ def main(arguments: list[str] | None = None) -> int:
     except (UserError, OSError) as error:
         print(f"gddim.generate: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print("gddim.generate: out of memory: give a smaller --batch", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("gddim.generate: interrupted: the pictures that are there are whole", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -106,7 +114,7 @@ def _generate(options: argparse.Namespace) -> str:
     how = {name: getattr(options, name) for name in ("sampler", "process", "nfe") if getattr(options, name) is not None}
     given: dict[str, Any] = {field.name: getattr(options, f"guide.{field.name}") for field in dataclasses.fields(Guide)}
     if given := {name: tuple(x) if isinstance(x, list) else x for name, x in given.items() if x is not None}:
-        settings = dataclasses.replace(settings, guide=Guide(**given))
+        settings = dataclasses.replace(settings, guide=dataclasses.replace(settings.guide, **given))
         settings.guide.check()
     if (guide := settings.guide).by_worse:
         worse = find(place(options.source), guide.checkpoint or options.step, guide.ema or "ema", mesh=mesh).model
@@ -133,11 +141,11 @@ def _generate(options: argparse.Namespace) -> str:
         for seed, image in zip(some, images, strict=True):
             of = {"class": int(settings.class_of(seed, found.classes))} if found.classes else {}
             write_whole(out / f"{seed:06d}.png", _png(image, told | of | {"seed": seed}))
-        drawn.append(images)
+        drawn.append(images[: max(0, MOST - first)])
     by = f"{label_in_words(told['sampler'])}, {told['process']}, at most {told['nfe']} network calls"
     by += f", guided by {guide}" if guide.acts else ""
     title = f"{told['name']}, step {told['step']}, seeds {options.seeds}\n{by}"
-    grid = gallery(np.concatenate(drawn)[:MOST], title)
+    grid = gallery(np.concatenate(drawn), title)
     write_whole(out / "grid.png", encode(grid, ".png", json.dumps(told | {"seeds": seeds[:MOST]})))
     return f"{out}: {len(seeds)} pictures by {by}; grid.png shows them"
 

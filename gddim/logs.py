@@ -174,11 +174,13 @@ class _Events:
 
 def read_scalars(folder: epath.Path, tag: str) -> dict[int, float]:
     """A curve by step, as the events of all lives of a run tell it: from a START on, what was told before is void."""
+    found: dict[int, float] = {}
+    if not (files := sorted(folder.glob("events.out.tfevents.*"))):
+        return found
     with from_extra("train"):
         from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
-    found: dict[int, float] = {}
-    for file in sorted(folder.glob("events.out.tfevents.*")):
+    for file in files:
         data, at = file.read_bytes(), 0
         while at + 16 <= len(data):  # the length of a record, its checksum, the record, its checksum
             (length,) = struct.unpack_from("<Q", data, at)

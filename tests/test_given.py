@@ -133,6 +133,7 @@ def test_images_of_other_sizes_are_brought_to_that_of_the_data(run, tmp_path):
         (["sample", "--from"], "--from needs files"),
         (["sample", "--strength=0.7"], "--strength is of sample --from FILE"),
         (["encode", "--from", "FILE", "--sampler=gddim:2"], "1 records are given, encode needs at least 2"),
+        (["encode", "--sampler=gddim:2", "--sampling.grid=two-phase", "--sampling.nfe=1"], "sampling.grid two-phase"),
         (["evaluate", "--from", "FILE"], "--from is of the verbs sample and encode, not of evaluate"),
     ],
 )

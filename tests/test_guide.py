@@ -175,6 +175,11 @@ def test_pictures_by_seed_are_of_the_classes_asked_and_guided(tmp_path, capsys):
         with Image.open(tmp_path / folder / "000005.png") as image:
             np.testing.assert_allclose(np.asarray(image).astype(int), found[1].astype(int), atol=1)
             assert json.loads(image.text["gddim"])["guide"].startswith("scale 3")
+    sampling = dataclasses.replace(LABELLED.sampling, guide=Guide(2.0, (0.1, 9.0)))
+    run = make_run(tmp_path / "own", dataclasses.replace(LABELLED, net=COLOUR.net, sampling=sampling))
+    assert generate.main([str(run), str(tmp_path / "c"), *words]) == 0
+    with Image.open(tmp_path / "c" / "000005.png") as image:
+        assert json.loads(image.text["gddim"])["guide"] == str(Guide(3.0, (0.1, 9.0))), "the interval is the run's"
 
 
 WORDS = [

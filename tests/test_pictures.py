@@ -236,6 +236,24 @@ def test_a_sheet_enlarges_every_pixel_alike_to_a_width_that_can_be_seen(channels
     assert pixels(rows(np.zeros((2, 3, 8, 8, 1), np.float32))).shape[1] > 600
 
 
+def test_what_is_neither_image_nor_point_is_shown_as_one():
+    """Series `(L, C)` and volumes `(T, H, W, C)`."""
+    for shape in ((16, 1), (2, 4, 4, 3)):
+        data = np.random.default_rng(0).normal(size=(6, *shape)).astype(np.float32)
+        assert len(gallery(data).axes) == 1
+        assert len(rows(data.reshape(2, 3, *shape)).axes) == 1
+        assert len(film(random_paths(VP(), shape[:-1], shape[-1])).axes) == 18
+
+
+def test_a_sheet_is_no_larger_than_programs_read(monkeypatch: pytest.MonkeyPatch):
+    images = np.zeros((30, 3, 32, 32, 3), np.uint8)
+    several = lambda n: pixels(rows(images[:n], left=[f"{i}" for i in range(n)])).shape
+    six, all = several(6), several(30)
+    monkeypatch.setattr("gddim.experiment.pictures.PIXELS", 20 * 34**2)
+    assert several(30) == six < all
+    assert pixels(gallery(images[:, 0])).shape == pixels(gallery(images[:20, 0])).shape
+
+
 def test_files_tell_what_they_are_and_those_of_others_are_kept(tmp_path: Path):
     origin = {"experiment": "a (b) \\ <c> & {d}", "step": 3}
     figure = trajectory(VP(), random_paths(VP(), (), 2))

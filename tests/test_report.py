@@ -13,7 +13,7 @@ from gddim.errors import UserError
 from gddim.evaluation import __main__ as command_line
 from gddim.evaluation.inception import InceptionFeatures, InceptionV3
 from gddim.evaluation.paper_tables import TABLES
-from gddim.evaluation.report import plot, table
+from gddim.evaluation.report import groups, plot, table
 from gddim.evaluation.statistics import Statistics
 from gddim.evaluation.sweep import read_rows
 from gddim.samplers import Heun
@@ -107,6 +107,23 @@ def test_a_floor_is_in_the_tables_of_what_it_was_measured_by():
     floor = cifar_row("data", 0, 3.15)
     floor["cell"]["source"], floor["metrics"] = "CIFAR10, held out", {"frechet": 3.15}
     assert table([floor, cifar_row("gddim:3", 50, 2.3)]).count("CIFAR10, held out (floor)") == 1
+
+
+def test_what_is_not_the_same_is_neither_averaged_nor_taken_for_it():
+    """A table that was fitted again under its name, an average of another length, and CIFAR-100."""
+    first, again = (cifar_row("table:a.npz", 5, fid) for fid in (9.0, 7.0))
+    for row, digest in ((first, "1"), (again, "2")):
+        row["cell"]["parameters"] = f"LearnedTable({digest})"
+    assert "| table:a.npz | 7.00 |" in table([first, again])
+    usual, long = (cifar_row("gddim:3", 50, fid) for fid in (2.3, 2.4))
+    for row, weights in ((usual, "EMA"), (long, "EMA of σ_rel 0.1")):
+        row["provenance"] |= {"experiment": "a", "weights": weights}
+    one, other = (group.heading for group in groups([usual, long]))
+    assert other == f"{one}, EMA of σ_rel 0.1"
+    hundred = cifar_row("gddim:3", 50, 2.3)
+    assert "Table 3" in table([hundred])
+    hundred["provenance"]["reference"]["source"] = "CIFAR-100, to train"
+    assert "Table 3" not in table([hundred])
 
 
 def test_results_without_a_cell_are_no_picture(tmp_path: Path):
@@ -254,3 +271,13 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert command(monkeypatch, "report", tmp_path / "r.jsonl", tmp_path / "out") == 0
     assert (tmp_path / "out.md").read_text() == table(rows)
     assert (tmp_path / "out.png").exists()
+    (tmp_path / "README.md").write_text("# mine")
+    refused(monkeypatch, capsys, "report", tmp_path / "r.jsonl", tmp_path / "README")
+    assert (tmp_path / "README.md").read_text() == "# mine"
+    floor = cifar_row("data", 0, 3.15)  # of an evaluation that was interrupted in its first cell
+    floor["cell"]["source"] = "held out"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.jsonl").write_text(json.dumps(floor) + "\n")
+    monkeypatch.setitem(sys.modules, "tensorboardX.proto.event_pb2", None)  # not installed, nor needed
+    assert command(monkeypatch, "report", tmp_path / "run") == 0
+    assert (tmp_path / "run" / "report.html").exists()

@@ -65,7 +65,11 @@ def test_pixels_that_a_mask_shows_white_are_filled(run, tmp_path):
     np.testing.assert_array_equal(*found)
     seen = np.broadcast_to(TRUTH[:, None], found[0].shape)[:, :, ~missing]
     np.testing.assert_allclose(found[0][:, :, ~missing], seen, atol=0.1)
-    assert len([*run.glob("restored-inpaint*.json")]) >= 2, "what was restored otherwise is kept"
+    kept = len([*run.glob("restored-inpaint*.json")])
+    assert kept >= 2, "what was restored otherwise is kept"
+    np.save(tmp_path / "mask.npy", ~missing)
+    restored(run, "inpaint", f"--mask={tmp_path / 'mask.npy'}")
+    assert len([*run.glob("restored-inpaint*.json")]) == kept + 1, "by another mask of the same name, too"
 
 
 def test_fewer_pixels_and_their_noise(run):

@@ -1,12 +1,17 @@
 """Files are written whole or not at all, and what is held is held by one."""
 
+import json
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
 import pytest
 from etils import epath
 
+from gddim.evaluation.cell import Evaluator
+from gddim.evaluation.sweep import _Keeper, read_rows, sweep
 from gddim.storage import free_bytes, locked, write_whole
+from tests.test_sweep import cells, evaluator
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
@@ -35,3 +40,27 @@ def test_what_is_locked_is_held_by_one_and_let_go(tmp_path):
 
 def test_a_bucket_has_room(tmp_path):
     assert 0 < free_bytes(tmp_path) < free_bytes(epath.Path("gs://bucket/run")) == float("inf")
+
+
+def test_batches_that_an_interrupted_cell_kept_make_way(tmp_path: Path):
+    points = np.zeros((5, 2), np.float32)
+    for first in (0, 5, 10):
+        _Keeper(epath.Path(tmp_path))(first, points)
+    again = _Keeper(epath.Path(tmp_path))
+    for first in (5, 8):
+        again(first, points[:3])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000000.npz", "000005.npz", "000008.npz"]
+
+
+def test_rows_that_others_add_meanwhile_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As in a bucket, where nothing locks a workdir."""
+    results, run = tmp_path / "results.jsonl", Evaluator.run
+    (theirs,) = sweep(evaluator(), cells()[:1], tmp_path / "other")
+
+    def while_they_add(self, cell, *rest):
+        results.write_text(json.dumps(theirs) + "\n")
+        return run(self, cell, *rest)
+
+    monkeypatch.setattr(Evaluator, "run", while_they_add)
+    (ours,) = sweep(evaluator(), cells()[1:2], tmp_path)
+    assert read_rows(results) == [theirs, ours]

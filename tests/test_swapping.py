@@ -145,8 +145,9 @@ def test_latents_and_likelihood_are_those_of_the_process(word: str, trained: Pat
 def test_pictures_of_a_way_show_every_process_at_the_size_of_the_data(word: str, trained: Path):
     model = restored(trained)
     experiment = parse(RUN, ["sample", *POINTS, f"--process={word}"]).experiment
-    paths = follow(experiment, model, experiment.sampling, Guidance(), count=50)
     sde = parse_process(word)
+    ts = experiment.sampling.flow_grid(sde, experiment.data.shape, 64)
+    paths = follow(experiment, model, experiment.sampling, Guidance(), 50, ts)
     for part in paths:
         assert np.isfinite(part).all()
     assert np.abs(paths.data).max() < 8, "also where the noise is 80"
@@ -164,7 +165,7 @@ def test_a_network_of_frequencies_is_drawn_through_its_own_process_alone():
 def test_ways_of_a_process_by_frequency_are_drawn_to_their_size():
     own = dataclasses.replace(cld_digits.EXPERIMENT, sde=gddim.Blurring(8), train=Training(), eval=Evaluation())
     model = gddim.Denoiser(own.sde, lambda x, level, cond=None, *, key=None: 0 * x)
-    paths = follow(own, model, own.sampling, Guidance(), count=2, steps=4)
+    paths = follow(own, model, own.sampling, Guidance(), 2, gddim.power_grid(1.0, 1e-3, 4))
     assert paths.data.shape == paths.foreseen.shape == (4, 2, 8, 8, 1)
     assert 0.2 < float(paths.data[0].std()) < 2
 

@@ -16,6 +16,7 @@ from gddim.data import ArraySource, Source, batches, data_alone, identity, momen
 from gddim.errors import UserError
 from gddim.experiment import Evaluation, Experiment, Model, Training
 from gddim.experiment.cli import main
+from gddim.experiment.measure import held_out
 from gddim.experiment.plan import Plan
 from gddim.nn import NCSNppConfig
 from gddim.parallel import MeshConfig, global_batch
@@ -206,6 +207,11 @@ def test_the_batch_of_training_is_not_that_of_samples():
 
 
 # What a record is.
+
+
+def test_held_out_records_keep_what_conditions_them_be_it_a_class_or_not():
+    records = held_out(PICTURES)[np.array([3, 1])]
+    np.testing.assert_array_equal(records["label"], LABELS[[3, 1]])
 
 
 def test_the_data_alone_are_what_is_measured():

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from gddim.data import (
     CIFAR10,
@@ -29,7 +30,7 @@ from gddim.evaluation.features import FeatureSpace, PixelFeatures
 from gddim.evaluation.inception import CONVENTIONS, PRECISIONS, InceptionFeatures
 from gddim.evaluation.metrics import Gaussian, frechet_distance
 from gddim.evaluation.page import REPORT, check_page, write_page
-from gddim.evaluation.report import plot, table
+from gddim.evaluation.report import groups, plot, table
 from gddim.evaluation.statistics import FEW, Statistics, check_shapes, compare, npz, source_statistics
 from gddim.evaluation.sweep import RESULTS, read_rows
 from gddim.parallel import batch_sharding, check_backend, make_mesh
@@ -154,9 +155,12 @@ def _report(options: argparse.Namespace) -> None:
     rows = read_rows(path) if path.exists() or not (folder / "config.json").exists() else []
     check_writable(out)
     check_page(page)
-    if rows or not results.is_dir():
+    written = out.with_name(f"{out.name}.md")
+    if written.exists() and not written.read_bytes().startswith(b"## "):
+        raise UserError(f"{written} was not written by this program and is not overwritten: move it away")
+    if groups(rows) or not results.is_dir():
         plot(rows, out.with_name(f"{out.name}.png"))
-        write_whole(out.with_name(f"{out.name}.md"), table(rows).encode())
+        write_whole(written, table(rows).encode())
         print(table(rows))
     write_page(folder, rows, page)
     print(page)
@@ -217,7 +221,7 @@ def _joined(files: Sequence[Path]) -> Source:
     return ArraySource(np.concatenate([part[np.arange(len(part))] for part in parts]))
 
 
-def _arrays(path: Path) -> dict[str, np.ndarray]:
+def _arrays(path: epath.Path) -> dict[str, np.ndarray]:
     try:
         return npz(path.read_bytes())
     except Exception as error:  # zip, zlib, header and object errors alike
@@ -226,7 +230,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
 
 def _saved(text: str) -> Statistics | Gaussian | None:
     """Statistics from a file of ours, or of pytorch-fid (`mu` and `sigma`); None for anything else."""
-    path = Path(text).expanduser()
+    path = place(text)
     if path.suffix != ".npz" or not path.is_file():
         return None
     names = _arrays(path)

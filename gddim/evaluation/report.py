@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -93,11 +94,12 @@ class Group(NamedTuple):
 
     @property
     def heading(self) -> str:
-        """The name of the run, its step, and the process in words."""
+        """The name of the run, its step, the process in words, an average other than that of training, and a guide."""
         name, step = (self.provenance.get(key) for key in ("experiment", "step"))
         run = ", ".join([name, *([f"step {step}"] if step is not None else [])]) + ": " if name else ""
-        guide = self.provenance.get("guide")
-        return run + processes_in_words(self.processes) + (f", guided by {guide}" if guide else "")
+        guide, weights = (self.provenance.get(key) for key in ("guide", "weights"))
+        average = f", {weights}" if weights not in (None, "EMA") else ""
+        return run + processes_in_words(self.processes) + average + (f", guided by {guide}" if guide else "")
 
     @property
     def against(self) -> str:
@@ -116,7 +118,7 @@ class Group(NamedTuple):
     def published(self) -> list[Published]:
         """Other people's rows for the same process, where the metric is theirs: Inception features of CIFAR-10."""
         source = str(self.provenance["reference"]["source"]).lower().replace("-", "")
-        same = self.provenance["features"].startswith("inception") and "cifar10" in source
+        same = self.provenance["features"].startswith("inception") and re.search(r"cifar10(?!\d)", source) is not None
         processes = {row["provenance"]["process"].split("(")[0] for row in self.rows}
         return [row for row in TABLES if same and row.process in processes]
 
@@ -150,6 +152,8 @@ def _process(row: Row) -> str:
 
 
 def _entry(rows: list[Row], metric: str, error: str | None) -> Entry:
+    last = rows[-1]["cell"].get("parameters")  # of a table that was fitted again under its name
+    rows = [row for row in rows if row["cell"].get("parameters") == last]
     values = [row["metrics"].get(metric, math.inf) for row in rows]
     spread = float(np.std(values, ddof=1)) if len(values) > 1 and np.isfinite(values).all() else 0.0
     if error:

@@ -43,14 +43,14 @@ def sweep(
     """
     folder = epath.Path(folder)
     results = folder / RESULTS
-    rows = read_rows(results) if results.exists() else []
-    known = {digest_of(row): row for row in rows}
+    there = lambda: {digest_of(row): row for row in read_rows(results)} if results.exists() else {}
+    known = there()
 
     def add(row: Row) -> None:
         known[digest_of(row)] = row
-        rows.append(row)
-        if jax.process_index() == 0:
-            write_whole(results, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        if jax.process_index() == 0:  # beside rows that others have added since: in a bucket nothing is locked
+            rows = there() | {digest_of(row): row}
+            write_whole(results, "".join(json.dumps(row) + "\n" for row in rows.values()).encode())
 
     named = {digest_of(evaluator.key(cell)): cell for cell in cells}
     told = lambda key: folder / "samples" / f"{key}.json"  # there when the samples of a cell are: what they are
@@ -111,7 +111,7 @@ class _Keeper:
     """Writes samples by number: images of 1 or 3 channels as a PNG each, anything else as an npz for each batch."""
 
     def __init__(self, folder: epath.Path):
-        self._folder = folder
+        self._folder, self._begun = folder, False
         folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, first: int, samples: np.ndarray) -> None:
@@ -120,6 +120,11 @@ class _Keeper:
 
         if jax.process_index():
             return
+        if not self._begun:  # batches of another size may have got further before they were interrupted
+            for path in self._folder.glob("*.npz"):
+                if int(path.stem) >= first:
+                    path.unlink()
+        self._begun = True
         if samples.dtype != np.uint8 or samples.shape[-1] not in (1, 3):
             buffer = io.BytesIO()
             np.savez(buffer, samples=samples)

@@ -158,11 +158,15 @@ class Paths(NamedTuple):
 
 
 def follow(
-    experiment: Experiment, model: ProcessModel, sampling: Sampling, guidance: Guidance, count: int, steps: int = 64
+    experiment: Experiment,
+    model: ProcessModel,
+    sampling: Sampling,
+    guidance: Guidance,
+    count: int,
+    ts: Float[np.ndarray, " n"],
 ) -> Paths:
     """The paths of samples 0, …, count − 1 in gDDIM's first-order steps, and what the network says on the way."""
     sde = experiment.through(sampling.process)
-    ts = sampling.flow_grid(sde, experiment.data.shape, steps)
     numbers, seed, classes = jnp.arange(count), jnp.asarray(sampling.seed), experiment.drawn_classes(sampling)
     cond = None if classes is None else {LABEL: jnp.asarray(np.resize(classes, count))}
     model, solver = guidance(seen_through(model, sde)), GDDIM(order=1).solver(sde, ts)

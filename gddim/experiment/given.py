@@ -12,6 +12,8 @@ from jaxtyping import Shaped
 from gddim.data import ArrayFile, to_unit
 from gddim.data.decoding import decoded, resized
 from gddim.errors import UserError, place
+from gddim.experiment.network import require
+from gddim.storage import is_local
 
 ARRAYS = (".npy", ".npz")
 
@@ -30,6 +32,7 @@ def given_data(words: Sequence[str], shape: tuple[int, ...]) -> Shaped[np.ndarra
 
 def _read(word: str, path: epath.Path, shape: tuple[int, ...]) -> np.ndarray:
     if path.suffix in ARRAYS:
+        require(is_local(path), f"--from {word}: arrays are read from the disk: copy it here first")
         source = ArrayFile(word, test_every=0).train()
         if source.shape != shape:
             raise UserError(f"--from {word} holds records {source.shape}, the run's are {shape}")

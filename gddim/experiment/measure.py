@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import PyTree
 
-from gddim.data import Source, check_labels, class_counts, classes_of, data_alone
+from gddim.data import Source, check_labels, class_counts, classes_of, cond_of, data_alone
 from gddim.errors import UserError, place
 from gddim.evaluation.cell import LEAST, Cell, Evaluator, check
 from gddim.evaluation.classes import Labelled
@@ -133,11 +133,11 @@ def measured_against(experiment: Experiment, train: Source | None = None) -> dic
 
 
 def held_out(experiment: Experiment) -> Source:
-    """The held-out records, with their labels where the run has classes.
+    """The held-out records, with what conditions the network where anything does.
 
     Raises `UserError` for a single one: neither verb has anything to say of it."""
     source = experiment.data.test()
-    source = source if classes_of(experiment.data) else data_alone(source)
+    source = source if cond_of(experiment.data) else data_alone(source)
     _check_shape(experiment, source)
     check_labels(experiment.data, source, "records that are held out")
     require(len(source) >= 2, f"{len(source)} records are held out, likelihood and encode need at least 2")
@@ -177,6 +177,7 @@ class Measure:
     ) -> Evaluator:
         """What draws samples of these averaged parameters and measures them; guided, with what tells the guide."""
         experiment, mesh = self.plan.experiment, self.plan.mesh
+        length = experiment.sampling.ema
         return Evaluator(
             self.plan.model(params),
             experiment.data.shape,
@@ -186,7 +187,7 @@ class Measure:
                 "experiment": experiment.name,
                 "checkpoint": checkpoint_digest(params),
                 "step": step,
-                "weights": "EMA",
+                "weights": f"EMA of σ_rel {length:g}" if length else "EMA",
                 **(guide or {}),
             },
             guidance=guidance or Guidance(),

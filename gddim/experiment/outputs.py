@@ -9,11 +9,15 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from jaxtyping import Shaped
+from jaxtyping import PyTree, Shaped
 
 from gddim.errors import UserError
 from gddim.evaluation.figures import KEY, SUFFIXES, description_in, encode
 from gddim.evaluation.page import REPORT, check_page
+from gddim.experiment.checkpoints import checkpoint_digest
+from gddim.experiment.config import Experiment
+from gddim.experiment.sampling import Sampling
+from gddim.experiment.workdir import describe
 from gddim.storage import write_whole
 
 
@@ -40,6 +44,12 @@ def write_json(path: epath.Path, told: dict[str, Any], origin: dict[str, Any]) -
     """What a verb found; see `make_room` for what happens to a file that is there."""
     make_room(path, origin)
     write_whole(path, (json.dumps(told | {KEY: origin}, indent=2) + "\n").encode())
+
+
+def origin_of_network(experiment: Experiment, step: int, params: PyTree, sampling: Sampling) -> dict[str, Any]:
+    """What decides what a verb makes: the network, by its parameters, and how it draws; the verb adds what it is given."""
+    network = {"experiment": experiment.name, "step": step, "checkpoint": checkpoint_digest(params)}
+    return network | describe(sampling)
 
 
 def digest_of_data(data: Shaped[np.ndarray, "n ..."]) -> str:

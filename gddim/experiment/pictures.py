@@ -24,39 +24,43 @@ Picture = UInt8[np.ndarray, "height width 3"]
 DPI = 100  # of sheets of images, in which a pixel of an image is a whole number of pixels
 WIDTH = 640  # of the images on a sheet, which they are enlarged to where they are narrower
 GAP = 2  # between images
+PIXELS = 2**26  # of a sheet, at most: programs refuse larger pictures
 FIELDS = ("position", "velocity", "acceleration")
 
 
 def gallery(samples: Shaped[np.ndarray, "n ..."], title: str = "") -> Any:
-    """Images `(n, H, W, C)` in a grid, or points `(n, C)` as a scatter of their first two coordinates."""
-    if samples.ndim == 2:
+    """Images `(n, H, W, C)` in a grid, as many as fit a sheet; others as points, a scatter of their first two numbers."""
+    if samples.ndim != 4:
         figure, axes = new_figure(1, 1, (4.5, 4.5), title)
-        _scatter(axes[0], samples)
+        _scatter(axes[0], samples.reshape(len(samples), -1))
         return figure
-    return _sheet(samples, math.ceil(math.sqrt(len(samples))), title)
+    shown = samples[: _fitting(samples.shape[1:3])]
+    return _sheet(shown, math.ceil(math.sqrt(len(shown))), title)
 
 
 def rows(samples: Shaped[np.ndarray, "n m ..."], title: str = "", left: Sequence[str] = ()) -> Any:
-    """Images `(n, m, H, W, C)` in n rows of m, each named on the `left`, or points `(n, m, C)` joined to n lines."""
-    if samples.ndim == 3:
+    """Images `(n, m, H, W, C)` in rows of m, each named on the `left`, as many as fit a sheet; others as points joined to n
+    lines."""
+    if samples.ndim != 5:
         figure, axes = new_figure(1, 1, (4.5, 4.5), title)
-        for points in samples:
+        for points in samples.reshape(*samples.shape[:2], -1):
             axes[0].plot(points[:, 0], points[:, min(1, points.shape[1] - 1)], marker=".")
         axes[0].set_aspect("equal")
         return figure
-    return _sheet(samples.reshape(-1, *samples.shape[2:]), samples.shape[1], title, left=left)
+    shown = samples[: max(1, _fitting(samples.shape[2:4]) // samples.shape[1])]
+    return _sheet(shown.reshape(-1, *shown.shape[2:]), shown.shape[1], title, left=left[: len(shown)])
 
 
 def film(paths: Paths, title: str = "", frames: int = 9, shown: int = 4) -> Any:
     """From noise to data in a strip of frames, each with its time: for each sample what it is, and below it the data
-    foreseen there. All points of a set share one frame.
+    foreseen there. All points of a set, which is what are no images, share one frame.
     """
     chosen = np.linspace(0, len(paths.ts) - 1, frames).round().astype(int)
     strips = np.stack([np.asarray(part[chosen]) for part in (paths.data, paths.foreseen)])  # (2, frames, n, *data)
     above, left = [f"t = {t:.2g}" for t in paths.ts[chosen]], ("state", "prediction")
-    if strips.ndim == 4:
+    if strips.ndim != 6:
         figure, axes = new_figure(2, frames, (1.3 * frames, 3.2), title)
-        for ax, points in zip(axes, strips.reshape(-1, *strips.shape[2:]), strict=True):
+        for ax, points in zip(axes, strips.reshape(2 * frames, strips.shape[2], -1), strict=True):
             _scatter(ax, points)
             ax.set(xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[])
         for ax, words in zip(axes, above, strict=False):
@@ -131,6 +135,12 @@ def _scatter(ax: Any, points: Shaped[np.ndarray, "n c"]) -> None:
         points[:, 0], points[:, min(1, points.shape[1] - 1)], s=1, linewidths=0, color=PALETTE[0], rasterized=True
     )
     ax.set_aspect("equal")
+
+
+def _fitting(sides: tuple[int, int]) -> int:
+    """How many images of these sides fit a sheet."""
+    height, width = sides
+    return max(1, PIXELS // ((height + GAP) * (width + GAP)))
 
 
 def _sheet(

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from gddim.averages import LONGEST
+from gddim.errors import UserError
 from gddim.experiment.network import require
 from gddim.experiment.options import SPELLED, UNGROUPED, tyro
 from gddim.experiment.words import Process, Sampler, TimeGrid, spell_process
@@ -19,6 +20,7 @@ from gddim.samplers import Grid, Method, OnGrid, power_grid
 from gddim.samplers.words import ACCEPTED, BEST, GRIDS, laid_out
 from gddim.sde import AbstractLinearSDE
 from gddim.sde.base import last_time
+from gddim.sde.words import process_name
 from gddim.settings import LATER
 
 TIMES = ("power", "t_min")
@@ -149,9 +151,17 @@ class Sampling:
         return each[numbers // max(self.per_class, 1) % len(each)]
 
     def flow_grid(self, sde: AbstractLinearSDE, shape: tuple[int, ...], steps: int) -> Float[np.ndarray, " n"]:
-        """Times between which the probability flow goes both ways: they begin where something is left of the data."""
+        """Times between which the probability flow goes both ways: they begin where something is left of the data.
+
+        Raises `UserError` for a grid that the process, or so few steps, do not have.
+        """
         grid = self.grid or Grid("power", (self.method(sde, shape).power,))
-        return OnGrid(self.sampler, grid).for_data(shape).times(sde, power_grid(last_time(sde), self.end(sde), steps))
+        try:
+            return (
+                OnGrid(self.sampler, grid).for_data(shape).times(sde, power_grid(last_time(sde), self.end(sde), steps))
+            )
+        except ValueError as error:
+            raise UserError(f"sampling.grid {grid}, {steps} steps of {process_name(sde)}: {error}") from error
 
     def __post_init__(self):
         for name in ("nfe", "samples", "batch"):

@@ -140,7 +140,7 @@ def interpolate(
     keys: Key[Array, " n"],
     conds: tuple[PyTree, PyTree] = (None, None),
 ) -> Float[Array, "n steps *dims C"]:
-    """Rows of a picture: from each record of `a` to its partner in `b`, decoded from between their latents.
+    """Rows of a picture, one after the other: from each record of `a` to its partner in `b`, decoded between their latents.
 
     `conds`: of either, as in `reconstruct`; what lies between is under that of the nearer one.
     """
@@ -156,4 +156,4 @@ def interpolate(
 
         return jax.vmap(decoded)(coder.between(first, second, shares), shares)
 
-    return jax.vmap(one)(a, b, keys, conds)
+    return jax.lax.map(lambda row: one(*row), (a, b, keys, conds))

@@ -19,10 +19,9 @@ from gddim.experiment.checkpoints import restore_ema
 from gddim.experiment.config import Experiment, require
 from gddim.experiment.drawing import numbered_batches
 from gddim.experiment.measure import held_out
-from gddim.experiment.outputs import check_names, digest_of_data, write_figure, write_npz
+from gddim.experiment.outputs import check_names, digest_of_data, origin_of_network, write_figure, write_npz
 from gddim.experiment.pictures import gallery, rows
 from gddim.experiment.plan import Plan
-from gddim.experiment.workdir import describe
 from gddim.model import seen_through
 from gddim.parallel import to_host
 from gddim.samplers import GDDIM, OnGrid
@@ -63,17 +62,18 @@ def encode(
         x, cond = x0_and_cond(records)
         parts.append(jax.tree.map(to_host, reconstruct(coder, to_unit(x), _keys(settings.seed, numbers), cond)))
     latents, data, errors = (np.concatenate(part)[:count] for part in zip(*parts, strict=True))
+    origin = origin_of_network(experiment, step, params, settings)
+    origin |= {} if given is None else {"given": digest_of_data(given)}
+    if jax.process_index() == 0:
+        write_npz(workdir / "latents.npz", latents, origin)
     shown = min(ROWS, count // 2)
     ends, cond = x0_and_cond(jax.tree.map(jnp.asarray, source[np.arange(2 * shown)]))
     ends, keys = to_unit(ends), _keys(settings.seed, jnp.arange(shown))
     conds = [jax.tree.map(lambda x, part=part: x[part], cond) for part in (slice(shown), slice(shown, None))]
     between = interpolate(coder, ends[:shown], ends[shown:], COLUMNS, keys, (conds[0], conds[1]))
     if jax.process_index() == 0:
-        origin = {"experiment": experiment.name, "step": step, **describe(settings)}
-        origin |= {} if given is None else {"given": digest_of_data(given)}
         run = f"{experiment.name}, step {step}: {which} data"
         by = f"{label_in_words(sampler_name(sampler))}, {coder.nfe} network calls each way"
-        write_npz(workdir / "latents.npz", latents, origin)
         pairs, title = np.stack([np.asarray(ends), data[: 2 * shown]]), f"{run}, encoded and decoded\n{by}"
         back = rows(pairs, title, ("data", "decoded")) if data.ndim == 4 else gallery(data, title)
         write_figure(workdir / "reconstructions", back, origin)

@@ -21,7 +21,7 @@ from gddim.experiment.checkpoints import restore_ema
 from gddim.experiment.drawing import Cost, draw_numbered
 from gddim.experiment.guiding import restore_guide
 from gddim.experiment.measure import held_out
-from gddim.experiment.outputs import check_names, write_figure, write_json, write_npz
+from gddim.experiment.outputs import check_names, digest_of_data, origin_of_network, write_figure, write_json, write_npz
 from gddim.experiment.pictures import rows
 from gddim.experiment.plan import Plan
 from gddim.experiment.restoration import Measuring, Restoration
@@ -82,7 +82,8 @@ def restore(plan: Plan, workdir: epath.Path, settings: Restoration, step: int | 
     each = [_worth(operator, *of) for of in zip(truth, b, samples, seen, nearest, strict=True)]
     mean = {key: float(np.mean([one[key] for one in each])) for key in each[0]}
     if jax.process_index() == 0:
-        origin = {"experiment": experiment.name, "step": step, **describe(sampling), "restore": describe(settings)}
+        origin = origin_of_network(experiment, step, params, sampling)
+        origin |= {"restore": describe(settings), "measured": digest_of_data(b)}  # by whatever mask the file held
         run = f"{experiment.name}, step {step}: {settings.task}" + f", noise {settings.noise:g}" * bool(settings.noise)
         by = f"{settings.by}, {label_in_words(sampler_name(method.sampler))}, {made:g} network calls"
         strip = np.concatenate([truth[:, None], seen[:, None], samples], 1)

@@ -16,10 +16,9 @@ from gddim.evaluation.page import write_page
 from gddim.experiment.checkpoints import checkpoint_digest, restore_ema
 from gddim.experiment.drawing import NoisedData, draw_samples, follow
 from gddim.experiment.guiding import restore_guide
-from gddim.experiment.outputs import check_names, digest_of_data, write_figure, write_npz
+from gddim.experiment.outputs import check_names, digest_of_data, origin_of_network, write_figure, write_npz
 from gddim.experiment.pictures import film, gallery, rows, trajectory
 from gddim.experiment.plan import Plan
-from gddim.experiment.workdir import describe
 from gddim.parallel import tell
 from gddim.samplers import LearnedTable
 from gddim.samplers.words import sampler_name
@@ -27,6 +26,7 @@ from gddim.sde.words import process_name
 
 SAMPLES = ("samples", "samples", "trajectory", "denoise")  # the file of arrays, and the pictures
 """What the verb `sample` writes."""
+FLOW = 64  # steps of the paths that pictures show
 
 
 def sample(plan: Plan, workdir: epath.Path, step: int | None = None, start: NoisedData | None = None) -> None:
@@ -41,9 +41,10 @@ def sample(plan: Plan, workdir: epath.Path, step: int | None = None, start: Nois
     if isinstance(sampling.sampler, LearnedTable) and (line := sampling.sampler.foreign(checkpoint_digest(params))):
         tell(line)
     sde = experiment.through(sampling.process)
-    origin = {"experiment": experiment.name, "step": step, **describe(sampling)}
+    origin = origin_of_network(experiment, step, params, sampling)
     if start is not None:
         origin["start"] = {"data": digest_of_data(start.data), "time": start.time}
+    ts = sampling.flow_grid(sde, experiment.data.shape, FLOW) if start is None else None
     drawn = [(time.perf_counter(), 0)]
     classes = experiment.drawn_classes(sampling)
     with progress(total=sampling.samples if classes is None else len(classes), unit="img") as bar:
@@ -56,8 +57,10 @@ def sample(plan: Plan, workdir: epath.Path, step: int | None = None, start: Nois
     compiled = len(drawn) > 2  # the first batch waits for the compiler
     (began, before), (ended, after) = drawn[int(compiled)], drawn[-1]
     rate = f"{(after - before) / (ended - began):.4g} images/s" + ("" if compiled else ", compilation included")
-    count = 4 if data.ndim == 4 else 1000
-    paths = follow(experiment, model, sampling, guidance, count) if start is None else None
+    if jax.process_index() == 0:
+        write_npz(workdir / "samples.npz", data, origin, classes)
+    count = 1000 if data.ndim == 2 else 4
+    paths = None if ts is None else follow(experiment, model, sampling, guidance, count, ts)
     if jax.process_index() == 0:
         run = f"{experiment.name}, step {step}"
         through = "" if sde == experiment.sde else f" through {process_name(sde)}"
@@ -67,7 +70,6 @@ def sample(plan: Plan, workdir: epath.Path, step: int | None = None, start: Nois
         from_data = "" if start is None else f", from data noised to t = {start.time:.3g}"
         by += from_data
         on = "" if paths is None else f"{process_in_words(process_name(sde))}, {len(paths.ts)} steps of order 1{guide}"
-        write_npz(workdir / "samples.npz", data, origin, classes)
         if classes is not None and sampling.per_class and data.ndim == 4:
             each = classes[:: sampling.per_class]
             named = ["no class" if number < 0 else f"class {number}" for number in each]
