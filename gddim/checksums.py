@@ -16,13 +16,14 @@ def checksums(arrays: list[jax.Array]) -> list[int]:
     """`Σ_i h(bits_i, i) mod 2³²` of each array, i the index in the whole array; the same however it is split.
 
     Each device sums what it holds, NumPy for a CPU, where compiling would take longer; only the sums travel. `h(·, i)` is
-    one-to-one, so that a change in one element always shows, and any other with probability 1 − 2⁻³².
+    one-to-one, so that a change in one element always shows, and any other with probability 1 − 2⁻³². Of an array that every
+    process has for itself, that of process 0 counts.
     """
-    shares, owners = [], []
+    shares, owners, first = [], [], jax.process_index() == 0
     for number, array in enumerate(arrays):
         strides = [math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim)]
         for shard in array.addressable_shards:
-            if shard.replica_id == 0:
+            if shard.replica_id == 0 and (first or not array.is_fully_addressable):
                 offset = sum((index.start or 0) * stride for index, stride in zip(shard.index, strides, strict=True))
                 part = (shard.data, np.uint32(offset % 2**32), tuple(strides))
                 shares.append(_share(np, *part) if shard.device.platform == "cpu" else _on_device(*part))

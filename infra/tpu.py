@@ -20,6 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PREEMPTED = 75  # the run saved its state and wants to be started again
 ABORTED = 134  # JAX ended this worker because another one was lost
+LOSSES = 10
+NOT_FOUND = "NOT_FOUND"  # as gcloud says it of what is not there
 NO_JOB = 66  # of FOLLOW, where nothing was ever started
 RUNTIMES = {"v5litepod": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}
 ARCHIVE = "gddim.tar.gz"
@@ -67,7 +69,11 @@ class Slice:
         if self.dry_run:
             print(shlex.join(command))
             return subprocess.CompletedProcess(command, 0, "")
-        return subprocess.run(command, text=True, stdout=subprocess.PIPE if capture else None)
+        where = subprocess.PIPE if capture else None
+        answer = subprocess.run(command, text=True, stdout=where, stderr=where)
+        if answer.stderr and NOT_FOUND not in answer.stderr:
+            print(answer.stderr, end="", file=sys.stderr)
+        return answer
 
     def must(self, *words: str) -> None:
         if status := self.gcloud(*words).returncode:
@@ -77,13 +83,17 @@ class Slice:
         return self.gcloud("tpu-vm", "ssh", self.name, f"--worker={worker}", f"--command={script}", capture=capture)
 
     def state(self) -> str:
-        """ACTIVE when it can be used, NONE when there is none."""
+        """ACTIVE when it can be used, NONE when there is none, UNKNOWN where gcloud says why it cannot tell."""
         answer = self.gcloud("queued-resources", "describe", self.name, "--format=value(state.state)", capture=True)
-        return "ACTIVE" if self.dry_run else "NONE" if answer.returncode else answer.stdout.strip()
+        if answer.returncode:
+            return "NONE" if NOT_FOUND in answer.stderr else "UNKNOWN"
+        return "ACTIVE" if self.dry_run else answer.stdout.strip()
 
     def create(self) -> None:
         """Ask for the slice, unless it was asked for before, and wait until it is there."""
         state = self.state()
+        if state == "UNKNOWN":
+            sys.exit(f"tpu.py: whether there is a {self.name} cannot be told, see above")
         if state in {"FAILED", "SUSPENDING", "SUSPENDED"}:
             self.delete()
         if self.dry_run or state in {"FAILED", "SUSPENDING", "SUSPENDED", "NONE"}:
@@ -123,7 +133,7 @@ class Slice:
         while status := self.ssh("0", FOLLOW).returncode:
             if status == NO_JOB:
                 sys.exit(f"tpu.py: no run was ever started on worker 0 of {self.name}: start one with `run`")
-            if (state := self.state()) != "ACTIVE":
+            if (state := self.state()) not in {"ACTIVE", "UNKNOWN"}:
                 print(f"{self.name}: {state}", file=sys.stderr)
                 return None
             # ssh's own 255, of which gcloud makes a 1: the connection, not what runs at its other end.
@@ -133,7 +143,9 @@ class Slice:
         return [0] if self.dry_run else [int(line) for line in answer.stdout.split()] if not answer.returncode else None
 
     def run(self, command: list[str]) -> int:
-        """Start the command on all workers, again for as long as it is preempted; the exit status of the last time."""
+        """Start the command on all workers, again for as long as it is preempted, or, up to `LOSSES` times in a row, loses
+        one; the exit status of the last time."""
+        losses = 0
         job = f"GDDIM_EXTRAS=tpu,gcs infra/run {shlex.join(command)}; echo $? >job.status"
         while True:
             self.create()
@@ -147,6 +159,9 @@ class Slice:
                 return max(failures)
             if not any(statuses):
                 return 0
+            losses = losses + 1 if ABORTED in statuses else 0
+            if losses > LOSSES or statuses == [ABORTED]:  # of a single worker none was lost: it failed
+                return ABORTED
             print(f"{self.name}: preempted, starting again", file=sys.stderr)
 
 
@@ -172,12 +187,18 @@ def main() -> int:
     tpu = Slice(**given)
     try:
         if verb == "run":
-            return tpu.run(command)
+            status = tpu.run(command)
+            if not tpu.dry_run:
+                print(f"{tpu.name} is still there, and paid for: `delete` gives it back", file=sys.stderr)
+            return status
         if verb == "logs":
             return max(tpu.follow() or [PREEMPTED])
         {"create": tpu.create, "copy": tpu.copy, "delete": tpu.delete}[verb]()
     except KeyboardInterrupt:
-        print(f"\ntpu.py: {tpu.name} goes on by itself; `run` or `logs` takes it up again", file=sys.stderr)
+        goes_on = (
+            "what was asked for goes on by itself, and is paid for: `run` or `logs` takes it up again, `delete` ends it"
+        )
+        print(f"\ntpu.py: {tpu.name}: {goes_on}", file=sys.stderr)
         return 130
     return 0
 

@@ -71,6 +71,22 @@ def test_a_zip_is_read_in_place_and_paths_out_of_it_are_passed_over(photos, tmp_
     assert files_below(tmp_path) == before
 
 
+def test_an_archive_that_is_none_and_a_link_to_itself_are_told(photos, tmp_path, capsys):
+    folder = tmp_path / "links"
+    folder.mkdir()
+    (folder / "loop").symlink_to(folder / "loop")
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        for name in files_below(photos):
+            archive.write(photos / name, name)
+    Image.fromarray(pixels(0, 16, 16, 3)).save(folder / "one.png")
+    assert len(ImageFolder(str(folder), 16, test_every=0).train()) == 1
+    assert "1 no file, or a link to none (loop)" in capsys.readouterr().err
+    piece = tmp_path / "piece.zip"
+    piece.write_bytes((tmp_path / "photos.zip").read_bytes().replace(b"PK\1\2", b"PK\1\3", 1))
+    with pytest.raises(UserError, match=r"piece\.zip cannot be read \(.*\); it may be damaged"):
+        ImageFolder(str(piece), 16).train()
+
+
 def cut_short(path):
     Image.fromarray(pixels(0, 64, 64, 3)).save(path, "JPEG")
     path.write_bytes(path.read_bytes()[:1500])
@@ -258,6 +274,8 @@ def test_prepare_and_std_from_the_command_line(photos, tmp_path, monkeypatch, ca
         (["prepare", "{photos}", "dest"], "say --size"),
         (["std", "digits", "--spectrum", "no/such/folder.npz"], "a new file in a folder that exists"),
         (["std", "five-rings", "--spectrum", "s.npz"], "needs images"),
+        (["std", "digits", "--spectrum", "/proc/s.npz"], "No such file or directory"),
+        (["std", "empty.npy", "--test-every", "0"], "the data set is empty"),
         (["std", "digits", "--size", "32"], "--size says nothing about digits, which takes --labels"),
         (
             ["prepare", "celeba", "dest", "--channels", "1"],
@@ -267,6 +285,7 @@ def test_prepare_and_std_from_the_command_line(photos, tmp_path, monkeypatch, ca
 )
 def test_wrong_commands_end_in_one_line_and_write_nothing(photos, monkeypatch, capsys, arguments, says):
     monkeypatch.chdir(photos.parent)
+    np.save("empty.npy", np.zeros((0, 8, 8, 3), np.uint8))
     before = files_below(photos.parent)
     assert command(monkeypatch, *(argument.format(photos=photos) for argument in arguments)) == 2
     captured = capsys.readouterr()

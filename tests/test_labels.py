@@ -50,6 +50,15 @@ def by_json(tmp_path: Path) -> ImageFolder:
     return ImageFolder(str(tmp_path / "flat.zip"), 8, labels=True)
 
 
+def by_json_below(tmp_path: Path) -> ImageFolder:
+    """As a desktop packs it: all in one folder of the archive."""
+    by_json(tmp_path)
+    with zipfile.ZipFile(tmp_path / "flat.zip") as flat, zipfile.ZipFile(tmp_path / "packed.zip", "w") as packed:
+        for name in flat.namelist():
+            packed.writestr(f"cifar/{name}", flat.read(name))
+    return ImageFolder(str(tmp_path / "packed.zip"), 8, labels=True)
+
+
 def by_csv(tmp_path: Path) -> ImageFolder:
     names = files(tmp_path / "listed", lambda i: f"{i:02}.png")
     lines = ["file,class", *(f"{name}, {NAMES[LABELS[i]]}" for i, name in enumerate(names))]
@@ -72,7 +81,7 @@ def by_shards(tmp_path: Path) -> Shards:
     return Shards(str(tmp_path / "shards"), labels=True)
 
 
-KINDS = [by_folder, by_json, by_csv, by_array, by_samples, by_shards]
+KINDS = [by_folder, by_json, by_json_below, by_csv, by_array, by_samples, by_shards]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -269,8 +278,12 @@ def test_shards_take_labels_from_the_command_line_and_lose_none(tmp_path, monkey
     found = records(data.train())
     np.testing.assert_array_equal(found["label"], found["x0"][:, 0, 0, 0])
     (beside,) = dest.glob("train-*.labels.npy")
-    beside.write_bytes(b"none")
-    refused(r"labels of .* cannot be read \(.*\): prepare it again", data)
+    whole = beside.read_bytes()
+    for content in (b"none", b"", whole[:-1] + b"\x01"):
+        beside.write_bytes(content)
+        refused(r"labels of .* cannot be read \(.*damaged\): prepare it again", data)
+        command.main()
+        assert beside.read_bytes() == whole
     beside.unlink()
     refused(r"lacks train-00000.array_record or a part of it", data)
     command.main()

@@ -56,13 +56,16 @@ class Cloud(tpu.Slice):
 
     def __init__(self, lives, there=False):
         super().__init__("n", "p", "z", "v4-32", None, True, False)
-        self.lives, self.there, self.commit_there, self.did = list(lives), there, None, []
+        self.lives, self.there, self.commit_there, self.did, self.unseen = list(lives), there, None, [], []
 
     def gcloud(self, *words, capture=False):
         verb, script = words[1], next((w for w in words if w.startswith("--command=")), "")
-        status, out = 0, ""
+        status, out, said = 0, "", ""
         if verb == "describe":
+            said = tpu.NOT_FOUND
             status, out = (0, "ACTIVE\n") if self.there else (0, "SUSPENDED\n") if self.did else (1, "")
+            if self.unseen:
+                status, out, said = 1, "", self.unseen.pop()
         elif verb in ("create", "delete"):
             self.there, self.commit_there = verb == "create", None
             self.did.append(verb)
@@ -83,7 +86,7 @@ class Cloud(tpu.Slice):
                 status = tpu.NO_JOB
         elif "job.status" in script:
             out = "".join(f"{s}\n" for s in self.lives.pop(0))
-        return subprocess.CompletedProcess(words, status, out)
+        return subprocess.CompletedProcess(words, status, out, said)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +99,8 @@ class Cloud(tpu.Slice):
         ([[1, 134]], 1, "create copy start"),  # one worker failed, JAX ended the other
         ([[134, 134], [0, 0]], 0, "create copy start start"),  # a host was lost
         ([[75, 75], [2, 2]], 2, "create copy start start"),
+        ([[134]], 134, "create copy start"),  # of one worker none was lost
+        ([[134, 134]] * 11, 134, "create copy " + "start " * 11),
     ],
 )
 def test_tpu_starts_again_only_what_was_preempted(lives, status, did, monkeypatch):
@@ -113,6 +118,20 @@ def test_tpu_tells_what_does_not_run(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="no run was ever started on worker 0 of n"):
         Cloud(["cut", "none"], there=True).follow()
     assert "the connection to worker 0 was lost (status 255), trying again" in capsys.readouterr().err
+
+
+def test_a_slice_that_cannot_be_seen_is_neither_made_nor_given_up(monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    cloud = Cloud([])
+    cloud.unseen = ["no network"]
+    with pytest.raises(SystemExit, match="whether there is a n cannot be told"):
+        cloud.create()
+    assert cloud.did == []
+    waiting = Cloud([], there=True)
+    waiting.unseen = ["login expired", "no network"]
+    monkeypatch.setattr(waiting, "state", iter(["WAITING_FOR_RESOURCES", "UNKNOWN", "ACTIVE"]).__next__)
+    waiting.create()
+    assert waiting.did == []
 
 
 @pytest.mark.parametrize("made", ["", "gddim"])

@@ -237,6 +237,22 @@ def test_hosts_that_share_no_folder_are_told_so_before_training(tmp_path):
 
 
 @pytest.mark.slow
+def test_hosts_with_other_records_are_told_so_before_training(tmp_path, monkeypatch):
+    monkeypatch.setenv("RECORDS_LOST", "1")
+    job = Job("train", "--workdir", tmp_path / "run", logs=tmp_path / "logs")
+    assert job.wait(120) == [2, 2], job.said()
+    for process in (0, 1):
+        assert "are not the same on all hosts: process(es) [1] have others than process 0" in job.said(process)
+
+
+@pytest.mark.slow
+def test_every_process_of_a_job_may_load_a_run(undisturbed, tmp_path):
+    job = Job("load", undisturbed, logs=tmp_path / "logs")
+    assert job.wait(120) == [0, 0], job.said()
+    assert all("loaded (2,)" in job.said(process) for process in (0, 1))
+
+
+@pytest.mark.slow
 def test_what_is_wrong_on_the_first_host_ends_all_alike(undisturbed, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(undisturbed, workdir)

@@ -1,6 +1,7 @@
 """One process of a small run, started by tests/test_multihost.py.
 
 python tests/worker.py train --workdir DIR …   the command line of an experiment on points
+python tests/worker.py load DIR   gddim.load of a run, its newest step, on a device of each process
 python tests/worker.py five DIR DATA FSDP ACCUMULATE   five steps of a small U-Net; losses and state go to DIR
 """
 
@@ -17,6 +18,7 @@ from gddim.checkpoint import Checkpointer
 from gddim.data import Digits, FiveRings, Source, batches
 from gddim.experiment import Experiment, Model, Training, main
 from gddim.experiment.plan import Plan
+from gddim.loading import load
 from gddim.nn import MLPConfig, NCSNppConfig
 from gddim.parallel import MeshConfig, global_batch, initialize
 from gddim.sde import CLD
@@ -48,14 +50,15 @@ class Recorded:
 class RecordedRings:
     """Five rings; what each process reads goes to a file of its own in $RECORDS.
 
-    With $RECORDS_UNTIL=n process 1 fails to read after n batches.
+    With $RECORDS_UNTIL=n process 1 fails to read after n batches, with $RECORDS_LOST=n it lacks n records.
     """
 
     shape = (2,)
 
     def train(self) -> Source:
         folder = Path(os.environ["RECORDS"])
-        return Recorded(FiveRings(1_000).train(), folder / f"{jax.process_index()}-of-{jax.process_count()}")
+        lost = jax.process_index() * int(os.environ.get("RECORDS_LOST", 0))
+        return Recorded(FiveRings(1_000 - lost).train(), folder / f"{jax.process_index()}-of-{jax.process_count()}")
 
     def test(self) -> Source:
         return FiveRings(1_000).test()
@@ -97,5 +100,8 @@ def five_steps(folder: Path, data: int, fsdp: int, accumulate: int) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "five":
         five_steps(Path(sys.argv[2]), *map(int, sys.argv[3:]))
+    elif sys.argv[1] == "load":
+        initialize()
+        print("loaded", load(sys.argv[2], data=RecordedRings()).shape)
     else:
         main(POINTS)

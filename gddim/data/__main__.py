@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import io
 import sys
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import numpy as np
 from gddim.data import CIFAR10, SVHN, ArrayFile, CelebA, Dataset, Digits, FiveRings, ImageFolder, Shards
 from gddim.data.moments import moments, spectrum
 from gddim.data.shards import prepare
-from gddim.errors import UserError, printable
+from gddim.errors import UserError, place, printable
+from gddim.storage import check_writable, write_whole
 
 _NAMED = {"digits": Digits, "five-rings": FiveRings, "cifar10": CIFAR10, "svhn": SVHN, "celeba": CelebA}
 _OPTIONS = {
@@ -57,9 +59,11 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _std(options: argparse.Namespace) -> None:
-    out = options.spectrum and Path(options.spectrum).expanduser()
+    out = options.spectrum and place(options.spectrum)
     if out and (out.exists() or not out.parent.is_dir()):
         raise UserError(f"--spectrum {out} must be a new file in a folder that exists")
+    if out:
+        check_writable(out)
     source = _dataset(options).train()
     if out and len(source.shape) != 3:
         raise UserError(f"a spectrum needs images (H, W, C), not records {source.shape}")
@@ -67,8 +71,9 @@ def _std(options: argparse.Namespace) -> None:
     print(f"{len(source):,} records {source.shape}: mean {mean:.5f}, std {std:.5f}, rms {rms:.5f}")
     if out:
         std_by_frequency, rms_by_frequency = spectrum(source)
-        with open(out, "xb") as file:
-            np.savez(file, std=std_by_frequency, rms=rms_by_frequency)
+        content = io.BytesIO()
+        np.savez(content, std=std_by_frequency, rms=rms_by_frequency)
+        write_whole(out, content.getvalue())
         print(f"{out}: std and rms of each of the {source.shape[0]}×{source.shape[1]} frequencies")
 
 
@@ -92,11 +97,12 @@ def main() -> None:
     options = parser.parse_args()
     try:
         options.action(options)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on where it stopped", file=sys.stderr)
+        goes_on = ": the same command goes on where it stopped" if options.action is _prepare else ""
+        print(f"interrupted{goes_on}", file=sys.stderr)
         sys.exit(130)
 
 

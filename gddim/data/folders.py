@@ -1,5 +1,6 @@
 """Images as files, in a folder or a zip archive: any folder of the user's, and CelebA."""
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -15,7 +16,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from gddim.data.decoding import MODES, decoded, is_image, resized, suffixes
-from gddim.data.labels import TABLES, image_classes, with_labels
+from gddim.data.labels import TABLES, image_classes, table_of, with_labels
 from gddim.data.sources import ArraySource, Source, data_folder, every_nth
 from gddim.errors import UserError, harmless, progress
 from gddim.parallel import tell
@@ -43,7 +44,10 @@ class _Files:
         elif not path.exists():
             raise UserError(f"{path} does not exist")
         elif zipfile.is_zipfile(path):
-            archive = zipfile.ZipFile(path)
+            try:
+                archive = zipfile.ZipFile(path)
+            except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+                raise UserError(f"{path} cannot be read ({error}); it may be damaged") from error
             names = [info.filename for info in archive.infolist() if not info.is_dir()]
             self.open = archive.open
             self.mark = lambda name: archive.getinfo(name).CRC
@@ -51,13 +55,12 @@ class _Files:
             damaged = "; it may be damaged" if path.suffix == ".zip" else ""
             raise UserError(f"{path} is neither a folder nor a zip archive of images{damaged}")
         self.names: list[str] = []
-        self.table = next((name for name in TABLES if name in names), None)
-        for name in sorted({*names} - {*TABLES}):
-            if why := _no_image(self.open, name):
-                aside[why].append(name)
-            else:
-                self.names.append(name)
-        passed = "; ".join(f"{len(found):,} {why} ({_few(found)})" for why, found in aside.items())
+        tables = [name for name in names if PurePosixPath(name).name in TABLES]
+        for name in sorted({*names} - {*tables}):
+            (aside[why] if (why := _no_image(self.open, name)) else self.names).append(name)
+        self.table = table_of(self.names, tables)
+        aside["table of a part of the images"] += sorted({*tables} - {*TABLES, self.table})
+        passed = "; ".join(f"{len(found):,} {why} ({_few(found)})" for why, found in aside.items() if found)
         if not self.names:
             raise UserError(f"{path} holds no images" + (f", but {passed}" if passed else ""))
         if passed:
@@ -67,8 +70,11 @@ class _Files:
         """That of each image, by name. Raises UserError where one has none."""
         content = b""
         if self.table:
-            with self.open(self.table) as file:
-                content = file.read()
+            try:
+                with self.open(self.table) as file:
+                    content = file.read()
+            except (OSError, RuntimeError, zipfile.BadZipFile) as error:  # with a password, or damaged
+                raise UserError(f"{self.path / self.table} cannot be read ({error})") from error
         return image_classes(self.names, self.table, content, self.path)
 
 
@@ -111,12 +117,15 @@ def _below(root: Path, aside: Mapping[str, list[str]]) -> Iterator[str]:
         seen.add((place.st_dev, place.st_ino))
         for entry in entries:
             path = folder / entry.name
-            if entry.is_dir():
-                (folders.append if entry.is_symlink() else folders.appendleft)(path)
-            elif entry.is_file():
-                yield path.relative_to(root).as_posix()
-            else:
-                aside["no file, or a link to none"].append(path.relative_to(root).as_posix())
+            name = path.relative_to(root).as_posix()
+            with contextlib.suppress(OSError):  # of a link to itself, or to where none may look
+                if entry.is_dir():
+                    (folders.append if entry.is_symlink() else folders.appendleft)(path)
+                    continue
+                if entry.is_file():
+                    yield name
+                    continue
+            aside["no file, or a link to none"].append(name)
 
 
 class ImageFiles:

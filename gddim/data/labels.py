@@ -99,6 +99,17 @@ TABLES = ("dataset.json", "labels.csv")
 """Files that tell the classes of the images beside and below them: EDM's, and one of lines `name,class`."""
 
 
+def table_of(names: Sequence[str], tables: Sequence[str]) -> str | None:
+    """Of files that may tell the classes of images the first that stands beside, or above, all of them."""
+    above = sorted(tables, key=lambda table: (table.count("/"), TABLES.index(PurePosixPath(table).name)))
+    return next((table for table in above if all(name.startswith(_folder(table)) for name in names)), None)
+
+
+def _folder(name: str) -> str:
+    """What comes before the last part of a name: "" or "path/of/folders/"."""
+    return name[: name.rfind("/") + 1]
+
+
 def image_classes(names: Sequence[str], table: str | None, content: bytes, where: Path) -> dict[str, int]:
     """The class of every image, by name: what a table says, else a number for each folder, or UserError.
 
@@ -113,8 +124,8 @@ def image_classes(names: Sequence[str], table: str | None, content: bytes, where
     else:
         told: dict[str, str] = {}
         for name, word in _from_json(content, where / table) if table.endswith(".json") else _from_csv(content):
-            if word and told.setdefault(name, word) != word:
-                raise UserError(f"{where / table} tells {name} twice, as {told[name]} and as {word}")
+            if word and told.setdefault(file := _folder(table) + name, word) != word:
+                raise UserError(f"{where / table} tells {name} twice, as {told[file]} and as {word}")
         needed = f"{table} must tell those of all"
     if missing := [name for name in names if name not in told]:
         few = ", ".join(missing[:_FEW]) + ", …" * (len(missing) > _FEW)

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 
 from gddim.data.sources import Source, x0_and_cond
-from gddim.errors import progress
+from gddim.errors import UserError, progress
 
 _CHUNK = 1024
 
@@ -20,7 +20,9 @@ class Moments(NamedTuple):
 
 
 def moments(source: Source) -> Moments:
-    """Of the data as a model sees them, uint8 scaled to [-1, 1]."""
+    """Of the data as a model sees them, uint8 scaled to [-1, 1]. Raises `UserError` for none."""
+    if not len(source):
+        raise UserError("the data set is empty")
     total = square = count = 0.0
     for x in _scaled(source):
         total, square, count = total + x.sum(), square + (x * x).sum(), count + x.size

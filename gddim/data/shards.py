@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import io
 import json
 import os
 import threading
@@ -23,6 +24,7 @@ from gddim.storage import locked
 _FORMAT = "gddim shards 1"
 _MANIFEST = "manifest.json"
 _LOCK = ".lock"
+_LABELS = "labels_sha256"  # of a shard, in the manifest
 _CHUNK = 512
 _OPEN = 128  # readers that a thread keeps: four threads stay below the usual limit of 1,024 open files
 
@@ -85,6 +87,7 @@ class ShardSource:
         self.digest = _sum_of(shards, "records")
         self.labelled_digest = _sum_of(shards, "labelled")
         self._paths = [folder / shard["file"] for shard in shards]
+        self._labels = [shard.get(_LABELS) for shard in shards]
         self._begins = np.cumsum([0, *(shard["count"] for shard in shards)])
         self._local = threading.local()
 
@@ -100,9 +103,13 @@ class ShardSource:
     def read_labels(self) -> Int32[np.ndarray, " n"]:
         """Those of all records. Raises UserError where they are missing or damaged."""
         try:
-            parts = [np.load(_labels_of(path), allow_pickle=False) for path in self._paths]
+            parts = []
+            for path, told in zip(map(_labels_of, self._paths), self._labels, strict=True):
+                if told not in (None, digest(path, "sha256")):
+                    raise ValueError(f"{path.name} is damaged")
+                parts.append(np.load(path, allow_pickle=False))
             return np.concatenate([*parts, np.zeros(0, np.int32)])
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise UserError(f"labels of {self._paths[0].parent} cannot be read ({error}): prepare it again") from error
 
     def _read(self, shard: int, row: int) -> bytes:
@@ -162,7 +169,7 @@ def prepare(dataset: Dataset, dest: Path, shard_bytes: int = 2**30) -> None:
                     begin = 0
                     for shard in manifest["splits"][split]:
                         path, rows = dest / shard["file"], range(begin, begin + shard["count"])
-                        if not _is_whole(dest, shard) or digest(path, "sha256") != shard["sha256"]:
+                        if not (_is_whole(dest, shard) and _is_verified(path, shard)):
                             shard |= _write_shard(path, source, rows, bar)
                             shard["bytes"], shard["sha256"] = path.stat().st_size, digest(path, "sha256")
                             _write_manifest(dest, manifest)
@@ -228,7 +235,8 @@ def _sample(source: Source) -> str:
 
 
 def _write_shard(path: Path, source: Source, rows: range, bar: Any) -> dict[str, str]:
-    """Writes the records of these rows, and returns what they add to the digest of all, without labels and with them."""
+    """Writes the records of these rows, and returns what they add to the digest of all, without labels and with them, and
+    the SHA-256 of the file of labels."""
     with from_extra("train"):
         from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -249,9 +257,12 @@ def _write_shard(path: Path, source: Source, rows: range, bar: Any) -> dict[str,
     finally:
         writer.close()
     if labels:
-        np.save(_labels_of(path), np.concatenate(labels), allow_pickle=False)
+        content = io.BytesIO()
+        np.save(content, np.concatenate(labels), allow_pickle=False)
+        _labels_of(path).write_bytes(content.getvalue())
     part.replace(path)
-    return {"records": hexadecimal(alone), **({"labelled": hexadecimal(labelled)} if labels else {})}
+    told = {"labelled": hexadecimal(labelled), _LABELS: digest(_labels_of(path), "sha256")} if labels else {}
+    return {"records": hexadecimal(alone), **told}
 
 
 def _is_whole(folder: Path, shard: dict) -> bool:
@@ -259,6 +270,12 @@ def _is_whole(folder: Path, shard: dict) -> bool:
     if "labelled" in shard and not _labels_of(path).is_file():
         return False
     return shard["sha256"] is not None and path.is_file() and path.stat().st_size == shard["bytes"]
+
+
+def _is_verified(path: Path, shard: dict) -> bool:
+    """Whether records, and labels, are by their SHA-256 what was written; earlier releases kept none of labels."""
+    labels = _LABELS not in shard or digest(_labels_of(path), "sha256") == shard[_LABELS]
+    return labels and digest(path, "sha256") == shard["sha256"]
 
 
 def _read_manifest(folder: Path) -> dict | None:

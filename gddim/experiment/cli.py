@@ -132,7 +132,7 @@ def execute(command: Command) -> None:
                 write_config(workdir, checked.config)
 
         on_main(reserve)
-        check_shared(workdir)
+        check_shared(workdir, checked.config.get(RECORDS))
         if command.compiled is not None:
             keep_programs(command.compiled)
         if command.kept:

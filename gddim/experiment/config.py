@@ -43,7 +43,7 @@ class Training:
     """Steps in all; a run that was stopped, or given more, continues. The cooldown moves with them."""
     minutes: float = field(default=0.0, metadata=MAY_CHANGE)
     """Minutes, from its first step on with compilation, that a command trains at most; then it saves, ends with status 75
-    and tells the command that goes on. 0: to the last step."""
+    and tells the command that goes on, as the launchers of infra do by themselves. 0: to the last step."""
     batch: int = 128
     """Examples a step, over all devices."""
     accumulate: int = field(default=1, metadata=MAY_CHANGE)

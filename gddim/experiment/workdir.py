@@ -253,14 +253,21 @@ def check_space(path: epath.Path, count: int, size: int) -> None:
         )
 
 
-def check_shared(path: epath.Path) -> None:
-    """Raise `UserError` on every process unless all of them see the configuration that process 0 sees."""
+def check_shared(path: epath.Path, records: dict | None = None) -> None:
+    """Raise `UserError` on every process unless all of them see the configuration, and have the records to train on, that
+    process 0 does."""
     try:
         seen = zlib.crc32((path / CONFIG).read_bytes()) >> 1
     except OSError:
         seen = -1
-    if others := agree(seen, lambda found: np.flatnonzero(found != found[0]).tolist()):
-        raise UserError(f"--workdir {path} is not the same folder on all hosts: process(es) {others} see another one")
+    same = {name: value for name, value in (records or {}).items() if name != "stamp"}  # which tells the times of files
+    theirs = zlib.crc32(json.dumps(same, sort_keys=True).encode()) >> 1
+    for mine, lost in (
+        (seen, f"--workdir {path} is not the same folder on all hosts: process(es) {{}} see another one"),
+        (theirs, "the records to train on are not the same on all hosts: process(es) {} have others than process 0"),
+    ):
+        if others := agree(mine, lambda found: np.flatnonzero(found != found[0]).tolist()):
+            raise UserError(lost.format(others))
 
 
 @contextlib.contextmanager
