@@ -69,7 +69,7 @@ def let_go(array: np.ndarray) -> None:
         base.obj.madvise(mmap.MADV_DONTNEED)  # whatever else was looked at, too
 
 
-def is_local(path: os.PathLike[str]) -> bool:
+def is_local(path: str | os.PathLike[str]) -> bool:
     """Whether a path is on this machine, not in a bucket."""
     return "://" not in os.fspath(path)
 
@@ -81,7 +81,7 @@ def free_bytes(path: os.PathLike[str]) -> float:
 
 @contextlib.contextmanager
 def locked(path: os.PathLike[str], busy: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """Hold a folder, or a file that is made for it, alone among processes; the system releases it however this one ends.
+    """Hold a file that is made for it alone among processes; the system releases it however this one ends.
 
     Where another one has it, `busy` is called, and unless that raises, it is waited for. Buckets have no locks, nor have
     some file systems: nothing is held there.
@@ -89,7 +89,10 @@ def locked(path: os.PathLike[str], busy: Callable[[], object] = lambda: None) ->
     if not is_local(path):
         yield
         return
-    handle = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDONLY | os.O_CREAT, 0o666)
+    try:  # to be written, as NFS asks of what is locked
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:  # of another user's
+        handle = os.open(path, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
             try:

@@ -17,6 +17,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,8 @@ def main() -> int:
     if given.dry_run:
         print(text, f"# {shlex.join(kubectl)}", sep="")
         return 0
+    if not shutil.which("kubectl"):
+        parser.error("there is no kubectl on PATH: install it, or look at what it would be given by --dry-run")
     return subprocess.run(kubectl, input=text, text=True).returncode
 
 

@@ -51,17 +51,19 @@ fi
 export GDDIM_EXTRAS=${GDDIM_EXTRAS:-cuda}
 # On GPUs a node without a working driver is an error, not a slow run; sbatch hands over what its caller has set.
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu}
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # which srun does not take from sbatch any more since 22.05
 trap : TERM # the steps get the signal and save; this script waits for them
 
 do_or_print "$run" true || exit # the environment, once, before every task looks for it
 # JAX ends with 134 the tasks that are left, whether another one was killed (137) or failed by itself, and srun tells only
 # their highest status. So a task that fails by itself sees to it that the job is not requeued.
 # shellcheck disable=SC2016 # for the tasks' shell
-task='trap : TERM; "$@"; s=$?; [[ $s =~ ^(0|75|134|137)$ ]] || scontrol update JobId="$SLURM_JOB_ID" Requeue=0; exit $s'
+task='trap : TERM; "$@"; s=$?; [[ $s =~ ^(0|75|134|137|143)$ ]] || scontrol update JobId="$SLURM_JOB_ID" Requeue=0; exit $s'
 # A task that ends first leaves the others time to finish the save that they share.
 do_or_print srun --kill-on-bad-exit=0 --wait=300 bash -c "$task" infra/slurm.sh "$run" "$@"
 status=$?
 case $status in
+143) again=1 ;; # the signal came before the run knew how to save
 75) again=1 ;;
 134 | 137) again=$((${SLURM_NTASKS:-1} > 1 && ${SLURM_RESTART_COUNT:-0} < 10)) ;;
 *) again=0 ;;

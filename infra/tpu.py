@@ -11,6 +11,7 @@ its single steps. Needs Python 3.11, git, and the gcloud command with your own l
 
 import argparse
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -42,8 +43,13 @@ IS_SET_UP = """cd gddim && {{ kill -0 "$(cat job.pid)" || [ "$(cat job.commit)" 
 
 # The run outlives the connection; its process and, at the end, its exit status are noted in files.
 START = """cd gddim || exit
-if kill -0 "$(cat job.pid 2>/dev/null)" 2>/dev/null; then exit 0; fi
+if kill -0 "$(cat job.pid 2>/dev/null)" 2>/dev/null; then
+    [ "$(cat job.command 2>/dev/null)" = {job} ] && exit 0
+    echo "another command is under way: $(cat job.command)" >&2
+    exit 1
+fi
 rm -f job.status
+printf '%s\\n' {job} >job.command
 export JAX_PLATFORMS=tpu,cpu
 setsid nohup sh -c {job} >job.log 2>&1 </dev/null &
 echo $! >job.pid"""
@@ -65,6 +71,8 @@ class Slice:
 
     def gcloud(self, *words: str, capture: bool = False) -> subprocess.CompletedProcess[str]:
         """One `gcloud compute tpus` command; a dry run prints it and takes it for done."""
+        if not self.dry_run and not shutil.which("gcloud"):
+            sys.exit("tpu.py: there is no gcloud on PATH: install Google Cloud's command line, and log in")
         command = ["gcloud", "compute", "tpus", *words, f"--project={self.project}", f"--zone={self.zone}"]
         if self.dry_run:
             print(shlex.join(command))
@@ -112,7 +120,10 @@ class Slice:
 
     @property
     def commit(self) -> str:
-        return subprocess.check_output(["git", "-C", str(ROOT), "rev-parse", "HEAD"], text=True).strip()
+        try:
+            return subprocess.check_output(["git", "-C", str(ROOT), "rev-parse", "HEAD"], text=True).strip()
+        except (OSError, subprocess.CalledProcessError) as error:
+            sys.exit(f"tpu.py: the last commit is what is copied, and git does not tell it: {error}")
 
     def copy(self) -> None:
         """Bring the last commit and its environment to every worker."""
@@ -134,6 +145,8 @@ class Slice:
             if status == NO_JOB:
                 sys.exit(f"tpu.py: no run was ever started on worker 0 of {self.name}: start one with `run`")
             if (state := self.state()) not in {"ACTIVE", "UNKNOWN"}:
+                if state == "NONE":  # what was taken away is SUSPENDED
+                    sys.exit(f"tpu.py: there is no {self.name} any more: it was deleted")
                 print(f"{self.name}: {state}", file=sys.stderr)
                 return None
             # ssh's own 255, of which gcloud makes a 1: the connection, not what runs at its other end.
@@ -145,14 +158,15 @@ class Slice:
     def run(self, command: list[str]) -> int:
         """Start the command on all workers, again for as long as it is preempted, or, up to `LOSSES` times in a row, loses
         one; the exit status of the last time."""
-        losses = 0
+        losses, commit = 0, self.commit
         job = f"GDDIM_EXTRAS=tpu,gcs infra/run {shlex.join(command)}; echo $? >job.status"
         while True:
             self.create()
-            missing = self.ssh("all", IS_SET_UP.format(commit=self.commit)).returncode
+            missing = self.ssh("all", IS_SET_UP.format(commit=commit)).returncode
             if missing or self.dry_run:
                 self.copy()
-            if status := self.ssh("all", START.format(job=shlex.quote(job))).returncode:
+            status = self.ssh("all", START.format(job=shlex.quote(job))).returncode
+            if status:
                 sys.exit(f"tpu.py: the run did not start on every worker of {self.name} (status {status}), see above")
             statuses = self.follow() or [PREEMPTED]
             if failures := set(statuses) - {0, PREEMPTED, ABORTED}:
@@ -187,18 +201,16 @@ def main() -> int:
     tpu = Slice(**given)
     try:
         if verb == "run":
-            status = tpu.run(command)
-            if not tpu.dry_run:
-                print(f"{tpu.name} is still there, and paid for: `delete` gives it back", file=sys.stderr)
-            return status
+            try:
+                return tpu.run(command)
+            finally:
+                if not tpu.dry_run:
+                    print(f"what there is of {tpu.name} goes on being paid for until `delete`", file=sys.stderr)
         if verb == "logs":
             return max(tpu.follow() or [PREEMPTED])
         {"create": tpu.create, "copy": tpu.copy, "delete": tpu.delete}[verb]()
     except KeyboardInterrupt:
-        goes_on = (
-            "what was asked for goes on by itself, and is paid for: `run` or `logs` takes it up again, `delete` ends it"
-        )
-        print(f"\ntpu.py: {tpu.name}: {goes_on}", file=sys.stderr)
+        print(f"\ntpu.py: {tpu.name} goes on by itself; `run` or `logs` takes it up again", file=sys.stderr)
         return 130
     return 0
 

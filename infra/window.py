@@ -186,7 +186,7 @@ def main() -> int:
     parser.add_argument("experiment", nargs="+", help="after --: module of the experiment, and its options")
     given = parser.parse_args()
     out = Path(given.out)
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         parser.error(f"{out} is there already: give a new or an empty folder")
     if given.init and not Path(given.init).is_dir():
         parser.error(f"--init {given.init} is no folder")

@@ -134,6 +134,23 @@ def test_a_slice_that_cannot_be_seen_is_neither_made_nor_given_up(monkeypatch):
     assert waiting.did == []
 
 
+def test_a_slice_that_was_deleted_is_not_made_again(monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    cloud = Cloud(["gone"])
+    monkeypatch.setattr(cloud, "state", iter(["NONE", "ACTIVE", "NONE"]).__next__)
+    with pytest.raises(SystemExit, match="there is no n any more: it was deleted"):
+        cloud.run(COMMAND)
+    assert cloud.did == ["create", "copy", "start"]
+
+
+def test_a_worker_runs_one_command_and_tells_another_that_it_is_busy(tmp_path):
+    (tmp_path / "gddim").mkdir()
+    start = lambda job: subprocess.run(["bash", "-c", tpu.START.format(job=shlex.quote(job))], cwd=tmp_path)
+    statuses = [start(job).returncode for job in ("sleep 60 # 'a'", "sleep 60 # 'a'", "sleep 60 # b")]
+    subprocess.run(["bash", "-c", "kill $(cat gddim/job.pid)"], cwd=tmp_path)
+    assert statuses == [0, 0, 1]
+
+
 @pytest.mark.parametrize("made", ["", "gddim"])
 def test_tpu_worker_without_a_job(tmp_path, made):
     (tmp_path / made).mkdir(exist_ok=True)

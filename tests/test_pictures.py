@@ -252,6 +252,11 @@ def test_a_sheet_is_no_larger_than_programs_read(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("gddim.experiment.pictures.PIXELS", 20 * 34**2)
     assert several(30) == six < all
     assert pixels(gallery(images[:, 0])).shape == pixels(gallery(images[:20, 0])).shape
+    one = images[None, :, 0]  # a row of a class
+    assert pixels(rows(one)).shape == pixels(rows(one[:, :20])).shape
+    way = np.zeros((9, 3, 32, 32, 1), np.float32)
+    strips = [film(Paths(np.linspace(1, 0.1, 9), way, way, way), shown=shown) for shown in (1, 3)]
+    assert pixels(strips[0]).shape == pixels(strips[1]).shape
 
 
 def test_files_tell_what_they_are_and_those_of_others_are_kept(tmp_path: Path):

@@ -44,6 +44,7 @@ if [ "$1" = update ]; then touch final; else ! [ -e final ]; fi
         ("0 0", 0, "RUNNING", 0, False),
         ("75 75", 0, "RUNNING", 75, True),
         ("75 75", 99, "RUNNING", 75, True),
+        ("143", 0, "RUNNING", 143, True),  # the signal came before the run knew how to save
         ("1 1", 0, "RUNNING", 1, False),
         ("1 134", 0, "RUNNING", 134, False),  # one failed by itself, and JAX ended the other
         ("134 134", 0, "RUNNING", 134, True),  # one was silent
@@ -78,6 +79,14 @@ def test_slurm_lets_the_settings_of_its_caller_stand(tmp_path, caller, task):
     env = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(tmp_path)} | caller
     assert subprocess.run([ROOT / "infra" / "slurm.sh", "x"], env=env, cwd=tmp_path).returncode == 0
     assert (tmp_path / "log").read_text() == f"{task}\n"
+
+
+def test_slurm_steps_have_the_cpus_of_the_job(tmp_path):
+    executable(tmp_path / "infra" / "run", "#!/bin/sh\n")
+    executable(tmp_path / "bin" / "srun", '#!/bin/sh\necho "$SRUN_CPUS_PER_TASK" >log\n')
+    env = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_CPUS_PER_TASK": "64"}
+    assert subprocess.run([ROOT / "infra" / "slurm.sh", "x"], env=env, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "log").read_text() == "64\n"
 
 
 def test_slurm_dry_run_and_refusal(tmp_path):

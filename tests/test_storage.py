@@ -29,7 +29,8 @@ def test_what_is_locked_is_held_by_one_and_let_go(tmp_path):
     def refuse() -> NoReturn:
         raise RuntimeError("held")
 
-    for path in (tmp_path, tmp_path / "lock"):  # a folder that is there, a file that is made
+    path = tmp_path / "lock"
+    for _ in range(2):  # a file that is made, and one that is there
         with locked(path), pytest.raises(RuntimeError, match="held"):
             locked(path, refuse).__enter__()
         with locked(path, refuse):

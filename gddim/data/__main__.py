@@ -12,7 +12,7 @@ from gddim.data import CIFAR10, SVHN, ArrayFile, CelebA, Dataset, Digits, FiveRi
 from gddim.data.moments import moments, spectrum
 from gddim.data.shards import prepare
 from gddim.errors import UserError, place, printable
-from gddim.storage import check_writable, write_whole
+from gddim.storage import check_writable, is_local, write_whole
 
 _NAMED = {"digits": Digits, "five-rings": FiveRings, "cifar10": CIFAR10, "svhn": SVHN, "celeba": CelebA}
 _OPTIONS = {
@@ -52,6 +52,10 @@ def _option(name: str) -> str:
 
 
 def _prepare(options: argparse.Namespace) -> None:
+    if not is_local(options.dest):
+        raise UserError(
+            f"{options.dest}: shards are written, and read, on a disk: give a folder, and copy them yourself"
+        )
     dest = Path(options.dest).expanduser()
     prepare(_dataset(options), dest)
     written = Shards(str(dest))

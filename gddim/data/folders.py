@@ -73,7 +73,7 @@ class _Files:
             try:
                 with self.open(self.table) as file:
                     content = file.read()
-            except (OSError, RuntimeError, zipfile.BadZipFile) as error:  # with a password, or damaged
+            except Exception as error:  # whatever an archive with a password, or a damaged one, raises
                 raise UserError(f"{self.path / self.table} cannot be read ({error})") from error
         return image_classes(self.names, self.table, content, self.path)
 
@@ -345,4 +345,6 @@ class CelebA:
         names = [name for name, stem in numbers.items() if stem.isdecimal() and first <= int(stem) <= last]
         if not names:
             raise UserError(f"{path} holds none of the images {first:06}.jpg to {last:06}.jpg")
+        if len(names) < last - first + 1:
+            tell(f"{path}: {len(names):,} of the images {first:06}.jpg to {last:06}.jpg are there")
         return _kept_if_small(ImageFiles(files, names, (self.size, self.size, 3), flip=True, crop=140))

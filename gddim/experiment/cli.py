@@ -39,7 +39,7 @@ from gddim.experiment.verbs.evaluate import evaluate
 from gddim.experiment.verbs.fit import fit_table
 from gddim.experiment.verbs.likelihood import likelihood
 from gddim.experiment.verbs.restore import restore
-from gddim.experiment.verbs.sample import SAMPLES, sample
+from gddim.experiment.verbs.sample import FLOW, SAMPLES, sample
 from gddim.experiment.verbs.train import Preempted, run_training
 from gddim.experiment.workdir import (
     OBJECTS,
@@ -226,6 +226,8 @@ def _checked(
     classified = "evaluate" in verbs and isinstance(experiment.data, Labelled)
     if drawn is not None and ({"sample", "restore"} & {*verbs} or asked.shown or classified):
         check_methods([experiment.sampling.method(drawn, experiment.data.shape)], drawn)
+    if drawn is not None and "sample" in verbs and not command.from_:
+        experiment.sampling.flow_grid(drawn, experiment.data.shape, FLOW)
     if asked.drawn or asked.measured:
         check_guide(experiment, workdir, verbs)
     arguments: dict[str, dict[str, Any]] = {"restore": {"settings": command.restore}}

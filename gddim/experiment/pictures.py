@@ -39,21 +39,22 @@ def gallery(samples: Shaped[np.ndarray, "n ..."], title: str = "") -> Any:
 
 
 def rows(samples: Shaped[np.ndarray, "n m ..."], title: str = "", left: Sequence[str] = ()) -> Any:
-    """Images `(n, m, H, W, C)` in rows of m, each named on the `left`, as many as fit a sheet; others as points joined to n
-    lines."""
+    """Images `(n, m, H, W, C)` in rows of m, each named on the `left`, as many as fit a sheet, also of a single row; others as
+    points joined to n lines."""
     if samples.ndim != 5:
         figure, axes = new_figure(1, 1, (4.5, 4.5), title)
         for points in samples.reshape(*samples.shape[:2], -1):
             axes[0].plot(points[:, 0], points[:, min(1, points.shape[1] - 1)], marker=".")
         axes[0].set_aspect("equal")
         return figure
-    shown = samples[: max(1, _fitting(samples.shape[2:4]) // samples.shape[1])]
+    most = _fitting(samples.shape[2:4])
+    shown = samples[: max(1, most // samples.shape[1]), :most]
     return _sheet(shown.reshape(-1, *shown.shape[2:]), shown.shape[1], title, left=left[: len(shown)])
 
 
 def film(paths: Paths, title: str = "", frames: int = 9, shown: int = 4) -> Any:
     """From noise to data in a strip of frames, each with its time: for each sample what it is, and below it the data
-    foreseen there. All points of a set, which is what are no images, share one frame.
+    foreseen there, of as many as fit a sheet. All points of a set, which is what are no images, share one frame.
     """
     chosen = np.linspace(0, len(paths.ts) - 1, frames).round().astype(int)
     strips = np.stack([np.asarray(part[chosen]) for part in (paths.data, paths.foreseen)])  # (2, frames, n, *data)
@@ -68,6 +69,7 @@ def film(paths: Paths, title: str = "", frames: int = 9, shown: int = 4) -> Any:
         for ax, words in zip(axes[::frames], left, strict=True):
             ax.set_ylabel(words)
         return figure
+    shown = min(shown, max(1, _fitting(strips.shape[3:5]) // (2 * frames)))
     images = np.moveaxis(strips[:, :, :shown], 2, 0)  # (n, 2, frames, H, W, C)
     return _sheet(images.reshape(-1, *images.shape[3:]), frames, title, above, left * len(images))
 

@@ -274,11 +274,9 @@ def check_shared(path: epath.Path, records: dict | None = None) -> None:
 def reserved(path: epath.Path, training: bool = True, wait: bool = False) -> Iterator[None]:
     """Hold a workdir for this process alone; one that is in use is waited for, or raises `UserError`.
 
-    What is made of checkpoints holds their folder alone, or, where there is none, the configuration: it goes on beside a
-    training, but not two at a time.
+    What is made of checkpoints goes on beside a training, but not two at a time.
     """
-    saved = path / "checkpoints"
-    held = path if training else saved if saved.exists() else path / CONFIG
+    held = path / (".training.lock" if training else ".sampling.lock")
 
     def busy() -> None:
         user = "run" if training else "command that samples or evaluates it"

@@ -63,17 +63,24 @@ def card(weights: Weights, file: str, image: str | None, results: str = "", note
         note,
         f"![Samples]({image})" if image else "",
         f'    model = gddim.load("{file}")\n    images = model.sample(16{arguments}, nfe=20)',
-        f"    python -m gddim.generate {file}{options} --nfe 20 --seeds 0-63 OUT",
+        f"    python -m gddim.generate {file}{options} --nfe 20 --seeds 0-63 OUT" if _pictures(weights) else "",
         f"## Results\n\n{results.strip()}" if results else "",
         f"## Facts\n\n| | |\n| --- | --- |\n{_facts(weights)}",
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def front_matter(licence: str) -> str:
+def front_matter(weights: Weights) -> str:
     """What the Hugging Face hub reads at the head of a page."""
-    known = licence.lower() if re.fullmatch(r"[A-Za-z0-9.+-]+", licence) else "other"
-    return f"---\nlicense: {known}\nlibrary_name: gddim\npipeline_tag: unconditional-image-generation\n---\n\n"
+    known = weights.licence.lower() if re.fullmatch(r"[A-Za-z0-9.+-]+", weights.licence) else "other"
+    kind = "pipeline_tag: unconditional-image-generation\n" if _pictures(weights) else ""
+    return f"---\nlicense: {known}\nlibrary_name: gddim\n{kind}---\n\n"
+
+
+def _pictures(weights: Weights) -> bool:
+    """Whether what it draws are pictures."""
+    shape = weights.config[RECORDS]["shape"]
+    return len(shape) == 3 and shape[-1] in (1, 3)
 
 
 def _facts(weights: Weights) -> str:

@@ -133,7 +133,7 @@ def _model(options: argparse.Namespace) -> list[str]:
         _with_tables(tables_of(file), fitted)
         lines.append(f"{file}: {about}, {len(content):,} bytes; {file.with_suffix('.md').name} tells of it")
     if hub is not None:
-        head = front_matter(weights.licence)
+        head = front_matter(weights)
         write_whole(hub / "config.json", (json.dumps(weights.config, indent=2) + "\n").encode())
         _with_page(hub / HUB, hub / "README.md", hub / "samples.png", head, content, page, image)
         _with_tables(tables_of(hub), fitted)

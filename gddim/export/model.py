@@ -29,14 +29,14 @@ def exported(found: Trained, dtype: str, licence: str) -> Weights:
     rounded = jax.tree.map(lambda x: x.astype(DTYPES[dtype]), found.params)
     kept = jax.tree.map(lambda x, like: x.astype(like.dtype), rounded, found.params)
     told = dict(found.about)
-    licence = licence or told.pop("licence", "")
+    before = told.pop("licence", "")
     if (digest := checkpoint_digest(kept)) != told["checkpoint"]:
         told |= {"checkpoint": digest, "rounded_from": told["checkpoint"]}
     arrays = {name: np.asarray(leaf) for name, leaf in by_path(rounded).items()}
     about = told | {"parameters": sum(x.size for x in arrays.values()), "dtype": dtype, **software()}
     config = shareable(found.config)
     config[RECORDS] = {"shape": [*found.experiment.data.shape]} | config.get(RECORDS, {})
-    return Weights(arrays, config, about, licence)
+    return Weights(arrays, config, about, licence or before)
 
 
 def shareable(config: dict[str, Any]) -> dict[str, Any]:

@@ -51,11 +51,11 @@ def encode(
     check_names(workdir, "latents", "reconstructions", "interpolations")
     source = held_out(experiment) if given is None else _source(experiment, given)
     which = "held-out" if given is None else "given"
-    params, step = restore_ema(plan, workdir, step)
     count = min(settings.samples, len(source))
     sde = experiment.through(settings.process)
     settings = dataclasses.replace(settings, sampler=sampler)
     grid = settings.flow_grid(sde, experiment.data.shape, steps_for(sampler, settings.nfe, settings.last))
+    params, step = restore_ema(plan, workdir, step)
     coder = Coder.of(seen_through(plan.model(params), sde), grid, order)
     parts = []
     for numbers, records in numbered_batches(plan.mesh, count, settings.batch, source[np.arange(count)]):
