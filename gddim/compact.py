@@ -7,6 +7,8 @@ All trees of a state are of one shape, and each is a vector of its leaves one af
     signed      8 bits, likewise
     positive    8 bits of the logarithm, over the range of each 128, but at most 10¹²; 0 becomes the least of them
 
+What is drawn once and never trained is kept in full in the metadata, where the vector is of parameters (`is_fixed`).
+
 A folder holds `1-of-3.safetensors`, …: each a slice of every vector, of at most `PART_BYTES`, with a digest. The metadata of
 each tell the step, the leaves, the configuration of the run.
 """
@@ -50,10 +52,16 @@ class Packed:
     """What else JSON can hold."""
 
     def tree(self, name: str) -> dict[str, Float32[np.ndarray, "..."]]:
-        """The leaves of a vector by their paths."""
+        """The leaves of a vector by their paths, which are no copies."""
         ends = np.cumsum([math.prod(shape) for _, shape in self.leaves])[:-1]
         parts = np.split(self.vectors[name], ends)
         return {path: part.reshape(shape) for (path, shape), part in zip(self.leaves, parts, strict=True)}
+
+
+def is_fixed(path: str) -> bool:
+    """Whether a leaf is the frequencies of Fourier features: a step of Adam changes none of them, and a rounding that is
+    nothing to a weight is radians of their angles, `2π f log(999 t)`."""
+    return path.rpartition(".")[2] == "frequencies"
 
 
 def vector(tree: Mapping[str, Any]) -> Vector:
@@ -74,7 +82,9 @@ def write(folder: epath.Path, packed: Packed) -> None:
             arrays |= _logarithm(name, values)
         elif way != "whole":
             arrays |= _linear(name, values - rounded if way == "near" else values)
+    fixed = {path: leaf.tolist() for path, leaf in packed.tree(whole).items() if is_fixed(path)}
     about = {"format": FORMAT, "step": packed.step, "leaves": packed.leaves, "ways": packed.ways, "about": packed.about}
+    about |= {"fixed": fixed} if fixed else {}
     blocks = -(-base.size // BLOCK)
     each = PART_BYTES - len(json.dumps(about)) * 2 - 4096  # what is quoted may double
     parts = max(1, math.ceil(sum(x.nbytes for x in arrays.values()) / each))
@@ -106,7 +116,13 @@ def read(folder: epath.Path) -> Packed:
 
     vectors = {name: whole[name] if way == "whole" else values(name, way) for name, way in about["ways"].items()}
     leaves = [(path, tuple(shape)) for path, shape in about["leaves"]]
-    return Packed(about["step"], leaves, vectors, about["ways"], about["about"])
+    packed = Packed(about["step"], leaves, vectors, about["ways"], about["about"])
+    for name, way in packed.ways.items():
+        if way in ("whole", "near"):  # the model, and averages of it
+            tree = packed.tree(name)
+            for path, leaf in about.get("fixed", {}).items():
+                tree[path][...] = leaf
+    return packed
 
 
 def peek(folder: epath.Path) -> tuple[int, dict[str, Any]]:

@@ -128,7 +128,7 @@ class Loaded(eqx.Module):
         model, solver = self.through(**how)
 
         def one(seed: Array) -> Array:
-            cond = self._cond(seed[None].astype(jnp.int32))
+            cond = self._cond(seed[None])
             return sample_numbered(model, solver, self.shape, jax.random.key(seed), jnp.arange(1), cond=cond).data[0]
 
         return jax.vmap(one)(self._spread(seeds))[: seeds.shape[0]]

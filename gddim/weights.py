@@ -28,7 +28,7 @@ class Weights(NamedTuple):
     """A trained network."""
 
     arrays: dict[str, Float[np.ndarray, "..."]]
-    """Its parameters by their paths in the model, all in float32 or all in bfloat16."""
+    """Its parameters by their paths in the model, in float32, or in bfloat16 but for frequencies of Fourier features."""
     config: dict[str, Any]
     """The configuration of its run."""
     about: dict[str, Any]

@@ -12,6 +12,8 @@ from etils import epath
 
 import gddim
 from gddim import convert
+from gddim.convert.cld_sgm import read_cld_sgm
+from gddim.convert.score_sde import State, read_score_sde
 from gddim.data import to_uint8
 from gddim.errors import UserError
 from gddim.experiment.checkpoints import restore_ema
@@ -199,3 +201,18 @@ def test_what_a_file_does_not_tell_is_an_option(fixtures_dir, tmp_path, capsys):
         assert error.count("\n") == 1
     with pytest.raises(UserError, match="not here"):
         convert.read(vp).experiment.data.train()
+
+
+def state(**options) -> State:
+    """What is read of a file beside its arrays, of a network of sinusoids."""
+    config = gddim.nn.NCSNppConfig(**{"width": 16, "embedding": "positional"} | options)
+    return State({}, np.geomspace(50.0, 0.01, 9), 0, config, inputs=3, outputs=3, side=32)
+
+
+def test_networks_of_other_processes_are_not_taken_for_the_usual_one():
+    with pytest.raises(gddim.UserError, match=r"VE of discrete times .* which is not read"):
+        read_score_sde(state(progressive_input="residual"), "ncsnpp.pth")
+    assert read_score_sde(state(progressive_input="residual"), "ncsnpp.pth", "vp").experiment.sde == gddim.VP()
+    assert read_score_sde(state(progressive_input="none"), "ddpmpp.pth").experiment.sde == gddim.VP()
+    paper, later = (read_cld_sgm(state(blocks=blocks), "celeba.pth").experiment.sde for blocks in (2, 4))
+    assert (paper.beta0, paper.beta1, later.beta0, later.beta1) == (4.0, 0.0, 0.1, 6.9)

@@ -8,14 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import status_of
+from etils import epath
 from runs import COLOUR, NET, make_run
 
 import gddim
 from experiments import processes
+from gddim import weights
+from gddim.checkpoint import by_path
 from gddim.data import CelebA, FiveRings, ImageFolder
 from gddim.experiment import Experiment, Model, Sampling, Spectrum, Training
 from gddim.experiment.revival import as_trained, objects, revived
+from gddim.experiment.trained import find
 from gddim.experiment.workdir import OBJECTS, describe
+from gddim.export.model import exported
 from gddim.nn import MLPConfig
 from gddim.samplers import GDDIM, Heun
 from gddim.sde.words import parse_process
@@ -76,6 +81,14 @@ def test_no_configuration_makes_it_import_or_take_a_namesake(monkeypatch):
         revived(config | {OBJECTS: {"sde": "somewhere.VP"}})
 
 
+@pytest.mark.parametrize("file", ["/dev/zero", "gs://bucket/file"])
+def test_a_configuration_has_no_file_read(file):
+    config = kept(dataclasses.replace(COLOUR, data=CelebA(size=8)))
+    assert revived(config | {"sampler": f"table:{file}"}).sampling.sampler == Sampling().sampler
+    with pytest.raises(gddim.UserError, match=f"its data_std is {file}, no number"):
+        revived(config | {"model": config["model"] | {"data_std": file}})
+
+
 def test_a_run_says_what_its_file_does_not_and_its_data_are_where_they_are(tmp_path):
     trained = dataclasses.replace(
         COLOUR,
@@ -117,3 +130,15 @@ def test_verbs_after_training_need_no_option_repeated(tmp_path, capsys):
     other = dataclasses.replace(COLOUR, name="another")
     assert status_of(other, "sample", f"--workdir={tmp_path / 'w'}") == 2
     assert 'name: the run has "colour", this command "another"' in capsys.readouterr().err
+
+
+def test_frequencies_are_not_rounded(tmp_path):
+    net = dataclasses.replace(COLOUR.net, embedding="fourier")
+    run = make_run(tmp_path / "run", dataclasses.replace(COLOUR, net=net, model=Model(predicts="eps")), steps=(1,))
+    found = find(epath.Path(run))
+    arrays, trained = exported(found, "bfloat16", "").arrays, by_path(found.params)
+    np.testing.assert_array_equal(arrays["net.frequencies"], trained["net.frequencies"])
+    assert np.abs(arrays["net.conv_in.weight"].astype(np.float32) - trained["net.conv_in.weight"]).max() > 0
+    weights.write(epath.Path(tmp_path / "f.safetensors"), exported(found, "bfloat16", ""))
+    again = by_path(find(epath.Path(tmp_path / "f.safetensors")).params)
+    np.testing.assert_array_equal(again["net.frequencies"], trained["net.frequencies"])

@@ -139,6 +139,8 @@ def _betas(found: dict[str, Any]) -> np.ndarray:
     """A schedule's, β₁ … β_N; DDPM's own where it does not say."""
     if (predicts := found.get("prediction_type", "epsilon")) != "epsilon":
         raise UserError(f"its prediction_type is {predicts!s:.40}; read is epsilon")
+    if found.get("predict_epsilon") is False:  # as earlier releases of diffusers said it
+        raise UserError("its predict_epsilon is False; read is True")
     kind = str(found.get("_class_name", "DDPMScheduler")).removesuffix("Scheduler")
     if kind not in OF_VP or found.get("rescale_betas_zero_snr") or found.get("use_flow_sigmas"):
         raise UserError(

@@ -2,8 +2,9 @@
 
 A file holds the list of modules in the order of their calls, without names, options or process; what its shapes do not tell
 is that of the published configurations: a network with Fourier features is of the VE SDE, told σ, on data in [0, 1], and
-returns `σ score`; one with sinusoids is of VP (or sub-VP), is told 999 t and returns ε. Sizes are known by the attention, which
-those configurations have at 16; FIR filters by the convolutions of the input on its way down, which theirs have.
+returns `σ score`; one with sinusoids is of VP (or sub-VP), is told 999 t and returns ε, unless it sees the input on its way
+down, as that of VE of discrete times does, which is not read. Sizes are known by the attention, which those configurations have
+at 16; FIR filters by the convolutions of the input on its way down, which theirs have.
 """
 
 from __future__ import annotations
@@ -105,6 +106,11 @@ def read_score_sde(state: State, source: Any, process: Process | None = None) ->
         sampling = Sampling(t_min=0.02)
     elif process == "ve":
         raise UserError("its network is told times, not σ: VE of discrete times is not read")
+    elif process is None and config.progressive_input != "none":
+        raise UserError(
+            "its network is told times and sees the input on its way down, as that of VE of discrete times "
+            "(ve/cifar10_ncsnpp), which is not read, unless --process says vp or subvp"
+        )
     else:
         sub = process == "subvp" or (process is None and any(word in str(source).lower() for word in SUB_VP))
         sde, model, sampling = (SubVP() if sub else VP()), Model("eps"), Sampling()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from types import UnionType
@@ -54,10 +55,11 @@ def revived(config: dict, sde: AbstractLinearSDE | None = None, net: Any = None,
     sampling = dict(config.get("sampling", {}))
     if not is_named(sampling.get("process", "")):
         sampling.pop("process", None)  # own; to read another's word would be to import what it names
-    try:
-        parse_sampler(sampling.get("sampler", "gddim"))
-    except UserError:  # the repr of one's own
-        del sampling["sampler"]
+    word = sampling.pop("sampler", None)
+    if isinstance(word, str) and "table:" not in word:  # a file may name any other file
+        with contextlib.suppress(UserError):  # the repr of one's own
+            parse_sampler(word)
+            sampling["sampler"] = word
     net, classes = _network(config) if net is None else net, config.get(RECORDS, {}).get("classes", 0)
     cond = getattr(data, "cond", None) or ({LABEL: np.int32(0)} if getattr(net, "classes", 0) and not classes else None)
     return Experiment(
@@ -106,6 +108,8 @@ def _part(config: dict, name: str) -> Any:
         height, width = map(int, told["data_std"].split()[1].strip(",").split("x"))
         rms = np.frombuffer(base64.b64decode(spectrum), "<f8").reshape(height, width)
         told = told | {"data_std": Spectrum(tuple(map(tuple, rms.tolist())))}
+    elif name == "model" and isinstance(told.get("data_std"), str):  # which on a command line would name a file
+        raise UserError(f"its data_std is {told['data_std']:.80}, no number")
     return _revive(get_type_hints(Experiment, include_extras=True)[name], told)
 
 

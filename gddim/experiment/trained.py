@@ -95,6 +95,8 @@ def find(
     except UserError as error:
         message = str(error)
         raise UserError(message if message.startswith(str(path)) else f"{path}: {message}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: its configuration is none of a run ({error!r:.100})") from error
     sharding = replicated(mesh) if mesh else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes, static = eqx.partition(model, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gddim.checkpoint import by_path
+from gddim.compact import is_fixed
 from gddim.evaluation.provenance import software
 from gddim.experiment.checkpoints import checkpoint_digest
 from gddim.experiment.trained import Trained
@@ -21,12 +22,18 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def exported(found: Trained, dtype: str, licence: str) -> Weights:
-    """The network as a file has it: parameters in a type, the configuration of its run, where it comes from.
+    """The network as a file has it: parameters in a type, but for frequencies of Fourier features, which stay float32, the
+    configuration of its run, where it comes from.
 
     Where the type rounds them, `about` has the digest of what they become, by which what reads the file calls them in tables
     and results, and as `rounded_from` that of what they were.
     """
-    rounded = jax.tree.map(lambda x: x.astype(DTYPES[dtype]), found.params)
+    rounded = jax.tree_util.tree_map_with_path(
+        lambda path, x: (
+            x if is_fixed(jax.tree_util.keystr(path, simple=True, separator=".")) else x.astype(DTYPES[dtype])
+        ),
+        found.params,
+    )
     kept = jax.tree.map(lambda x, like: x.astype(like.dtype), rounded, found.params)
     told = dict(found.about)
     before = told.pop("licence", "")
@@ -41,13 +48,15 @@ def exported(found: Trained, dtype: str, licence: str) -> Weights:
 
 def shareable(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration of a run without what is of its machine, or of what is made with the network: the mesh, where data and
-    other files lay, evaluations, the length of an average that the parameters are already.
+    other files lay, tables among them, evaluations, the length of an average that the parameters are already.
     """
     told = {name: value for name, value in config.items() if name not in ("mesh", "rule", "eval", "weights")}
     data = config.get("data", {}).items()
     told["data"] = {name: value for name, value in data if name == "type" or not isinstance(value, str)}
     if RECORDS in told:
         told[RECORDS] = {name: value for name, value in told[RECORDS].items() if name != "stamp"}
+    if "table:" in str(told.get("sampler")):
+        del told["sampler"]
     changes = {"train": {"init": None}, "sampling": {"ema": 0.0}}
     return told | {part: told.get(part, {}) | change for part, change in changes.items()}
 
