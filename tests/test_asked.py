@@ -11,14 +11,17 @@ from command_line import refusal, status_of
 from runs import COLOUR, WHITE, Colours, LabelledColours, make_run
 
 import gddim
-from gddim.experiment import Evaluation
+from gddim.data import ArraySource
+from gddim.evaluation.cell import ROUNDING
+from gddim.evaluation.features import PixelFeatures
+from gddim.evaluation.statistics import source_statistics
+from gddim.experiment import Evaluation, Model, cli
 from gddim.experiment.cli import Command, parse
 from gddim.experiment.drawing import draw_samples
-from gddim.experiment.measure import cells
+from gddim.experiment.measure import Measure, cells
 from gddim.experiment.plan import Plan
 from gddim.experiment.revival import as_trained
 from gddim.experiment.workdir import describe
-from gddim.parallel import make_mesh
 from gddim.samplers.numbered import sample_numbered
 
 TABLE = Evaluation(samplers=(gddim.GDDIM(1),), nfe=(2,), samples=8, batch=8, features="pixels")
@@ -67,6 +70,24 @@ def test_classes_of_a_run_without_are_refused_by_all_that_follows_training(timed
         assert "classes 1: this run knows no classes" in refusal(COLOUR, timed, capsys, verb, "--classes", "1", *words)
 
 
+class OfRecords(Measure):
+    """By records, without a workdir."""
+
+    def __init__(self, plan: Plan, reference: ArraySource):
+        self.plan, self.space, self.counts = plan, PixelFeatures(), None
+        self.reference = source_statistics(reference, self.space, "records")
+
+
+def test_a_row_tells_an_average_of_a_length_that_was_asked():
+    """And nothing else than ever where none was."""
+
+    def weights(**asked: float) -> str:
+        plan = Plan(dataclasses.replace(WHITE, sampling=dataclasses.replace(WHITE.sampling, **asked)))
+        return OfRecords(plan, Colours().train()).evaluator(plan.init().ema, 1).origin["weights"]
+
+    assert [weights(), weights(ema=0.05), weights(ema=0.1)] == ["EMA", "EMA of σ_rel 0.05", "EMA of σ_rel 0.1"]
+
+
 def now_and_then(y, sigma, cond=None):
     """A denoiser of something, where it is not of NaN."""
     return jnp.where(y[0, 0, 0] > 0, jnp.nan, y / (1 + sigma))
@@ -79,7 +100,7 @@ def test_samples_that_are_not_finite_are_told(capsys):
     alone = sample_numbered(model, solver, shape, jnp.asarray(0), jnp.arange(6)).data
     lost = 6 - int(jnp.isfinite(alone).all((1, 2, 3)).sum())
     assert 0 < lost < 6
-    images, _ = draw_samples(WHITE, make_mesh(), model, sampling)
+    images, _ = draw_samples(Plan(WHITE), model, sampling)
     assert images.dtype == np.uint8
     assert capsys.readouterr().err == f"warning: {lost} of 6 samples are not finite\n"
 
@@ -134,3 +155,45 @@ def test_the_times_of_a_run_are_of_its_process_alone_unless_they_are_asked_for(t
         assert times(asked(*both, "--sampling.t_min=0.5")) == {"vp": (3.0, 0.5), "ve": (7.0, 0.5)}
     _, solver = gddim.load(timed).through(process="ve", sampler="gddim:2", nfe=3)
     np.testing.assert_allclose(solver.rows.time, gddim.power_grid(80.0, 0.002, 3, power=7)[:-1], rtol=1e-6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fields:
+    """As latents of images are: `(H, W, C)`, and no images."""
+
+    shape = (8, 8, 3)
+
+    def train(self) -> ArraySource:
+        return ArraySource(2 * np.random.default_rng(0).normal(size=(16, *self.shape)).astype(np.float32))
+
+    test = train
+
+
+FIELDS = dataclasses.replace(WHITE, data=Fields(), model=Model(data_std=2.0), eval=TABLE)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [("uint8", 255), ("float32", 3.0)])
+def test_floating_fields_are_neither_rounded_nor_clipped(dtype, most):
+    plan, sampling = Plan(FIELDS, dtype=dtype), dataclasses.replace(FIELDS.sampling, nfe=2, last="data")
+    drawn, _ = draw_samples(plan, gddim.through(WHITE.sde, lambda y, sigma, cond=None: 0 * y + 3), sampling)
+    assert drawn.dtype == dtype
+    np.testing.assert_allclose(drawn, most, rtol=1e-5)
+    measure = OfRecords(plan, Fields().train())
+    assert measure.evaluator(plan.init().ema, 1).origin["rounding"] == ("none" if most == 3 else ROUNDING)
+
+
+def test_a_run_knows_whether_its_records_are_bytes(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli, "run_training", lambda plan, *_: seen.append(plan.dtype))
+    monkeypatch.setitem(cli.AFTERWARDS, "sample", lambda plan, *_, **__: seen.append(plan.dtype))
+    for experiment, name in ((FIELDS, "fields"), (WHITE, "white")):
+        assert status_of(experiment, "train", f"--workdir={tmp_path / 'new' / name}") == 0
+        assert status_of(experiment, "sample", f"--workdir={make_run(tmp_path / name, experiment)}") == 0
+    assert seen == ["float32", "float32", "uint8", "uint8"]
+    run = tmp_path / "fields"
+    assert (
+        status_of(FIELDS, "restore", f"--workdir={run}", "--task=sr2", "--restore.samples=1", "--restore.images=2") == 0
+    )
+    with np.load(run / "restored-sr2.npz", allow_pickle=False) as file:
+        assert file["samples"].dtype == np.float32
+        assert np.abs(file["samples"]).max() > 1

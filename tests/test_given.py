@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import refusal, status_of
+from etils import epath
 from PIL import Image
 from runs import WHITE, Colours, LabelledColours, make_run
 
@@ -143,6 +144,25 @@ def test_what_cannot_be_given_is_one_line(words, says, run, files, tmp_path, cap
     places = {"FILE": files[0], "FOLDER": str(tmp_path)}
     places |= {name.upper(): str(tmp_path / f"{name}.npy") for name in ("other", "empty")}
     assert says in refusal(WHITE, run, capsys, *(places.get(word, word) for word in words))
+
+
+def test_arrays_in_a_bucket_are_refused(monkeypatch):
+    monkeypatch.setattr(type(epath.Path("gs://bucket")), "exists", lambda self: True)
+    with pytest.raises(
+        gddim.UserError, match=r"--from gs://bucket/a\.npy: arrays are read from the disk: copy it here"
+    ):
+        given_data(["gs://bucket/a.npy"], (8, 8, 3))
+
+
+def test_latents_are_there_before_what_lies_between_is_drawn(run, monkeypatch):
+    def stop(*_):
+        assert (run / "latents.npz").exists()
+        raise Stopped
+
+    (run / "latents.npz").unlink(missing_ok=True)
+    monkeypatch.setattr("gddim.experiment.verbs.encode.interpolate", stop)
+    with pytest.raises(Stopped):
+        execute(parse(WHITE, ["encode", f"--workdir={run}", "--sampling.nfe=2"]))
 
 
 def test_files_of_both_scales_are_of_one(files, tmp_path):

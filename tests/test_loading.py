@@ -15,6 +15,7 @@ from command_line import status_of
 from runs import COLOUR, NET, Colours, LabelledColours, make_run
 
 import gddim
+from gddim import generate
 from gddim.data import Digits, FiveRings, to_uint8
 from gddim.experiment import Experiment, Model
 from gddim.loading import Loaded
@@ -83,7 +84,7 @@ def test_it_is_an_eps_fn_and_tells_the_data(model):
     near(model.denoiser(u[..., 0, :] / psi, R / psi), data)
 
 
-def test_a_network_of_eps_has_no_denoiser_and_foresees_the_data_all_the_same(tmp_path):
+def test_a_network_of_eps_has_no_denoiser_and_foresees_the_data_all_the_same(tmp_path, capsys):
     sde = gddim.CLD()
     net = dataclasses.replace(NET, embedding="fourier")
     experiment = dataclasses.replace(COLOUR, sde=sde, net=net, model=Model(predicts="eps"))
@@ -102,11 +103,34 @@ def test_a_network_of_eps_has_no_denoiser_and_foresees_the_data_all_the_same(tmp
     for guide in (2.0, lambda D: D):
         with pytest.raises(gddim.UserError, match="cannot be guided"):
             model.sample(1, guide=guide)
+    for words in ([], ["--guide.checkpoint=1"]):
+        assert generate.main([str(tmp_path / "w"), str(tmp_path / "out"), "--guide.scale=2", *words]) == 2
+        assert "guide: the network predicts the ε of cld and cannot be guided" in capsys.readouterr().err
 
     flow = gddim.load(make_run(tmp_path / "flow", dataclasses.replace(experiment, sde=gddim.FlowMatching())))
     u = jax.random.normal(jax.random.key(0), (8, 8, 1, 3))
     drawn = gddim.sample(gddim.GDDIM(2, interpolate="data"), flow.sde, flow, u, [1.0, 0.5, 0.1])  # from where ψ = 0
     assert bool(jnp.isfinite(drawn).all())
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "says"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted: the pictures that are there are whole"),
+        (MemoryError(), 1, "out of memory: give a smaller --batch"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating"), 1, "out of memory: "),
+    ],
+    ids=["Ctrl-C", "host", "device"],
+)
+def test_pictures_that_are_not_drawn_to_the_end_end_in_a_line(error, status, says, monkeypatch, capsys):
+    def drawing(options):
+        raise error
+
+    monkeypatch.setattr(generate, "_generate", drawing)
+    assert generate.main(["RUN", "OUT"]) == status
+    said = capsys.readouterr().err
+    assert said.startswith(f"gddim.generate: {says}")
+    assert said.count("\n") == 1
 
 
 def test_steps_and_averages_are_chosen(run, model):

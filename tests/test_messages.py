@@ -93,6 +93,9 @@ WRONG = {
     "--sampling.t-min=1.5": "t_min must be below the horizon 1.0 of the process, not 1.5",
     "--eval.every=5 --sampler=heun --sampling.nfe=1": "nfe: 1 given, but heun",
     "--sampling.nfe=0": "nfe must be at least 1, not 0",
+    "--sampler=rk45 --eval.samplers=em@uniform --sampling.grid=two-phase --sampling.t-min=0.6": (
+        "sampling.grid two-phase, 64 steps of cld: fraction=0.5 of t_max=1.0 must lie above t_min=0.6"
+    ),
     "--model.predicts=score": "--model.predicts score: accepted is one of data, eps",
     "--model.data-std=nowhere": "nowhere is no spectrum of python -m gddim.data std --spectrum",
     "--sde.m-inv=-1": "m_inv=-1.0 must be > 0",
@@ -336,7 +339,7 @@ def test_another_batch_changes_samples_by_rounding_as_the_help_says(capsys):
 
     def drawn(batch: int) -> np.ndarray:
         sampling = Sampling(nfe=4, samples=24, batch=batch)
-        return draw_samples(colour, plan.mesh, model, sampling)[0].astype(int)
+        return draw_samples(plan, model, sampling)[0].astype(int)
 
     one, other = drawn(24), drawn(8)
     assert one.std() > 10

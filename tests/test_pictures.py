@@ -9,13 +9,14 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from runs import WHITE
 from test_report import cifar_row
 
 from gddim.errors import UserError
 from gddim.evaluation.figures import PALETTE, description_in, encode, looks
 from gddim.evaluation.report import chart, plot, table
 from gddim.experiment.drawing import Paths
-from gddim.experiment.outputs import check_names, write_figure, write_json
+from gddim.experiment.outputs import check_names, origin_of_network, write_figure, write_json
 from gddim.experiment.pictures import film, gallery, pixels, rows, trajectory
 from gddim.samplers import power_grid
 from gddim.sde import CLD, VP, Blurring
@@ -257,6 +258,12 @@ def test_a_sheet_is_no_larger_than_programs_read(monkeypatch: pytest.MonkeyPatch
     way = np.zeros((9, 3, 32, 32, 1), np.float32)
     strips = [film(Paths(np.linspace(1, 0.1, 9), way, way, way), shown=shown) for shown in (1, 3)]
     assert pixels(strips[0]).shape == pixels(strips[1]).shape
+
+
+def test_two_networks_of_a_name_and_step_are_two_origins():
+    """The weights that are shipped, and those of a training of one's own to the same step."""
+    of = lambda weight: origin_of_network(WHITE, 3, {"weight": jax.numpy.full(2, weight)}, WHITE.sampling)
+    assert of(1.0) == of(1.0) != of(1.001)
 
 
 def test_files_tell_what_they_are_and_those_of_others_are_kept(tmp_path: Path):

@@ -97,6 +97,8 @@ class Evaluator:
     """How many records the data have of each, where samples are of them as often."""
     guidance: Guidance = dataclasses.field(default_factory=Guidance)
     """What guides the model."""
+    rounds: bool = True
+    """Whether records `(H, W, C)` are images of bytes, and not floating fields, which are measured as they are."""
 
     def __post_init__(self) -> None:
         self.reference.check_space(self.space.name, self.shape)
@@ -109,7 +111,7 @@ class Evaluator:
             "model": type(self.model).__name__,
             "features": self.space.name,
             "reference": self.reference.origin | {"digest": self.reference.digest()},
-            "rounding": ROUNDING if len(self.shape) == 3 else "none",
+            "rounding": ROUNDING if self.rounds and len(self.shape) == 3 else "none",
             **({"classes": f"i mod {self.classes}" if self.counts is None else "as the data"} if self.classes else {}),
             **software(),
         }
@@ -193,7 +195,7 @@ class Evaluator:
             indices, cond = jax.device_put((rows, None if labels is None else {LABEL: labels}), self.sharding)
             seed = jnp.asarray(cell.seed, jnp.int32)
             drawn = sample_numbered(model, solver, self.shape, seed, indices, cond=cond)
-            x = to_uint8(drawn.data) if len(self.shape) == 3 else drawn.data
+            x = to_uint8(drawn.data) if self.rounds and len(self.shape) == 3 else drawn.data
             devices = self.sharding.num_devices if self.sharding else 1
             pending, ready = (start, x, features_of(self.space, x, devices), drawn.calls, drawn.finite), pending
             if ready:

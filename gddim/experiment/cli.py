@@ -101,14 +101,16 @@ def execute(command: Command) -> None:
             stack.enter_context(ending_on_sigterm())
         config = describe(command.experiment)
         found, known = _run_of(command, asked, workdir, config, free)
+        records = {}
         if known:
             told = found or (f"--workdir {workdir}", read_config(workdir))
+            records = (told[1] or {}).get(RECORDS) or {}
             command = dataclasses.replace(command, experiment=remembering(command.experiment, *told))
         experiment = command.experiment
         drawn = experiment.through(experiment.sampling.process) if asked.drawn else None
         if asked.measured:
             experiment.evaluated()  # what cannot be is said also by a dry run
-        plan = Plan(experiment)
+        plan = Plan(experiment, dtype=records.get("dtype"))
         if command.dry_run:
             dry_run(plan)
             return
@@ -143,6 +145,7 @@ def execute(command: Command) -> None:
             tell(f"without a table at the end: {checked.untabled}")
             stack.callback(tell, "without a table: the verb evaluate makes one later")
         if checked.source is not None:
+            plan.dtype = checked.source.dtype
             run_training(plan, checked.source, workdir, command.peak_flops, checked.borrowed)
         if command.verb == "run":
             on_main(lambda: stack.enter_context(reserved(workdir, training=False, wait=True)))

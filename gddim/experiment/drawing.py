@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, PyTree, Shaped
 from gddim.data import LABEL, to_uint8, to_unit
 from gddim.errors import UserError
 from gddim.experiment.config import Experiment, Sampling, require
+from gddim.experiment.plan import Plan
 from gddim.guidance import Guidance
 from gddim.model import seen_through
 from gddim.parallel import batch_sharding, round_up, tell, to_host
@@ -116,24 +117,23 @@ def draw_numbered(
 
 
 def draw_samples(
-    experiment: Experiment,
-    mesh: jax.sharding.Mesh,
+    plan: Plan,
     model: ProcessModel,
     sampling: Sampling,
     progress: Callable[[int], object] = lambda count: None,
     guidance: Guidance | None = None,
     start: NoisedData | None = None,
 ) -> tuple[Shaped[np.ndarray, "n ..."], Cost]:
-    """Samples 0, …, n − 1 as the data set would hold them (images in uint8), and the network calls of one.
+    """Samples 0, …, n − 1 as the data set would hold them (images of bytes in uint8), and the network calls of one.
 
     Where the run has classes, n and each sample's class are those of `Experiment.drawn_classes`.
 
     `progress` is called with how many are there; `guidance` is that of `sampling`, with its worse network;
     with a `start` samples are spread evenly over the given data, in order. Tells how many are not finite.
     """
-    sde = experiment.through(sampling.process)
+    experiment = plan.experiment
+    sde, shape = experiment.through(sampling.process), experiment.data.shape
     guidance = guidance or sampling.guide.away_from()
-    shape = experiment.data.shape
     method = replace(sampling.method(sde, shape), start=None if start is None else start.time)
     model, solver = guidance(seen_through(model, sde)), method.solver(sde)
     classes = experiment.drawn_classes(sampling)
@@ -141,8 +141,8 @@ def draw_samples(
     told = None if classes is None else {LABEL: classes}
     if start is not None:
         start = start._replace(data=start.data[np.arange(n) * len(start.data) // n])
-    held = to_uint8 if len(shape) == 3 else lambda x: x
-    drawn, made = draw_numbered(mesh, model, solver, shape, sampling, n, held, progress, told, start)
+    held = to_uint8 if plan.rounds else lambda x: x
+    drawn, made = draw_numbered(plan.mesh, model, solver, shape, sampling, n, held, progress, told, start)
     return drawn, Cost(made, guidance.evaluations(sde, made, getattr(solver, "times", None)))
 
 

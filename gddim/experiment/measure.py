@@ -193,6 +193,7 @@ class Measure:
             guidance=guidance or Guidance(),
             classes=classes_of(experiment.data),
             counts=self.counts,
+            rounds=self.plan.rounds,
             batch=round_up(min(experiment.eval.batch, experiment.eval.samples), mesh.size),
             sharding=batch_sharding(mesh),
         )

@@ -11,6 +11,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Float, PRNGKeyArray, PyTree
 
 from gddim.data import AUGMENT, DATA, augmented, cond_of, random_flip, to_unit, x0_and_cond
@@ -32,12 +33,14 @@ class Plan:
     """The mesh, the training step and the shapes of the state of an experiment, checked against each other.
 
     For all devices of all processes, or for `devices`, which may be descriptions of some that are not here.
+    `dtype` is that of the records; until it is known, images are taken for bytes and all else for float32.
     Raises `UserError` for what does not fit: the mesh and the devices, the images and the network.
     """
 
-    def __init__(self, experiment: Experiment, devices: Sequence[Any] | None = None):
+    def __init__(self, experiment: Experiment, devices: Sequence[Any] | None = None, dtype: Any = None):
         train = experiment.train
         self.experiment = experiment
+        self.dtype = np.dtype(dtype or ("uint8" if len(experiment.data.shape) == 3 else "float32"))
         self.mesh = make_mesh(experiment.mesh, devices)
         self.schedule = learning_rate(train.learning_rate, train.steps, train.warmup, train.cooldown)
         self.optimizer = adam(train.beta1, train.clip)
@@ -52,6 +55,11 @@ class Plan:
     def check_batch(self) -> None:
         """Raise `UserError` where the devices do not divide the batches of training; samples are drawn in their own."""
         per_device_batch(self.experiment.train.batch, self.mesh, self.experiment.train.accumulate)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether samples are brought to bytes, as the images of the data are; floating fields, as latents, are not."""
+        return self.dtype == np.uint8 and len(self.experiment.data.shape) == 3
 
     @property
     def state_bytes(self) -> int:
@@ -128,7 +136,7 @@ class Plan:
         if not any(getattr(net, name) for name in fields):
             return self
         net = dataclasses.replace(net, **dict.fromkeys(fields, False))
-        return Plan(dataclasses.replace(self.experiment, net=net), [*self.mesh.devices.flat])
+        return Plan(dataclasses.replace(self.experiment, net=net), [*self.mesh.devices.flat], self.dtype)
 
     def activation_bytes(self) -> int:
         """What the forward pass keeps of an image, by its trace."""
@@ -149,7 +157,7 @@ class Plan:
     def _record(self) -> PyTree:
         """The shapes of a record, known before any is read."""
         data = self.experiment.data
-        x0 = jax.ShapeDtypeStruct(data.shape, jnp.uint8 if len(data.shape) == 3 else jnp.float32)
+        x0 = jax.ShapeDtypeStruct(data.shape, self.dtype)
         if cond := cond_of(data):
             return {DATA: x0, **jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(cond))}
         return x0

@@ -48,7 +48,7 @@ def evaluate(plan: Plan, workdir: epath.Path, cells: Sequence[Cell], step: int |
         more = dataclasses.replace(
             experiment.sampling, samples=settings.samples, batch=settings.batch, classes=(), per_class=0
         )
-        drawn, _ = draw_samples(experiment, plan.mesh, plan.model(params), more, guidance=guide[0])
+        drawn, _ = draw_samples(plan, plan.model(params), more, guidance=guide[0])
         found = classify(experiment.data, drawn, experiment.drawn_classes(more))
         sde = experiment.through(more.process)
         method = more.method(sde, experiment.data.shape)

@@ -71,13 +71,14 @@ def restore(plan: Plan, workdir: epath.Path, settings: Restoration, step: int | 
             shape,
             sampling,
             n,
-            lambda x: jnp.clip(x, -1, 1),
+            lambda x: jnp.clip(x, -1, 1) if plan.rounds else x,
             lambda m: bar.update(m - bar.n),
             each,
         )
     samples = samples.reshape(count, settings.samples, *shape)
     calls = Cost(made, guidance.evaluations(sde, made, getattr(solver, "times", None)))
     truth, seen = to_host(truth), _shown(operator, b, shape)
+    seen = np.clip(seen, -1, 1) if plan.rounds else seen
     nearest = _nearest(operator, b, train)
     each = [_worth(operator, *of) for of in zip(truth, b, samples, seen, nearest, strict=True)]
     mean = {key: float(np.mean([one[key] for one in each])) for key in each[0]}
@@ -88,7 +89,8 @@ def restore(plan: Plan, workdir: epath.Path, settings: Restoration, step: int | 
         by = f"{settings.by}, {label_in_words(sampler_name(method.sampler))}, {made:g} network calls"
         strip = np.concatenate([truth[:, None], seen[:, None], samples], 1)
         write_figure(workdir / name, rows(strip, f"{run}: truth, what is seen, samples\n{by}"), origin)
-        write_npz(workdir / f"{name}.npz", to_host(to_uint8(jnp.asarray(samples))), origin)
+        held = to_host(to_uint8(jnp.asarray(samples))) if plan.rounds else samples
+        write_npz(workdir / f"{name}.npz", held, origin)
         report = {"nfe": calls.made, "evaluations": calls.evaluations, "mean": mean, "each": each}
         write_json(workdir / f"{name}.json", report, origin)
         write_page(workdir)
@@ -124,8 +126,8 @@ def _worth(
 def _shown(operator: Operator, b: Images, shape: tuple[int, ...]) -> Float[np.ndarray, "n h w c"]:
     """Measurements as images: as they are, where they are such, or the smallest image that is measured so."""
     if b.shape[1:] == shape:
-        return np.clip(b, -1, 1)
-    return np.clip(to_host(jax.jit(jax.vmap(lambda b: least_norm(operator, b, shape)))(jnp.asarray(b))), -1, 1)
+        return b
+    return to_host(jax.jit(jax.vmap(lambda b: least_norm(operator, b, shape)))(jnp.asarray(b)))
 
 
 def _nearest(operator: Operator, b: Images, train: Source) -> Float[np.ndarray, "n h w c"]:

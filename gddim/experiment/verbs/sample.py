@@ -53,7 +53,7 @@ def sample(plan: Plan, workdir: epath.Path, step: int | None = None, start: Nois
             bar.update(n - bar.n)
             drawn.append((time.perf_counter(), n))
 
-        data, calls = draw_samples(experiment, plan.mesh, model, sampling, advance, guidance, start)
+        data, calls = draw_samples(plan, model, sampling, advance, guidance, start)
     compiled = len(drawn) > 2  # the first batch waits for the compiler
     (began, before), (ended, after) = drawn[int(compiled)], drawn[-1]
     rate = f"{(after - before) / (ended - began):.4g} images/s" + ("" if compiled else ", compilation included")
@@ -76,7 +76,8 @@ def sample(plan: Plan, workdir: epath.Path, step: int | None = None, start: Nois
             shown = rows(data.reshape(len(each), -1, *data.shape[1:]), f"{run}\n{by}", named)
         elif start is not None and data.ndim == 4 and len(data) % len(start.data) == 0:
             each = data.reshape(len(start.data), -1, *data.shape[1:])
-            begun = np.asarray(to_uint8(to_unit(jnp.asarray(start.data))))
+            begun = to_unit(jnp.asarray(start.data))
+            begun = np.asarray(to_uint8(begun) if plan.rounds else begun)
             shown = rows(np.concatenate([begun[:, None], each], 1), f"{run}: given data, and samples\n{by}")
         else:
             shown = gallery(data, f"{run}\n{by}")

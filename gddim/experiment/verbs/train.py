@@ -75,7 +75,7 @@ def run_training(
             saved.save(step, items_of(state), describe(experiment))
 
         def show(step: int, state: TrainState) -> None:
-            samples, _ = draw_samples(experiment, plan.mesh, plan.model(state.ema), experiment.sampling)
+            samples, _ = draw_samples(plan, plan.model(state.ema), experiment.sampling)
             picture = gallery(samples, f"{experiment.name}, step {step:,} of {settings.steps:,}")
             log.image(step, "samples", pixels(picture))
             if main:
