@@ -90,6 +90,7 @@ class State:
 def read_score_sde(state: State, source: Any, process: Process | None = None) -> Published:
     """Raises `UserError` for a network of another kind."""
     config, found = state.config, dict(state.arrays)
+    named = any(word in str(source).lower() for word in SUB_VP)
     if state.sigmas is None and process is None:
         raise UserError(
             "it has no sigmas, so it is of CLD-SGM's VPSDE, which is not read, unless --process says score_sde's"
@@ -106,13 +107,13 @@ def read_score_sde(state: State, source: Any, process: Process | None = None) ->
         sampling = Sampling(t_min=0.02)
     elif process == "ve":
         raise UserError("its network is told times, not σ: VE of discrete times is not read")
-    elif process is None and config.progressive_input != "none":
+    elif process is None and config.progressive_input != "none" and not named:
         raise UserError(
             "its network is told times and sees the input on its way down, as that of VE of discrete times "
             "(ve/cifar10_ncsnpp), which is not read, unless --process says vp or subvp"
         )
     else:
-        sub = process == "subvp" or (process is None and any(word in str(source).lower() for word in SUB_VP))
+        sub = process == "subvp" or (process is None and named)
         sde, model, sampling = (SubVP() if sub else VP()), Model("eps"), Sampling()
         one, other = ("sub-VP", "VP") if sub else ("VP", "sub-VP")
         told = f"{one}, which the file does not tell from {other} (--process), or from networks of discrete times"
