@@ -190,15 +190,18 @@ def _file(arrays: dict[str, np.ndarray], about: dict[str, Any]) -> bytes:
 
 def _metadata(file: Any) -> dict[str, str]:
     """What a safetensors file tells beside its arrays, of which none is read."""
-    return json.loads(file.read(int.from_bytes(file.read(8), "little")))["__metadata__"]
+    if (length := int.from_bytes(file.read(8), "little")) > safetensors.HEADER_LIMIT:
+        raise UserError(f"it has a header of {length} bytes")
+    return json.loads(file.read(length))["__metadata__"]
 
 
 def _load(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     try:
         arrays, head = safetensors.parse(path.read_bytes())
         about, digest = json.loads(head["gddim"]), head["sha256"]
+        intact = about["format"] == FORMAT and digest == digest_of(arrays)
     except Exception as error:  # whatever JSON and the disk make of bytes that are not theirs
         raise UserError(f"{path} is no part of a state: {error!r:.200}") from error
-    if about["format"] != FORMAT or digest != digest_of(arrays):
+    if not intact:
         raise UserError(f"{path} is damaged: its bytes are not those that were written")
     return arrays, about

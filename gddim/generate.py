@@ -117,7 +117,8 @@ def _generate(options: argparse.Namespace) -> str:
         settings = dataclasses.replace(settings, guide=dataclasses.replace(settings.guide, **given))
         settings.guide.check()
     if (guide := settings.guide).by_worse:
-        worse = find(place(options.source), guide.checkpoint or options.step, guide.ema or "ema", mesh=mesh).model
+        step = options.step if guide.checkpoint is None else guide.checkpoint
+        worse = find(place(options.source), step, guide.ema or "ema", mesh=mesh).model
         away = guide.away_from(worse)
         how["guide"] = lambda D: Autoguidance(D, worse.denoiser, away.scale, away.interval)
     model = dataclasses.replace(loaded(found, mesh), settings=settings)

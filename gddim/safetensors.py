@@ -14,6 +14,7 @@ DTYPES = {
     "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16),
     "I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "I8": np.dtype("i1"), "U8": np.dtype("u1"),
 }  # fmt: skip
+HEADER_LIMIT = 2**23
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -31,7 +32,7 @@ def encode(arrays: Mapping[str, Shaped[np.ndarray, "..."]], metadata: Mapping[st
 
 
 def parse(
-    content: bytes | memoryview, limit: int = 2**26
+    content: bytes | memoryview, limit: int = HEADER_LIMIT
 ) -> tuple[dict[str, Shaped[np.ndarray, "..."]], dict[str, str]]:
     """The arrays of a file, which are no copies, and its metadata.
 

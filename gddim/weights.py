@@ -60,6 +60,8 @@ def read(path: epath.Path) -> Weights:
             raise UserError(f"its format is {told.get('format')!r:.80}")
         digest = told.pop("sha256")
         found = Weights(arrays, json.loads(told["config"]), json.loads(told["about"]), told["licence"])
+        if not isinstance(found.config, dict) or not isinstance(found.about, dict):
+            raise UserError("its config and about are no objects")
     except Exception as error:  # whatever JSON and the disk make of bytes that are not theirs
         raise UserError(f"{path} is no file of python -m gddim.export: {error!s:.200}") from error
     if digest != _digest(arrays, told):

@@ -1,16 +1,24 @@
 """States in few bytes: what is lost, what is not, and that damage shows."""
 
+import contextlib
 import dataclasses
 import math
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from runs import COLOUR
 
 from gddim import compact
 from gddim.compact import Packed
 from gddim.errors import UserError
+from gddim.experiment.checkpoints import checkpoints, items_of
+from gddim.experiment.plan import Plan
+from gddim.experiment.workdir import describe
+from gddim.export.state import export_state
 
 SHAPES = [("conv", (3, 3, 16, 33)), ("bias", (33,)), ("scale", ()), ("dense", (257, 5))]
 WAYS = {"model": "whole", "ema": "near", "averages.0": "near", "mu": "signed", "nu": "positive"}
@@ -130,3 +138,19 @@ def test_what_is_missing_mixed_or_damaged_is_refused(tmp_path, monkeypatch):
     first.unlink()
     with pytest.raises(UserError, match="lacks some of"):
         compact.read(epath.Path(tmp_path / "a"))
+
+
+def test_each_of_many_averages_keeps_its_width(tmp_path):
+    """By text `averages.10` comes before `averages.2`."""
+    widths, run = [round(0.05 + 0.01 * i, 2) for i in range(13)], epath.Path(tmp_path / "run")
+    experiment = dataclasses.replace(COLOUR, train=dataclasses.replace(COLOUR.train, ema_profiles=tuple(widths)))
+    plan = Plan(experiment)
+    state = plan.init()
+    averages = [jax.tree.map(lambda x, w=w: jnp.full_like(x, w), state.ema) for w in widths]
+    state = dataclasses.replace(state, ema=averages[0], averages=tuple(averages[1:]))
+    with contextlib.closing(checkpoints(experiment, run)) as saved:
+        saved.save(1, items_of(state), describe(experiment))
+    packed = export_state(run, epath.Path(tmp_path / "state"))
+    assert len(packed.about["widths"]) == 13
+    for name, width in packed.about["widths"].items():
+        np.testing.assert_array_equal(packed.vectors[name], np.float32(width), err_msg=name)

@@ -1,6 +1,7 @@
 """Published checkpoints: what is read is what was saved, the networks say what the published ones said."""
 
 import dataclasses
+import re
 import struct
 from pathlib import Path
 
@@ -214,6 +215,30 @@ def test_the_command_writes_a_run(tmp_path, capsys):
     assert convert.main(command) == 2  # a run is never overwritten
     assert "holds a run already" in capsys.readouterr().err
     assert before == sorted(path.stat().st_mtime_ns for path in workdir.rglob("*"))
+
+
+@pytest.mark.parametrize("full", ["gddim.checkpoint.free_bytes", "gddim.convert.command.write_config"])
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path, capsys, monkeypatch, full):
+    def no_room(*arguments):
+        if full.endswith("free_bytes"):
+            return 0.0
+        raise OSError("config.json: No space left on device")
+
+    source, workdir = write(tmp_path / "state", state_of(fresh(TINY), fresh(TINY, 1))), tmp_path / "run"
+    command = [str(source), str(workdir), "--experiment", "cld_cifar10", *TINY_OPTIONS]
+    with monkeypatch.context() as patch:
+        patch.setattr(full, no_room)
+        assert convert.main(command) == 2
+    assert re.fullmatch(r"error: .*(no room for a checkpoint|No space left).*\n", capsys.readouterr().err)
+    assert convert.main(command) == 0
+
+
+@pytest.mark.parametrize("name", [".x", "experiments..x", "."])
+def test_the_name_of_no_module_is_one_line(tmp_path, capsys, name):
+    assert convert.main([str(tmp_path / "state"), str(tmp_path / "run"), "--experiment", name]) == 2
+    assert re.fullmatch(
+        rf"error: --experiment {re.escape(name)}: .*give the name of a module.*\n", capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("step", [-1, 2**31, [0, 1], 1.5])

@@ -167,6 +167,8 @@ def test_pictures_by_seed_are_of_the_classes_asked_and_guided(tmp_path, capsys):
         generate.main([str(run), str(tmp_path / "b"), *words, "--guide.checkpoint=1", "--guide.interval", "0.1", "9"])
         == 0
     )
+    assert generate.main([str(run), str(tmp_path / "c"), *words, "--guide.checkpoint=0"]) == 2
+    assert "no whole checkpoint of step 0" in capsys.readouterr().err
     model, worse = (gddim.load(run, step=step, mesh=make_mesh()) for step in (2, 1))
     seeds = jnp.asarray(np.resize([4, 5], 16), jnp.uint32)
     away = lambda D: Autoguidance(D, worse.denoiser, 3.0, (0.1, 9.0))

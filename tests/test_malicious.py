@@ -6,6 +6,7 @@ import struct
 import tracemalloc
 import zipfile
 
+import numpy as np
 import pytest
 from checkpoint_files import (
     Call,
@@ -24,7 +25,13 @@ from checkpoint_files import (
     tensor,
     write_zip,
 )  # fmt: skip
+from etils import epath
+from runs import COLOUR
 
+import gddim
+from gddim import compact, weights
+from gddim.experiment.revival import objects
+from gddim.experiment.workdir import OBJECTS, RECORDS, describe
 from gddim.nn import NCSNppConfig
 
 TINY = NCSNppConfig(width=4, multipliers=(1, 2), blocks=1, attention=(16,), fir=False, progressive_input="none")
@@ -229,3 +236,55 @@ def test_a_malicious_safetensors_file_is_one_line(tmp_path, change):
     if change == "missing":
         path.unlink()
     refused(folder)
+
+
+EXPORTED = {
+    "blocks": ({"net": {"blocks": 10**9}}, "larger than its"),
+    "width": ({"net": {"width": 2**40}}, "larger than its"),
+    "levels": ({"net": {"multipliers": [1] * 10**4}}, "larger than its"),
+    "transformer": (
+        {"net": {"type": "DiTConfig", "width": 4, "heads": 1, "depth": 10**9}, "objects": {}},
+        "larger than its",
+    ),
+    "perceptron": ({"net": {"type": "MLPConfig", "width": 4, "depth": 10**9}, "objects": {}}, "larger than its"),
+    "spectrum": (
+        {"model": {"data_std": "spectrum "}, "objects": {"data_std": "AAAA"}},
+        "configuration is none of a run",
+    ),
+    "records": ({"records": {}, "data": {"type": "ImageFolder", "path": "/dev/zero"}}, "does not tell the shape"),
+    "sampling": ({"sampling": [1]}, "configuration is none of a run"),
+}
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_an_exported_file_that_describes_anything_is_one_line(tmp_path, nothing_runs, name):
+    change, said = EXPORTED[name]
+    config = describe(COLOUR) | {RECORDS: {"shape": [8, 8, 3]}, OBJECTS: objects(COLOUR)}
+    for part, value in change.items():
+        whole = not isinstance(value, dict) or not value or "type" in value
+        config[part] = value if whole else config.get(part, {}) | value
+    file = epath.Path(tmp_path / "x.safetensors")
+    arrays = {"net.x": np.ones(40, np.float32)} | {f"net.{i}": np.ones((0, 2**39), np.float32) for i in range(9)}
+    weights.write(file, weights.Weights(arrays, config, {}))
+    with pytest.raises(gddim.UserError, match=said):
+        gddim.load(file)
+
+
+def test_what_an_exported_file_says_of_itself_is_an_object(tmp_path):
+    file = epath.Path(tmp_path / "x.safetensors")
+    weights.write(file, weights.Weights({"x": np.ones(4, np.float32)}, {"type": "Experiment"}, [1]))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(gddim.UserError, match="no objects"):
+        gddim.load(file)
+
+
+@pytest.mark.parametrize("length", [2**24, 2**62])
+def test_long_headers_are_not_read(tmp_path, length):
+    """Python makes thirty times as many bytes of them."""
+    file = epath.Path(tmp_path / "1-of-1.safetensors")
+    file.write_bytes(struct.pack("<Q", length) + b"[" * 2**24)
+    tracemalloc.start()
+    for read in (weights.read, lambda file: compact.read(file.parent), lambda file: compact.peek(file.parent)):
+        with pytest.raises(gddim.UserError, match="header of"):
+            read(file)
+    assert tracemalloc.get_traced_memory()[1] < 2**26
+    tracemalloc.stop()

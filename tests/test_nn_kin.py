@@ -117,7 +117,16 @@ def test_heads_attend_apart():
 
 @pytest.mark.parametrize(
     "change",
-    [{"classes": -1}, {"groups": 0}, {"eps": 0.0}, {"head": -1}, {"features": -2}, {"hidden": -1}],
+    [
+        {"classes": -1},
+        {"groups": 0},
+        {"eps": 0.0},
+        {"head": -1},
+        {"features": -2},
+        {"hidden": -1},
+        {"features": 2, "embedding": "positional"},
+        {"features": 7, "embedding": "fourier"},
+    ],
 )
 def test_options_that_cannot_be_are_refused(change):
     with pytest.raises(UserError, match=next(iter(change))):

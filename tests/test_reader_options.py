@@ -19,6 +19,7 @@ from checkpoint_files import (
     write_zip,
 )
 
+import gddim
 from gddim import convert
 from gddim.nn import NCSNppConfig
 from gddim.nn.blocks import Block
@@ -78,6 +79,15 @@ def test_options_of_diffusers_that_are_not_read_are_refused(tmp_path, options, s
     folder = diffusers_folder(tmp_path / "unet", edm_net(style="ddpm", groups=4)[1], **options)
     (folder / "scheduler_config.json").write_text(json.dumps(schedule))
     assert said in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "ends"), [("DDPM", (1e-4, 0.02)), ("HeunDiscrete", (0.00085, 0.012)), ("KDPM2Discrete", (0.00085, 0.012))]
+)
+def test_betas_that_a_schedule_does_not_say_are_those_of_its_kind(tmp_path, kind, ends):
+    folder = diffusers_folder(tmp_path / "unet", edm_net(style="ddpm", groups=4)[1])
+    (folder / "scheduler_config.json").write_text(json.dumps({"_class_name": f"{kind}Scheduler"}))
+    assert convert.read(folder).experiment.sde == gddim.VP.from_betas(np.linspace(*ends, 1000))
 
 
 def test_a_folder_of_diffusers_as_others_write_it(tmp_path):

@@ -89,16 +89,20 @@ def _write(workdir: epath.PathLike, plan: Plan, raw: Any, ema: Any, step: int, c
     fresh = TrainState.create(raw, plan.optimizer, len(plan.shapes.averages))
     made = dataclasses.replace(fresh, step=jnp.asarray(step, jnp.int32), ema=eqx.filter(ema, eqx.is_inexact_array))
     with reserved(workdir):
-        with contextlib.closing(checkpoints(plan.experiment, workdir)) as saved:
-            saved.save(step, items_of(made), config)
-        write_config(workdir, config)  # last: without it the folder is no run
+        try:
+            with contextlib.closing(checkpoints(plan.experiment, workdir)) as saved:
+                saved.save(step, items_of(made), config)
+            write_config(workdir, config)  # last: without it the folder is no run
+        except BaseException:
+            (workdir / "checkpoints").rmtree(missing_ok=True)  # ours, for the folder was empty; it may be tried again
+            raise
 
 
 def load_experiment(name: str) -> Experiment:
     """The `EXPERIMENT` of `experiments.NAME`, or of the module of that name where it has a dot."""
     try:
         return importlib.import_module(_module(name)).EXPERIMENT
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two of names as .x and nothing
         raise UserError(f"--experiment {name}: {error}; give the name of a module with an EXPERIMENT") from None
 
 
@@ -146,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
             step = f" of step {published.step}" if published.step else ""
             size = "×".join(map(str, published.experiment.data.shape))
             print(f"{options.workdir}: {options.weights} weights{step}, of {size} images, of {published.told}")
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

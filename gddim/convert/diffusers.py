@@ -62,6 +62,7 @@ OF_VP = (
     "KDPM2Discrete",
     "KDPM2AncestralDiscrete",
 )
+LATENT_BETAS = ("HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete")  # Stable Diffusion's, where they do not say
 JSON_LIMIT = 2**21  # bytes, which Python makes thirty times as many of
 
 
@@ -146,9 +147,10 @@ def _betas(found: dict[str, Any]) -> np.ndarray:
         raise UserError(
             f"its scheduler is {kind:.40}, or with flow sigmas or betas rescaled: read are {', '.join(OF_VP)}"
         )
+    start, end = (0.00085, 0.012) if kind in LATENT_BETAS else (1e-4, 0.02)
     if (betas := found.get("trained_betas")) is not None:
         return np.asarray(betas, np.float64)
-    first, last = float(found.get("beta_start", 1e-4)), float(found.get("beta_end", 0.02))
+    first, last = float(found.get("beta_start", start)), float(found.get("beta_end", end))
     steps, kind = found.get("num_train_timesteps", 1000), found.get("beta_schedule", "linear")
     if type(steps) is not int or not 1 <= steps <= 100_000:
         raise UserError(f"its num_train_timesteps is {steps!s:.40}")

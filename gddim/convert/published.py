@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 from gddim.convert.networks import Names, fill
 from gddim.errors import UserError
 from gddim.experiment import Experiment
+from gddim.experiment.network import check_size
 from gddim.experiment.options import tyro
 from gddim.torch_reader import refusing
 
@@ -56,19 +57,11 @@ class Published:
     step: int
     told: str
 
-    def _check_size(self) -> None:
-        """Raise `UserError` for a network so much larger than its parameters that building it would take for ever."""
-        net: Any = self.experiment.net
-        largest = max((max(array.shape, default=0) for array in self.arrays.values()), default=0)
-        widths = (net.width * max(net.multipliers), net.classes, net.level_features, net.hidden_features)
-        if max(widths) > largest or net.blocks * len(net.multipliers) > len(self.arrays):
-            raise UserError(f"it describes a network larger than its {len(self.arrays)} parameters")
-
     @cached_property
     def model(self) -> Any:
         """The network seen through its process, an Equinox module. Raises `UserError` for parameters that do not fit."""
         with refusing(self.source, "checkpoint of a network that can be built"):  # its options may be of any type
-            self._check_size()
+            check_size(self.experiment.net, self.arrays)
             shapes = eqx.filter_eval_shape(self.experiment.build, jax.random.key(0))
             names: Names = self.names(shapes.net)
         return dataclasses.replace(shapes, net=fill(shapes.net, names, self.arrays, self.source))

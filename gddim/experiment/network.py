@@ -1,6 +1,7 @@
 """What an experiment says of its network: its architecture, and what it predicts."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -26,6 +27,19 @@ def require(good: bool, message: str) -> None:
     """Raise `UserError` with a message that says what was given and what is accepted."""
     if not good:
         raise UserError(message)
+
+
+def check_size(net: Any, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raise `UserError` for a network, of a configuration that anybody may have written, so much larger than the parameters
+    beside it that tracing it would take for ever.
+    """
+    numbers = [value for value in vars(net).values() if type(value) is int]  # of channels, features, classes, blocks
+    levels = getattr(net, "multipliers", (1,))
+    blocks = net.depth if hasattr(net, "depth") else net.blocks * len(levels)
+    total = sum(array.size for array in arrays.values())
+    squares = max(blocks, max(levels) ** 2) * net.width**2  # a block has one of its width at least
+    if max(*numbers, squares) > total:
+        raise UserError(f"it describes a network larger than its {total:,} parameters")
 
 
 def told_classes(net: Any, data: Any) -> Any:

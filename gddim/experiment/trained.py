@@ -20,10 +20,10 @@ from gddim.errors import UserError
 from gddim.experiment.checkpoints import checkpoint_digest
 from gddim.experiment.config import Experiment
 from gddim.experiment.fitting import SOLVERS
-from gddim.experiment.network import require
+from gddim.experiment.network import check_size, require
 from gddim.experiment.revival import revived
 from gddim.experiment.snapshots import placed, rebuild
-from gddim.experiment.workdir import check_release, read_config
+from gddim.experiment.workdir import RECORDS, check_release, read_config
 from gddim.parallel import replicated
 from gddim.sde import AbstractLinearSDE
 
@@ -90,12 +90,17 @@ def find(
         raise UserError(f"{path} holds no run: give the workdir of one, or a file of python -m gddim.export")
     try:
         check_release(str(path), config)
+        told = data is not None or config.get(RECORDS, {}).get("shape")
+        if weights and not told:  # which would be read where its data lay
+            raise UserError("it does not tell the shape of its records: give the data as data=")
         experiment = _of_type(revived(config, sde, net, data), dtype)
+        if weights and net is None:
+            check_size(experiment.net, weights.arrays)
         model = eqx.filter_eval_shape(experiment.build, jax.random.key(0))
     except UserError as error:
         message = str(error)
         raise UserError(message if message.startswith(str(path)) else f"{path}: {message}") from error
-    except (KeyError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: its configuration is none of a run ({error!r:.100})") from error
     sharding = replicated(mesh) if mesh else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes, static = eqx.partition(model, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))

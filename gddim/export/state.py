@@ -46,7 +46,8 @@ def export_state(run: epath.Path, folder: epath.Path, moments: str = "both", ste
         return {path: np.asarray(rest[f"{prefix}.{path}"]) for path in ema}
 
     widths = config.get("train", {}).get("ema_profiles", [])
-    others = sorted({found[0] for path in rest if (found := re.match(r"averages\.\d+", path))})
+    numbers = {int(found[1]) for path in rest if (found := re.match(r"averages\.(\d+)", path))}
+    others = [f"averages.{number}" for number in sorted(numbers)]
     vectors = {"model": compact.vector(tree("model")), "ema": compact.vector(ema)}
     vectors |= {name: compact.vector(tree(name)) for name in others}
     ways = {"model": "whole", "ema": "near"} | dict.fromkeys(others, "near")
