@@ -265,6 +265,18 @@ def test_horizons(horizon):
     np.testing.assert_allclose(sde.transition(horizon, 0.0), same.transition(1.0, 0.0), rtol=5e-12)
 
 
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_traced_time_outside_the_horizon_is_no_number(k):
+    beta = lambda t: np.eye(k) * (1 + t)
+    sde = LinearSDE(lambda t: -beta(t) / 2, beta, np.eye(k) / 9, horizon=0.7)
+    ts = jnp.asarray([0.0, np.nextafter(np.float32(0.7), 1), 0.71, 70.0, -0.01], jnp.float32)
+    both = jax.jit(lambda ts: (sde.noise_factor(ts), sde.transition(0.1 + 0 * ts, ts)))
+    for values in both(ts):
+        assert jnp.isfinite(values).all((1, 2)).tolist() == [True, True, False, False, False]
+    with pytest.raises(ValueError, match="must lie in"):
+        sde.noise_factor(0.71)
+
+
 def test_four_fields_that_do_not_commute_against_an_ode_solver():
     from scipy.integrate import solve_ivp
 

@@ -37,11 +37,13 @@ class LinearSDE(AbstractLinearSDE):
     `breakpoints`: times in [0, horizon] at which `drift` or `diffusion_squared` may jump or kink; they are not evaluated
     there, but on either side. E.g. `np.arange(1, 1000) / 1000` for the steps of a thousand betas.
 
-    Raises `ValueError`,
-    naming the argument, for coefficients that are not finite or not of one shape `(*#dims, k, k)`, a GGᵀ that is not
-    positive semidefinite, an initial covariance that is not positive definite (for k = 1 it may be 0 where GGᵀ is not),
-    a horizon ≤ 0, breakpoints outside it; and, naming the time, for coefficients that are singular (flow matching at its
-    horizon) or that no number of panels that fits resolves, for k > 1 those of a rate ∫|F| dt above some 10,000.
+    Times outside [0, horizon] raise `ValueError`, and give NaN where they are JAX arrays, which may be traced.
+
+    Raises `ValueError`, naming the argument, for coefficients that are not finite or not of one shape `(*#dims, k, k)`, a
+    GGᵀ that is not positive semidefinite, an initial covariance that is not positive definite (for k = 1 it may be 0 where
+    GGᵀ is not), a horizon ≤ 0, breakpoints outside it; and, naming the time, for coefficients that are singular (flow
+    matching at its horizon) or that no number of panels that fits resolves, for k > 1 those of a rate ∫|F| dt above some
+    10,000.
 
     >>> beta = lambda t: 0.1 + 19.9 * t  # the variance-preserving SDE, from its coefficients
     >>> vp = LinearSDE(lambda t: [[-beta(t) / 2]], lambda t: [[beta(t)]], initial_covariance=[[0.0]])
@@ -142,6 +144,7 @@ class Solution:
         lower, upper = edges[panel], edges[panel + 1]
         width = xp.where(upper > lower, upper - lower, 1)  # edges may agree in single precision
         xi = xp.where(upper > lower, (2 * y - lower - upper) / width, 1)
+        xi = xp.where(t <= horizon * (1 + 1e-6), xi, xp.nan)  # a traced time cannot raise
         basis = [xp.ones_like(xi), xi]
         for n in range(1, NODES - 1):
             basis.append(((2 * n + 1) * xi * basis[n] - n * basis[n - 1]) / (n + 1))
