@@ -67,7 +67,7 @@ PLUGINS = {"tpu": "libtpu", "cuda": "jax_cuda12_plugin"}
 
 
 def ahead(names: tuple[str, ...] = tuple(MACHINES)) -> Iterator[Row]:
-    """Compilation, memory against the paper's, and a TPU's cycles, of the step in bfloat16 on each machine."""
+    """Compilation, memory against that of `--dry-run`, and a TPU's cycles, of the step in bfloat16 on each machine."""
     for name in names:
         machine = MACHINES[name]
         if not importlib.util.find_spec(PLUGINS[machine.platform]):
