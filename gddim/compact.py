@@ -28,7 +28,7 @@ from jaxtyping import Float32, Shaped
 
 from gddim import safetensors
 from gddim.errors import UserError
-from gddim.storage import write_whole
+from gddim.storage import all_or_none, write_whole
 
 PART_BYTES = 16_000_000
 BLOCK = 128
@@ -70,7 +70,7 @@ def vector(tree: Mapping[str, Any]) -> Vector:
 
 
 def write(folder: epath.Path, packed: Packed) -> None:
-    """Write a state; each file whole or not at all."""
+    """Write a state; each file whole or not at all, and all of those that are new, or none."""
     whole = next(name for name, way in packed.ways.items() if way == "whole")
     base = packed.vectors[whole]
     fits = np.abs(base).max(initial=0) < np.finfo(np.float16).max
@@ -89,9 +89,11 @@ def write(folder: epath.Path, packed: Packed) -> None:
     each = PART_BYTES - len(json.dumps(about)) * 2 - 4096  # what is quoted may double
     parts = max(1, math.ceil(sum(x.nbytes for x in arrays.values()) / each))
     edges = [blocks * part // parts for part in range(parts + 1)]
-    for part, (low, high) in enumerate(itertools.pairwise(edges), 1):
-        cut = {name: x[_slice(name, low, high)] for name, x in arrays.items()}
-        write_whole(folder / f"{part}-of-{parts}.safetensors", _file(cut, about))
+    files = [folder / f"{part}-of-{parts}.safetensors" for part in range(1, parts + 1)]
+    with all_or_none(*files):
+        for file, (low, high) in zip(files, itertools.pairwise(edges), strict=True):
+            cut = {name: x[_slice(name, low, high)] for name, x in arrays.items()}
+            write_whole(file, _file(cut, about))
 
 
 def read(folder: epath.Path) -> Packed:

@@ -37,6 +37,11 @@ def from_extra(name: Literal["train", "eval"]) -> Iterator[None]:
         raise UserError(f"{error}: pip install 'gddim[{name}]'") from error
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether what Python or JAX raised says that the memory of the host or of a device is full."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
 def progress(*arguments: Any, **options: Any) -> Any:
     """A bar of tqdm's, on a terminal alone."""
     with from_extra("eval"):

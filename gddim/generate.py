@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from gddim.data import to_uint8
-from gddim.errors import UserError, from_extra, place, printable, progress
+from gddim.errors import UserError, from_extra, out_of_memory, place, printable, progress
 from gddim.evaluation.figures import KEY, encode, label_in_words
 from gddim.experiment.pictures import gallery
 from gddim.experiment.sampling import Guide
@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"gddim.generate: {error}", file=sys.stderr)
         return 2
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+        if not out_of_memory(error):
             raise
         print("gddim.generate: out of memory: give a smaller --batch", file=sys.stderr)
         return 1

@@ -40,6 +40,18 @@ def check_writable(path: epath.Path) -> None:
     new.unlink()
 
 
+@contextlib.contextmanager
+def all_or_none(*paths: epath.Path) -> Iterator[None]:
+    """Of files and folders that are not there yet: when what makes them fails, those that it made are taken away again."""
+    new = [path for path in paths if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        for path in new:
+            path.rmtree() if path.is_dir() else path.unlink(missing_ok=True)
+        raise
+
+
 def check_empty(folder: epath.Path) -> None:
     """Raise `UserError` for a folder that holds something."""
     if folder.exists() and (not folder.is_dir() or any(not harmless(path.name) for path in folder.iterdir())):
@@ -47,7 +59,7 @@ def check_empty(folder: epath.Path) -> None:
 
 
 def _beside(path: epath.Path) -> epath.Path:
-    return path.parent / f".{path.name}.new"
+    return path.parent / f".{path.name}.{os.urandom(4).hex()}.new"  # of this writer alone
 
 
 def mapped(path: os.PathLike[str]) -> memoryview:
@@ -80,19 +92,20 @@ def free_bytes(path: os.PathLike[str]) -> float:
 
 
 @contextlib.contextmanager
-def locked(path: os.PathLike[str], busy: Callable[[], object] = lambda: None) -> Iterator[None]:
+def locked(path: os.PathLike[str], busy: Callable[[], object] = lambda: None) -> Iterator[bool]:
     """Hold a file that is made for it alone among processes; the system releases it however this one ends.
 
     Where another one has it, `busy` is called, and unless that raises, it is waited for. Buckets have no locks, nor have
-    some file systems: nothing is held there.
+    some file systems: nothing is held there, and False is yielded.
     """
     if not is_local(path):
-        yield
+        yield False
         return
     try:  # to be written, as NFS asks of what is locked
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except PermissionError:  # of another user's
         handle = os.open(path, os.O_RDONLY)
+    held = False
     try:
         with contextlib.suppress(OSError):
             try:
@@ -100,6 +113,7 @@ def locked(path: os.PathLike[str], busy: Callable[[], object] = lambda: None) ->
             except BlockingIOError:
                 busy()
                 fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+            held = True
+        yield held
     finally:
         os.close(handle)

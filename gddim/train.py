@@ -243,16 +243,16 @@ def train(
             ledger.settle(AHEAD)
             if means := ledger.mean():
                 log.scalars(step, means)
+        if _due(save_every, before, step):  # first, for what follows may fail, or take longer than a signal waits
+            ledger.settle()
+            save(step, structure.unflatten(leaves))
+            saved = step
         due = [do for every, do in callbacks if _due(every, before, step)]
         if due:
             ledger.settle()
         for do in due:
             with log.paused():
                 do(step, structure.unflatten(leaves))
-        if _due(save_every, before, step):
-            ledger.settle()
-            save(step, structure.unflatten(leaves))
-            saved = step
     state = structure.unflatten(leaves)
     if step > saved:
         ledger.settle()

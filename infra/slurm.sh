@@ -58,7 +58,7 @@ do_or_print "$run" true || exit # the environment, once, before every task looks
 # JAX ends with 134 the tasks that are left, whether another one was killed (137) or failed by itself, and srun tells only
 # their highest status. So a task that fails by itself sees to it that the job is not requeued.
 # shellcheck disable=SC2016 # for the tasks' shell
-task='trap : TERM; "$@"; s=$?; [[ $s =~ ^(0|75|134|137|143)$ ]] || scontrol update JobId="$SLURM_JOB_ID" Requeue=0; exit $s'
+task='trap : TERM; "$@"; s=$?; [[ $s =~ ^(0|75|130|134|137|143)$ ]] || scontrol update JobId="$SLURM_JOB_ID" Requeue=0; exit $s'
 # A task that ends first leaves the others time to finish the save that they share.
 do_or_print srun --kill-on-bad-exit=0 --wait=300 bash -c "$task" infra/slurm.sh "$run" "$@"
 status=$?

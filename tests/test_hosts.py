@@ -117,6 +117,14 @@ print(len(jax.devices("cpu")))
     assert int(done.stdout) == devices
 
 
+def test_a_signal_after_the_last_step_is_not_lost():
+    with PreemptionGuard() as guard:
+        assert not guard.reached(1)
+        assert not guard.ended()
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert guard.ended()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_at_the_next_step(number, capfd):
     before = signal.getsignal(number)
@@ -155,17 +163,21 @@ def test_a_second_interrupt_stops_at_once(capfd):
         twice()
 
 
-def test_sigterm_ends_a_process_even_in_a_callback_that_loses_exceptions():
-    code = """
+@pytest.mark.parametrize(
+    ("kept", "status", "said"),
+    [(True, 75, "what is done is kept, and the same command continues"), (False, 130, "nothing of it is kept")],
+)
+def test_sigterm_ends_a_process_even_in_a_callback_that_loses_exceptions(kept, status, said):
+    code = f"""
 import gc, os, signal
 from gddim.parallel import ending_on_sigterm
-with ending_on_sigterm():
+with ending_on_sigterm({kept}):
     gc.callbacks.append(lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     gc.collect()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 75
-    assert "what is done is kept" in done.stderr
+    assert done.returncode == status
+    assert said in done.stderr
 
 
 def test_all_processes_agree_on_one_value_and_on_one_error(monkeypatch):

@@ -191,7 +191,7 @@ def test_every_verb_gives_the_same_on_one_and_on_two_processes(undisturbed, tmp_
     for processes in (1, 2):
         workdir, logs = tmp_path / str(processes), tmp_path / "logs"
         shutil.copytree(undisturbed, workdir)
-        for verb in ("sample", "evaluate", "likelihood", "encode"):
+        for verb in ("sample", "evaluate", "likelihood", "encode", "restore"):
             job = Job(verb, "--workdir", workdir, *options, processes=processes, devices=4 // processes, logs=logs)
             assert job.wait() == [0] * processes, job.said()
         job = Job("fit", "--workdir", workdir, *fit, processes=processes, devices=4 // processes, logs=logs)

@@ -1,5 +1,6 @@
 """Files are written whole or not at all, and what is held is held by one."""
 
+import errno
 import json
 from pathlib import Path
 from typing import NoReturn
@@ -10,15 +11,17 @@ from etils import epath
 
 from gddim.evaluation.cell import Evaluator
 from gddim.evaluation.sweep import _Keeper, read_rows, sweep
-from gddim.storage import free_bytes, locked, write_whole
+from gddim.experiment.workdir import reserved
+from gddim.storage import all_or_none, free_bytes, locked, write_whole
 from tests.test_sweep import cells, evaluator
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_a_full_disk_leaves_the_old_file_and_names_it(tmp_path):
+def test_a_full_disk_leaves_the_old_file_and_names_it(tmp_path, monkeypatch):
     file = epath.Path(tmp_path / "results.jsonl")
     write_whole(file, b"old")
-    (tmp_path / ".results.jsonl.new").symlink_to("/dev/full")
+    monkeypatch.setattr("gddim.storage._beside", lambda path: path.with_name(".new"))
+    (tmp_path / ".new").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"results\.jsonl: No space left on device; what was there before remains$"):
         write_whole(file, b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
@@ -35,8 +38,52 @@ def test_what_is_locked_is_held_by_one_and_let_go(tmp_path):
             locked(path, refuse).__enter__()
         with locked(path, refuse):
             pass
-    with locked(epath.Path("gs://bucket/run"), refuse), locked(epath.Path("gs://bucket/run"), refuse):
-        pass
+    with locked(epath.Path("gs://bucket/run"), refuse) as held, locked(epath.Path("gs://bucket/run"), refuse):
+        assert not held
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
+    def none(*_) -> NoReturn:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    with reserved(epath.Path(tmp_path)):
+        assert capsys.readouterr().err == ""
+    monkeypatch.setattr("fcntl.flock", none)
+    with reserved(epath.Path(tmp_path)):
+        assert "nothing keeps a second training out of it" in capsys.readouterr().err
+
+
+def test_two_writers_of_a_file_do_not_meet(tmp_path, monkeypatch):
+    """The second begins and ends between the first one's writing and its replacing."""
+    file, replace = epath.Path(tmp_path / "statistics.npz"), type(epath.Path(tmp_path)).replace
+
+    def after_another(self, target):
+        monkeypatch.undo()
+        write_whole(file, b"second")
+        assert file.read_bytes() == b"second"
+        return replace(self, target)
+
+    monkeypatch.setattr(type(file), "replace", after_another)
+    write_whole(file, b"first")
+    assert file.read_bytes() == b"first"
+    assert [path.name for path in tmp_path.iterdir()] == ["statistics.npz"]
+
+
+def test_what_fails_half_way_leaves_nothing_new_and_keeps_what_was_there(tmp_path):
+    old, new, folder = (epath.Path(tmp_path / name) for name in ("old", "new", "folder"))
+    old.write_text("before")
+
+    def stopped() -> NoReturn:
+        with all_or_none(old, new, folder):
+            old.write_text("after")
+            new.write_text("half")
+            folder.mkdir()
+            (folder / "1").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
 
 def test_a_bucket_has_room(tmp_path):

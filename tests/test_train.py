@@ -227,6 +227,16 @@ def test_a_stop_saves_the_step_that_was_reached(tmp_path):
     assert [at for at, _ in recorder.saved] == [4, 6]
 
 
+def test_a_step_is_saved_before_anything_else_is_done_with_it(tmp_path):
+    def fails(step, state):
+        raise MemoryError
+
+    rows, recorder = itertools.repeat(jnp.ones((4, 2), jnp.float32)), Recorder()
+    with pytest.raises(MemoryError):
+        loop(*toy(), rows, 10, tmp_path, save=recorder, callbacks=[(4, fails)])
+    assert [at for at, _ in recorder.saved] == [4]
+
+
 @pytest.mark.parametrize("bad", [0, 3, 5, 7, 9])
 def test_nothing_is_saved_after_a_step_that_is_not_finite(tmp_path, bad):
     state, update = toy()

@@ -40,6 +40,7 @@ from gddim.experiment.checkpoints import checkpoints, items_of
 from gddim.experiment.plan import Plan
 from gddim.experiment.workdir import RECORDS, describe, read_config, reserved, write_config
 from gddim.parallel import check_backend
+from gddim.storage import all_or_none
 from gddim.train import TrainState
 
 
@@ -88,14 +89,10 @@ def _write(workdir: epath.PathLike, plan: Plan, raw: Any, ema: Any, step: int, c
     workdir = place(workdir)
     fresh = TrainState.create(raw, plan.optimizer, len(plan.shapes.averages))
     made = dataclasses.replace(fresh, step=jnp.asarray(step, jnp.int32), ema=eqx.filter(ema, eqx.is_inexact_array))
-    with reserved(workdir):
-        try:
-            with contextlib.closing(checkpoints(plan.experiment, workdir)) as saved:
-                saved.save(step, items_of(made), config)
-            write_config(workdir, config)  # last: without it the folder is no run
-        except BaseException:
-            (workdir / "checkpoints").rmtree(missing_ok=True)  # ours, for the folder was empty; it may be tried again
-            raise
+    with reserved(workdir), all_or_none(workdir / "checkpoints"):  # so that the same command may be tried again
+        with contextlib.closing(checkpoints(plan.experiment, workdir)) as saved:
+            saved.save(step, items_of(made), config)
+        write_config(workdir, config)  # last: without it the folder is no run
 
 
 def load_experiment(name: str) -> Experiment:

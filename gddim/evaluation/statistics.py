@@ -21,7 +21,7 @@ from gddim.evaluation import metrics
 from gddim.evaluation.features import FeatureSpace
 from gddim.evaluation.metrics import Moments, ScoreSums
 from gddim.evaluation.provenance import software
-from gddim.parallel import to_host
+from gddim.parallel import agree, to_host
 from gddim.storage import write_whole
 
 SUBSET = 5000  # features kept for the metrics that compare pairs: KID, energy distance, precision and recall
@@ -204,7 +204,7 @@ def cached_statistics(
     probe = b"".join(np.ascontiguousarray(part).tobytes() for part in (x0, *(cond or {}).values()))
     key = json.dumps([name, space.name, len(source), source.shape, hashlib.sha256(probe).hexdigest()])
     path = epath.Path(folder) / f"statistics-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
-    if path.exists():
+    if agree(path.exists(), np.all):
         return Statistics.load(path)
     found = source_statistics(source, space, name, sharding)
     if jax.process_index() == 0:

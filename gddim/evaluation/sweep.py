@@ -12,6 +12,7 @@ from etils import epath
 from gddim.errors import UserError, from_extra, progress
 from gddim.evaluation.cell import Cell, Evaluator, Row, check, digest_of
 from gddim.evaluation.statistics import OF_CLASS, Statistics, compare
+from gddim.parallel import agree
 from gddim.samplers.words import sampler_name
 from gddim.sde.words import process_name
 from gddim.storage import write_whole
@@ -55,7 +56,8 @@ def sweep(
     named = {digest_of(evaluator.key(cell)): cell for cell in cells}
     told = lambda key: folder / "samples" / f"{key}.json"  # there when the samples of a cell are: what they are
     done = lambda key: key in known and (not keep_samples or told(key).exists())
-    missing = {key: cell for key, cell in named.items() if not done(key)}
+    seen = agree(np.array([done(key) for key in named], bool))  # by process 0: all draw the same cells
+    missing = {key: cell for (key, cell), known_there in zip(named.items(), seen, strict=True) if not known_there}
     check(list(missing.values()), evaluator.model.sde)
     wanted = list(named)
     if floor is not None:
@@ -85,7 +87,7 @@ def sweep(
                 )
                 found = found or f"diverged, {row['measured']['not_finite']} are not finite"
                 bar.write(f"{told_as}, NFE {row['measured']['nfe']:g}: {found}")
-    return [known[key] for key in wanted]
+    return [known[key] for key in wanted if key in known]  # all of them on process 0
 
 
 def _floor_row(evaluator: Evaluator, floor: Statistics) -> Row:

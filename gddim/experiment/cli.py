@@ -17,7 +17,7 @@ import jax
 from etils import epath
 
 from gddim.data import Source, check_labels, classes_of
-from gddim.errors import MissingWeights, UserError, from_extra, place
+from gddim.errors import MissingWeights, UserError, from_extra, out_of_memory, place
 from gddim.evaluation.classes import Labelled
 from gddim.experiment.checkpoints import Start, borrow, trained
 from gddim.experiment.command import RUN, Command, parse, program
@@ -56,12 +56,21 @@ from gddim.experiment.workdir import (
     reserved,
     write_config,
 )
-from gddim.parallel import EXIT_PREEMPTED, await_verdict, ending_on_sigterm, initialize, leave, on_main, tell
+from gddim.parallel import (
+    EXIT_INTERRUPTED,
+    EXIT_PREEMPTED,
+    await_verdict,
+    ending_on_sigterm,
+    initialize,
+    leave,
+    on_main,
+    tell,
+)
 from gddim.samplers.method import check_methods
 from gddim.sde import AbstractLinearSDE
 from gddim.train import Diverged
 
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_USAGE = 1, 2
 AFTERWARDS = {
     "sample": sample, "evaluate": evaluate, "likelihood": likelihood, "encode": encode, "restore": restore, "fit": fit_table,
 }  # fmt: skip
@@ -82,7 +91,7 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> NoReturn:
     except OSError as error:
         _end(EXIT_FAILED, f"error: {error}", perhaps_lost=True)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+        if not out_of_memory(error):
             raise
         what = str(error).splitlines()[0][:200]
         _end(EXIT_FAILED, f"error: out of memory: {what}; make a batch smaller, raise train.accumulate or mesh.fsdp")
@@ -96,9 +105,10 @@ def execute(command: Command) -> None:
     initialize(command.experiment.train.batch // command.experiment.train.accumulate)
     asked = Asked.of(command)
     workdir, free = place(command.workdir), may_change(command.experiment, after=not asked.training)
+    kept = asked.training or command.verb == "evaluate"
     with contextlib.ExitStack() as stack:
         if not jax.distributed.is_initialized():  # JAX has its own handler, which training relies on
-            stack.enter_context(ending_on_sigterm())
+            stack.enter_context(ending_on_sigterm(kept))
         config = describe(command.experiment)
         found, known = _run_of(command, asked, workdir, config, free)
         records = {}
@@ -150,7 +160,7 @@ def execute(command: Command) -> None:
         if command.verb == "run":
             on_main(lambda: stack.enter_context(reserved(workdir, training=False, wait=True)))
         if jax.distributed.is_initialized():
-            stack.enter_context(ending_on_sigterm())
+            stack.enter_context(ending_on_sigterm(kept))
         for verb in asked.verbs:
             if verb in AFTERWARDS and not (verb == "evaluate" and checked.untabled):
                 AFTERWARDS[verb](plan, workdir, step=command.step, **checked.arguments.get(verb, {}))

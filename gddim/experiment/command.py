@@ -26,7 +26,7 @@ RUN = ("train", "sample", "evaluate")  # what the verb run stands for
 Verb = Literal["run", "train", "sample", "evaluate", "likelihood", "encode", "restore", "fit"]
 EPILOGUE = """Exit status: 0 done; 1 failed, or the loss was not finite; 2 a wrong option, value or path,
 nothing written; 75 stopped by SIGTERM or train.minutes, or while it trains by Ctrl-C, the state saved, so that the same command
-continues; 130 stopped by Ctrl-C otherwise; 134 another process of the job was lost, continue likewise. VERB --help
+continues; 130 stopped by either otherwise; 134 another process of the job was lost, continue likewise. VERB --help
 tells what that verb needs, --help all there is; source <(python -m experiments.NAME --completion) has bash complete
 verbs and options."""
 

@@ -200,6 +200,7 @@ class Experiment:
     """A file of python -m gddim.export, with which what follows training goes on where the run has no checkpoint."""
 
     def __post_init__(self):
+        require(-(2**63) <= self.seed < 2**63, f"seed must be in [−2⁶³, 2⁶³), not {self.seed}")
         sde = self.sampling.process or self.sde
         t_min, horizon = self.sampling.end(sde), sde.horizon
         require(t_min < horizon, f"sampling.t_min must be below the horizon {horizon} of the process, not {t_min}")

@@ -152,9 +152,9 @@ class Paths(NamedTuple):
     where noise makes them so."""
 
     ts: Float[np.ndarray, " t"]
-    eps: Float[Array, "t n *state"]
-    data: Float[Array, "t n *data"]
-    foreseen: Float[Array, "t n *data"]
+    eps: Float[np.ndarray, "t n *state"]
+    data: Float[np.ndarray, "t n *data"]
+    foreseen: Float[np.ndarray, "t n *data"]
 
 
 def follow(
@@ -175,4 +175,5 @@ def follow(
     project = jax.jit(jax.vmap(jax.vmap(sde.project)))
     spread = [np.sqrt(np.max(sde.prior_covariance(t)[..., 0, 0])) for t in ts[:-1]]
     size = jnp.asarray(np.maximum(spread, 1), path.states.dtype).reshape(-1, *[1] * (path.states.ndim - 2))
-    return Paths(ts[:-1], path.eps, project(path.states) / size, project(path.foreseen))
+    shown = path.eps, project(path.states) / size, project(path.foreseen)
+    return Paths(ts[:-1], *map(to_host, shown))  # of which process 0 alone makes pictures

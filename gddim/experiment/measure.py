@@ -16,6 +16,7 @@ from gddim.errors import UserError, place
 from gddim.evaluation.cell import LEAST, Cell, Evaluator, check
 from gddim.evaluation.classes import Labelled
 from gddim.evaluation.features import FeatureSpace, PixelFeatures
+from gddim.evaluation.figures import SUFFIXES
 from gddim.evaluation.inception import InceptionFeatures
 from gddim.evaluation.statistics import CLASSES, Statistics, cached_statistics
 from gddim.evaluation.sweep import RESULTS, read_rows
@@ -44,6 +45,10 @@ def cells(experiment: Experiment, everywhere: Collection[str] = ()) -> list[Cell
     Raises `UserError` for one that cannot be.
     """
     settings, sampling = experiment.eval, experiment.sampling
+    require(
+        sampling.seed + settings.seeds <= 2**31,
+        f"eval.seeds {settings.seeds}: from sampling.seed {sampling.seed} on they must be below 2³¹",
+    )
     same = {name: getattr(sampling, name) for name in everywhere}
     through = lambda sde: replace(sampling.through(sde, experiment.sde), **same)
     shape = experiment.data.shape
@@ -88,6 +93,10 @@ def check_measurable(experiment: Experiment, workdir: epath.Path, train: Source 
     load_reference(experiment, feature_space(experiment.eval))
     if (workdir / RESULTS).exists():
         read_rows(workdir / RESULTS)
+    elif foreign := [
+        path for suffix in (".md", *SUFFIXES) if (path := (workdir / RESULTS).with_suffix(suffix)).exists()
+    ]:
+        raise UserError(f"{foreign[0]} is of no {RESULTS} beside it and is not overwritten: move it away")
     if train is not None:
         measured_against(experiment, train)
         if isinstance(experiment.data, Labelled):

@@ -18,6 +18,7 @@ from gddim.experiment.checkpoints import checkpoint_digest
 from gddim.experiment.config import Experiment
 from gddim.experiment.sampling import Sampling
 from gddim.experiment.workdir import describe
+from gddim.samplers import LearnedTable
 from gddim.storage import write_whole
 
 
@@ -49,7 +50,9 @@ def write_json(path: epath.Path, told: dict[str, Any], origin: dict[str, Any]) -
 def origin_of_network(experiment: Experiment, step: int, params: PyTree, sampling: Sampling) -> dict[str, Any]:
     """What decides what a verb makes: the network, by its parameters, and how it draws; the verb adds what it is given."""
     network = {"experiment": experiment.name, "step": step, "checkpoint": checkpoint_digest(params)}
-    return network | describe(sampling)
+    sampler: Any = sampling.sampler
+    table = {"table": sampler.stored.digest} if isinstance(sampler, LearnedTable) else {}
+    return network | table | describe(sampling)
 
 
 def digest_of_data(data: Shaped[np.ndarray, "n ..."]) -> str:

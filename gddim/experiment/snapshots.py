@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from gddim.compact import Packed
 from gddim.errors import UserError, from_extra
 from gddim.experiment.config import Experiment
 from gddim.experiment.plan import Plan
-from gddim.parallel import tell, to_host
+from gddim.parallel import agree, tell, to_host
 from gddim.train import TrainState
 
 SNAPSHOTS = "snapshots"
@@ -75,6 +76,9 @@ def rebuild(shapes: PyTree, workdir: epath.Path, sigma_rel: float, step: int | N
     told = [each for each in _snapshots(workdir) if step is None or each[0] <= step]
     if not told:
         raise UserError(f"--sampling.ema {sigma_rel}: {workdir / SNAPSHOTS} has no snapshot up to step {step}")
+    seen = zlib.crc32(repr([each[:2] for each in told]).encode())
+    if not agree(seen, lambda all_of_them: len({*all_of_them.tolist()}) == 1):
+        raise UserError(f"{workdir / SNAPSHOTS} is not the same on all hosts, as while one is written: try again")
     end = max(step for step, _, _, _ in told)
     weights, left = combination([each[0] for each in told], [each[1] for each in told], end, sigma_rel)
     total: dict[str, np.ndarray] = {}

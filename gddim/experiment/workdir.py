@@ -290,7 +290,8 @@ def reserved(path: epath.Path, training: bool = True, wait: bool = False) -> Ite
                 path.mkdir(parents=True, exist_ok=True)
                 if not os.access(path, os.W_OK):
                     raise UserError(f"--workdir {path} cannot be written")
-            stack.enter_context(locked(held, busy))
+            if not stack.enter_context(locked(held, busy)) and training:
+                tell(f"--workdir {path}: there are no locks, so nothing keeps a second training out of it")
         except OSError as error:
             raise UserError(f"--workdir {path} cannot be used: {error}") from error
         yield

@@ -20,9 +20,10 @@ import json
 import sys
 from collections.abc import Callable
 
+import jax
 from etils import epath
 
-from gddim.errors import UserError, from_extra, place, printable
+from gddim.errors import UserError, from_extra, out_of_memory, place, printable
 from gddim.experiment.trained import HUB, find, tables_of
 from gddim.export.card import card, front_matter, picture, results, tables
 from gddim.export.model import exported, portable
@@ -30,7 +31,7 @@ from gddim.export.state import MOMENTS, export_state
 from gddim.loading import loaded
 from gddim.parallel import check_backend
 from gddim.sde.base import positions
-from gddim.storage import check_empty, write_whole
+from gddim.storage import all_or_none, check_empty, write_whole
 from gddim.weights import DTYPES, encode
 
 SUFFIX = ".safetensors"
@@ -47,6 +48,14 @@ def main(arguments: list[str] | None = None) -> int:
     except (UserError, OSError) as error:
         print(f"gddim.export: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print("gddim.export: out of memory: beside a training, JAX_PLATFORMS=cpu takes the host's", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("gddim.export: interrupted: nothing is written", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -110,7 +119,8 @@ def _model(options: argparse.Namespace) -> list[str]:
     if file is not None and file.suffix != SUFFIX:
         raise UserError(f"{file} must end with {SUFFIX}; a folder is for --state or --hub-layout")
     beside = [] if file is None else [file, file.with_suffix(".md"), file.with_suffix(".png"), tables_of(file)]
-    for path in (*beside, *([] if program is None else [program])):
+    new = [*beside, *([] if program is None else [program])]
+    for path in new:
         if path.exists():
             raise UserError(f"{path} is there already, and is not overwritten: name another file")
     if hub is not None:
@@ -128,19 +138,24 @@ def _model(options: argparse.Namespace) -> list[str]:
     content, image = encode(weights), picture(run, weights)
     own = bool(positions(found.experiment.sde))
     page = functools.partial(card, weights, results=results(run, weights), note=options.note or "", own=own)
-    if file is not None:
-        _with_page(file, file.with_suffix(".md"), file.with_suffix(".png"), "", content, page, image)
-        _with_tables(tables_of(file), fitted)
-        lines.append(f"{file}: {about}, {len(content):,} bytes; {file.with_suffix('.md').name} tells of it")
     if hub is not None:
-        head = front_matter(weights)
-        write_whole(hub / "config.json", (json.dumps(weights.config, indent=2) + "\n").encode())
-        _with_page(hub / HUB, hub / "README.md", hub / "samples.png", head, content, page, image)
-        _with_tables(tables_of(hub), fitted)
-        lines.append(f"{hub}: {about}, as a hub's repository")
-    if program is not None:
-        write_whole(program, portable(model, **how))
-        lines.append(f"{program}: a sampler; jax.export.deserialize(bytes).call(seeds), of seeds (b,) uint32, runs it")
+        new += [*(hub / name for name in ("config.json", HUB, "README.md", "samples.png")), tables_of(hub)]
+    with all_or_none(*new):  # so that the same command may be tried again
+        if file is not None:
+            _with_page(file, file.with_suffix(".md"), file.with_suffix(".png"), "", content, page, image)
+            _with_tables(tables_of(file), fitted)
+            lines.append(f"{file}: {about}, {len(content):,} bytes; {file.with_suffix('.md').name} tells of it")
+        if hub is not None:
+            head = front_matter(weights)
+            write_whole(hub / "config.json", (json.dumps(weights.config, indent=2) + "\n").encode())
+            _with_page(hub / HUB, hub / "README.md", hub / "samples.png", head, content, page, image)
+            _with_tables(tables_of(hub), fitted)
+            lines.append(f"{hub}: {about}, as a hub's repository")
+        if program is not None:
+            write_whole(program, portable(model, **how))
+            lines.append(
+                f"{program}: a sampler; jax.export.deserialize(bytes).call(seeds), of seeds (b,) uint32, runs it"
+            )
     return lines
 
 

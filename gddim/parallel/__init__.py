@@ -5,6 +5,7 @@ from gddim.parallel.cost import collectives as collectives
 from gddim.parallel.cost import on_paper as on_paper
 from gddim.parallel.cost import peak_flops as peak_flops
 from gddim.parallel.cost import step_cost as step_cost
+from gddim.parallel.hosts import EXIT_INTERRUPTED as EXIT_INTERRUPTED
 from gddim.parallel.hosts import EXIT_LOST as EXIT_LOST
 from gddim.parallel.hosts import EXIT_PREEMPTED as EXIT_PREEMPTED
 from gddim.parallel.hosts import PreemptionGuard as PreemptionGuard

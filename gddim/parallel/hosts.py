@@ -22,6 +22,7 @@ from jaxtyping import Array, ArrayLike, Shaped
 from gddim.errors import UserError
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: the launchers start a run that ends with it again
+EXIT_INTERRUPTED = 130  # no launcher starts it again
 EXIT_LOST = 134  # SIGABRT, with which JAX ends a process whose job has lost another: idem
 HEARTBEAT_SECONDS = 30  # a process that has been silent for so long is lost, and JAX ends the others
 VERDICT_SECONDS = 45  # by then it has
@@ -217,12 +218,16 @@ def tell(message: str) -> None:
 
 
 @contextlib.contextmanager
-def ending_on_sigterm() -> Iterator[None]:
-    """SIGTERM ends this process at once, with EXIT_PREEMPTED: for work whose progress is kept as it goes."""
+def ending_on_sigterm(kept: bool = True) -> Iterator[None]:
+    """SIGTERM ends this process at once: with EXIT_PREEMPTED where progress is kept as the work goes, else, for launchers
+    would begin it again and again, with EXIT_INTERRUPTED.
+    """
+    said = b"what is done is kept, and the same command continues" if kept else b"nothing of it is kept"
 
     def end(*_) -> None:
-        os.write(2, b"\nSIGTERM: stopped; what is done is kept, and the same command continues\n")
-        os._exit(EXIT_PREEMPTED)  # an exception would be lost in a callback, and other processes may wait for this one
+        os.write(2, b"\nSIGTERM: stopped; " + said + b"\n")
+        # an exception would be lost in a callback, and other processes may wait for this one
+        os._exit(EXIT_PREEMPTED if kept else EXIT_INTERRUPTED)
 
     previous = signal.signal(signal.SIGTERM, end)
     try:
@@ -280,6 +285,13 @@ class PreemptionGuard:
                 os.kill(os.getpid(), signal.SIGTERM)
         if not self._together:
             return self._signalled
+        return self._agreed(step)
+
+    def ended(self) -> bool:
+        """Whether a signal has come since, once there are no more steps; call it on every process, after the last save."""
+        return self._agreed(self._asked + 1) if self._together else self._signalled
+
+    def _agreed(self, step: int) -> bool:
         # The agreed step is one more than the last that any process asked for: before the first call that is step 1
         # wherever the run was resumed, and it may lie between two calls when several steps are one dispatch.
         steps = range(self._asked + 1, step + 1)

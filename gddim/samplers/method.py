@@ -89,6 +89,10 @@ def _least(method: Method, sde: AbstractLinearSDE) -> tuple[AbstractSampler, Las
     sampler, ts = method.sampler, method.grid(sde)
     if isinstance(sampler, OnGrid):
         sampler, ts = sampler.sampler, sampler.times(sde, ts)
+    if not np.all(np.diff(ts) < 0):
+        raise ValueError(
+            f"the times of {sampler_name(method.sampler)} must fall from call to call: {ts.tolist()!s:.80} …"
+        )
     middle = len(ts) // 2 if sampler.nfe(1) == 0 else 0
     return sampler, method.last, tuple(ts[sorted({0, middle, len(ts) - 1})].tolist())
 

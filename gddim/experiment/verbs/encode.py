@@ -70,7 +70,7 @@ def encode(
     ends, cond = x0_and_cond(jax.tree.map(jnp.asarray, source[np.arange(2 * shown)]))
     ends, keys = to_unit(ends), _keys(settings.seed, jnp.arange(shown))
     conds = [jax.tree.map(lambda x, part=part: x[part], cond) for part in (slice(shown), slice(shown, None))]
-    between = interpolate(coder, ends[:shown], ends[shown:], COLUMNS, keys, (conds[0], conds[1]))
+    between = to_host(interpolate(coder, ends[:shown], ends[shown:], COLUMNS, keys, (conds[0], conds[1])))
     if jax.process_index() == 0:
         run = f"{experiment.name}, step {step}: {which} data"
         by = f"{label_in_words(sampler_name(sampler))}, {coder.nfe} network calls each way"
@@ -78,7 +78,7 @@ def encode(
         back = rows(pairs, title, ("data", "decoded")) if data.ndim == 4 else gallery(data, title)
         write_figure(workdir / "reconstructions", back, origin)
         title = f"{run}, and what lies between their latents\n{by}"
-        write_figure(workdir / "interpolations", rows(to_host(between), title), origin)
+        write_figure(workdir / "interpolations", rows(between, title), origin)
         write_page(workdir)
         print(
             f"{count:,} {which} records encoded and decoded in {coder.nfe} calls each way at step {step}: root "

@@ -82,9 +82,9 @@ def restore(plan: Plan, workdir: epath.Path, settings: Restoration, step: int | 
     nearest = _nearest(operator, b, train)
     each = [_worth(operator, *of) for of in zip(truth, b, samples, seen, nearest, strict=True)]
     mean = {key: float(np.mean([one[key] for one in each])) for key in each[0]}
+    origin = origin_of_network(experiment, step, params, sampling)
+    origin |= {"restore": describe(settings), "measured": digest_of_data(b)}  # by whatever mask the file held
     if jax.process_index() == 0:
-        origin = origin_of_network(experiment, step, params, sampling)
-        origin |= {"restore": describe(settings), "measured": digest_of_data(b)}  # by whatever mask the file held
         run = f"{experiment.name}, step {step}: {settings.task}" + f", noise {settings.noise:g}" * bool(settings.noise)
         by = f"{settings.by}, {label_in_words(sampler_name(method.sampler))}, {made:g} network calls"
         strip = np.concatenate([truth[:, None], seen[:, None], samples], 1)

@@ -12,7 +12,9 @@ from functools import partial
 import jax
 from etils import epath
 
+from gddim.checkpoint import Checkpointer
 from gddim.data import Records, Source, batches, prefetch
+from gddim.errors import UserError
 from gddim.experiment.checkpoints import Start, checkpoints, items_of, start
 from gddim.experiment.drawing import draw_samples
 from gddim.experiment.measure import Measure
@@ -59,40 +61,57 @@ def run_training(
             log.say(note)
         if step >= settings.steps:
             log.say(f"trained already: {step} steps")
-            return
-        if main and (left := drop_snapshots(workdir, step)):
-            log.say(
-                f"snapshots after step {step}, of what was not saved, are deleted: steps {', '.join(map(str, left))}"
-            )
-        log.say(f"training from step {step} to {settings.steps} on {len(source):,} records {source.shape}")
-        log.text("experiment", json.dumps(describe(experiment), indent=2))
-        rows = batches(source, settings.batch, experiment.seed, step, jax.process_index(), jax.process_count())
-        grouped = _group(rows, step, settings.steps, settings.fused)
-        placed = prefetch(grouped, lambda group: global_batch(group, plan.mesh))
-        stack.callback(placed.close)
+        else:
+            step, state = _go_on(plan, source, workdir, log, saved, guard, step, state)
+        if settings.snapshot_every and step:
+            snapshot(plan, workdir, step, state)  # of a trained run too: the last one may have been cut short
+    if step < settings.steps:
+        raise Preempted(f"saved at step {step} of {settings.steps}" if step else "stopped before the first step")
+    if guard.ended():
+        raise Preempted(f"trained, {step} steps")
 
-        def save(step: int, state: TrainState) -> None:
-            saved.save(step, items_of(state), describe(experiment))
 
-        def show(step: int, state: TrainState) -> None:
-            samples, _ = draw_samples(plan, plan.model(state.ema), experiment.sampling)
-            picture = gallery(samples, f"{experiment.name}, step {step:,} of {settings.steps:,}")
-            log.image(step, "samples", pixels(picture))
-            if main:
-                path = workdir / "training" / f"{step:08}"
+def _go_on(
+    plan: Plan,
+    source: Source,
+    workdir: epath.Path,
+    log: Log,
+    saved: Checkpointer,
+    guard: PreemptionGuard,
+    step: int,
+    state: TrainState,
+) -> tuple[int, TrainState]:
+    """Train from a step to the last one, or until the guard says so; what was reached is saved."""
+    experiment, settings, main = plan.experiment, plan.experiment.train, jax.process_index() == 0
+    if main and (left := drop_snapshots(workdir, step)):
+        log.say(f"snapshots after step {step}, of what was not saved, are deleted: steps {', '.join(map(str, left))}")
+    log.say(f"training from step {step} to {settings.steps} on {len(source):,} records {source.shape}")
+    log.text("experiment", json.dumps(describe(experiment), indent=2))
+
+    def save(step: int, state: TrainState) -> None:
+        saved.save(step, items_of(state), describe(experiment))
+
+    def show(step: int, state: TrainState) -> None:
+        samples, _ = draw_samples(plan, plan.model(state.ema), experiment.sampling)
+        picture = gallery(samples, f"{experiment.name}, step {step:,} of {settings.steps:,}")
+        log.image(step, "samples", pixels(picture))
+        if main:
+            path, origin = workdir / "training" / f"{step:08}", {"experiment": experiment.name, "step": step}
+            try:
                 path.parent.mkdir(exist_ok=True)
-                write_figure(
-                    path, picture, {"experiment": experiment.name, "step": step, **describe(experiment.sampling)}
-                )
+                write_figure(path, picture, origin | describe(experiment.sampling))
                 log.say(f"samples of step {step}: {path}.png")
+            except (OSError, UserError) as error:  # no reason to end a training
+                log.say(f"no samples of step {step}: {error}")
 
-        every = experiment.eval.every
-        evaluations = [(every, Measure(plan, workdir).callback(log.metrics))] if every else []
-        keep = partial(snapshot, plan, workdir)
-        snapshots = settings.snapshot_every
-        if snapshots and step:
-            keep(step, state)
-        step, state = train(
+    keep, snapshots, every = partial(snapshot, plan, workdir), settings.snapshot_every, experiment.eval.every
+    evaluations = [(every, Measure(plan, workdir).callback(log.metrics))] if every else []
+    if snapshots and step:
+        keep(step, state)
+    rows = batches(source, settings.batch, experiment.seed, step, jax.process_index(), jax.process_count())
+    grouped = _group(rows, step, settings.steps, settings.fused)
+    with contextlib.closing(prefetch(grouped, lambda group: global_batch(group, plan.mesh))) as placed:
+        return train(
             state,
             plan.update(source.flip),
             placed,
@@ -106,10 +125,6 @@ def run_training(
             callbacks=[(settings.show_every, show), (snapshots, keep), *evaluations],
             stop=guard.reached,
         )
-        if snapshots and step:
-            keep(step, state)
-    if step < settings.steps:
-        raise Preempted(f"saved at step {step} of {settings.steps}" if step else "stopped before the first step")
 
 
 def _full_rate(plan: Plan, peak: float | None) -> float | None:
