@@ -1,6 +1,7 @@
 """One process of a small run, started by tests/test_multihost.py.
 
 python tests/worker.py train --workdir DIR …   the command line of an experiment on points
+python tests/worker.py colour VERB …   that of an experiment on small colour images
 python tests/worker.py load DIR   gddim.load of a run, its newest step, on a device of each process
 python tests/worker.py five DIR DATA FSDP ACCUMULATE   five steps of a small U-Net; losses and state go to DIR
 """
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from runs import COLOUR
 
 from gddim.checkpoint import Checkpointer
 from gddim.data import Digits, FiveRings, Source, batches
@@ -103,5 +105,7 @@ if __name__ == "__main__":
     elif sys.argv[1] == "load":
         initialize()
         print("loaded", load(sys.argv[2], data=RecordedRings()).shape)
+    elif sys.argv[1] == "colour":
+        main(COLOUR, sys.argv[2:])
     else:
         main(POINTS)
