@@ -23,12 +23,18 @@ Operator = Callable[[Array], Array]
 def inpainting(missing: Shaped[np.ndarray, "..."]) -> Operator:
     """The pixels of an image that are not missing, `(n, C)`; missing are those where a mask `(H, W)` is true, or not 0.
 
-    Raises `ValueError` for a mask of another rank.
+    Raises `ValueError` for a mask of another rank, and when it measures an image of another size.
     """
     if np.ndim(missing) != 2:
         raise ValueError(f"missing has shape {np.shape(missing)}; accepted is (H, W), of all channels")
     known = np.nonzero(np.asarray(missing) == 0)
-    return lambda x: x[known]
+
+    def operator(x: Array) -> Array:
+        if x.shape[:2] != np.shape(missing):
+            raise ValueError(f"missing has shape {np.shape(missing)}, the image {x.shape}: their sizes must agree")
+        return x[known]
+
+    return operator
 
 
 def pooling(n: int) -> Operator:
@@ -42,7 +48,9 @@ def pooling(n: int) -> Operator:
 
 
 def blur(std: float, height: int, width: int) -> Operator:
-    """An image convolved with a Gaussian of so many pixels, which the borders reflect."""
+    """An image convolved with a Gaussian of so many pixels, which the borders reflect. Raises `ValueError` unless `std` > 0."""
+    if not std > 0:
+        raise ValueError(f"std={std} must be > 0")
     rows, columns = _blurring(std, height), _blurring(std, width)
 
     def operator(x: Array) -> Array:

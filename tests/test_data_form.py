@@ -94,14 +94,18 @@ def test_a_path_tells_the_epsilon_that_the_model_did_not_say(sde):
 
 def test_only_a_model_of_this_very_process_is_asked_for_data_and_only_for_data():
     u, grid, data = start(CLD, jnp.float32), gddim.power_grid(1.0, 1e-3, 3), GDDIM(2, interpolate="data")
+    same = gddim.LinearSDE(CLD.drift, CLD.diffusion_squared, CLD.covariance(0.0))  # as far as can be told
     for model, sampler, expected in (
         (Mixture(gddim.CLD(), CENTRES), data, {"data"}),
-        (Mixture(gddim.CLD(gamma=0.1), CENTRES), data, {"eps", "data"}),
+        (Mixture(same, CENTRES), data, {"eps", "data"}),
         (Mixture(CLD, CENTRES), GDDIM(2), {"eps", "data"}),
     ):
         asked.clear()
         gddim.sample(sampler, CLD, model, u, grid)
         assert set(asked) == expected
+    for other in (gddim.CLD(gamma=0.1), gddim.VP()):
+        with pytest.raises(ValueError, match="eps_fn is a model of"):
+            gddim.sample(data, CLD, Mixture(other, CENTRES), u, grid)
 
 
 def test_all_tables_with_as_many_calls_are_one_program_of_the_data():

@@ -45,6 +45,15 @@ def test_of_what_is_the_same_at_all_positions_the_dims_may_be_left_out(sampler, 
     assert whole.shape == u.shape
 
 
+def test_a_state_is_refused_for_dims_that_the_noise_alone_has():
+    for call in (lambda: Coloured().check_state(jnp.ones((5, 7, 1, 3))),
+                 lambda: gddim.sample(GDDIM(1), Coloured(), jnp.multiply, jnp.ones((5, 7, 1, 3)), [1.0, 0.1])):  # fmt: skip
+        with pytest.raises(ValueError, match=r"takes \(2, 3, 1, C\)"):
+            call()
+    with pytest.raises(ValueError, match="ratio per frequency"):
+        gddim.samplers.log_snr_grid(Coloured(), 1.0, 0.1, 3)
+
+
 def test_coefficients_of_size_1_are_of_data_of_any_size():
     sde = gddim.LinearSDE(lambda t: -np.ones((1, 1, 1, 1)), lambda t: 2 * np.ones((1, 1, 1, 1)), np.zeros((1, 1, 1, 1)))
     u = jnp.ones((8, 4, 1, 3))

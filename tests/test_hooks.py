@@ -37,6 +37,7 @@ def test_a_callback_sees_each_step_once_and_its_state_goes_on(sampler, eps_fn, l
     found, path = draw(sampler, eps_fn, last=last, callback=look, return_path=True)
     jax.effects_barrier()
     np.testing.assert_array_equal(found, draw(sampler, eps_fn, last=last))
+    assert len(seen) == len(TIMES) - 1 + (last == "data")
     if last == "none":
         times, ahead = sorted({float(t) for _, _, t in seen}, reverse=True), np.asarray(TIMES[1:])
         if isinstance(sampler, gddim.SSCS):  # whose half steps join: its states are those at its next call

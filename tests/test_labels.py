@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -79,6 +80,13 @@ def by_samples(tmp_path: Path) -> ArrayFile:
 def by_shards(tmp_path: Path) -> Shards:
     prepare(by_csv(tmp_path), tmp_path / "shards", shard_bytes=5 * 192)
     return Shards(str(tmp_path / "shards"), labels=True)
+
+
+def test_a_class_that_was_added_is_seen(tmp_path):
+    data = by_folder(tmp_path)
+    assert data.classes == 3
+    shutil.copytree(tmp_path / "photos" / "all" / NAMES[0], tmp_path / "photos" / "all" / "zebra")
+    assert dataclasses.replace(data).classes == 4
 
 
 KINDS = [by_folder, by_json, by_json_below, by_csv, by_array, by_samples, by_shards]

@@ -33,6 +33,11 @@ def test_a_mask_of_numbers_is_missing_where_it_is_not_0(dtype):
     np.testing.assert_array_equal(inpainting(255 * MISSING.astype(dtype))(X), inpainting(MISSING)(X))
     with pytest.raises(ValueError, match=r"missing has shape \(12, 8, 1\); accepted is \(H, W\)"):
         inpainting(MISSING[..., None])
+    for size in (MISSING.shape[0] - 1, MISSING.shape[0] + 1):
+        with pytest.raises(ValueError, match="their sizes must agree"):
+            inpainting(MISSING)(jnp.ones((size, *X.shape[1:])))
+    with pytest.raises(ValueError, match=r"std=0\.0 must be > 0"):
+        blur(0.0, 8, 8)
 
 
 def test_constants_stay_what_they_are_where_pixels_are_averaged():

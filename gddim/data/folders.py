@@ -267,9 +267,9 @@ class ImageFolder:
     def shape(self) -> tuple[int, ...]:
         return (self.size, self.size, self.channels)
 
-    @property
+    @functools.cached_property
     def classes(self) -> int:
-        return _count_classes(self.find(), os.stat(self.find()).st_mtime_ns) if self.labels else 0
+        return 1 + max(_Files(self.find()).classes().values()) if self.labels else 0
 
     def find(self) -> Path:
         path = Path(self.path).expanduser()
@@ -296,11 +296,6 @@ class ImageFolder:
         if classes is None:
             return source
         return with_labels(source, np.array([classes[name] for name in images.names], np.int32))
-
-
-@functools.lru_cache(maxsize=1)  # an experiment asks again and again
-def _count_classes(path: Path, stamp: int) -> int:
-    return 1 + max(_Files(path).classes().values())
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def moments(source: Source) -> Moments:
     for x in _scaled(source):
         total, square, count = total + x.sum(), square + (x * x).sum(), count + x.size
     mean, mean_square = total / count, square / count
-    return Moments(float(mean), float(np.sqrt(mean_square - mean**2)), float(np.sqrt(mean_square)))
+    return Moments(float(mean), float(np.sqrt(max(0.0, mean_square - mean**2))), float(np.sqrt(mean_square)))
 
 
 def spectrum(source: Source) -> tuple[Float[np.ndarray, "h w"], Float[np.ndarray, "h w"]]:

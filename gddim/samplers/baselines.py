@@ -108,11 +108,12 @@ class Heun(AbstractTableSampler):
 
 
 class SSCS(AbstractTableSampler):
-    """Symmetric splitting of the reverse SDE (Dockhorn et al. 2022, arXiv 2112.07068, §3.3), order 2 for λ = 1.
+    """Symmetric splitting of the reverse SDE, λ = 1 (Dockhorn et al. 2022, arXiv 2112.07068, §3.3).
 
     Half a step of the Ornstein–Uhlenbeck process `A = −F − GGᵀS⁻¹` exactly, the kick `h GGᵀ(∇log p + S⁻¹u)` at the middle
     time, and the other half, with S the stationary covariance, `F S + S Fᵀ + GGᵀ = 0`. From that equation the transition
-    of A over [s, t] is `S Ψ(t, s)ᵀ S⁻¹`. Raises `ValueError` for a process without a stationary covariance.
+    of A over [s, t] is `S Ψ(t, s)ᵀ S⁻¹`. The splitting is of order 2; with its kick, one Euler step as published, marginals
+    are of order 1. Raises `ValueError` for a process without a stationary covariance.
     """
 
     def nfe(self, steps: int) -> int:
@@ -214,8 +215,7 @@ class AdaptiveSolver(AbstractSolver):
             if "forward-mode" not in str(error):
                 raise
             raise ValueError("RK45 has no forward-mode derivative (jvp, jacfwd, hessian): use grad or jacrev") from None
-        # the last stage is the next step's first; two choose the first step
-        calls = 6 * solution.stats["num_steps"] + 2
+        calls = 6 * solution.stats["num_steps"] + 1  # the last stage is the next step's first
         u = jnp.asarray(solution.ys)[0]
         if self.last == "none":
             return Solution(u, calls)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gddim.sde.base import AbstractLinearSDE
+from gddim.sde.base import AbstractLinearSDE, positions
 from gddim.sde.host import on_host
 from gddim.sde.linalg import inverse
 
@@ -100,7 +100,7 @@ def log_snr_grid(sde: AbstractLinearSDE, t_max: Number, t_min: Number, steps: Nu
     For k = 1 this is the usual `log α_t/σ_t²`; for CLD it is the precision that the whole state gives of the data. Raises
     `ValueError` for a process with one ratio per frequency, and for `t_min = 0` where the ratio is infinite.
     """
-    if np.ndim(sde.transition(t_max, 0.0)) > 2:
+    if positions(sde):
         raise ValueError(f"{type(sde).__name__} has a signal-to-noise ratio per frequency; use power_grid")
     return _uniform_in(np.log, sde, t_max, t_min, steps)
 

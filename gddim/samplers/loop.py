@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -108,9 +109,9 @@ def run(
         xi = jax.lax.cond(row.noisy, random, lambda: nothing)
         fields, history = jax.lax.cond(row.noisy, add_noise, lambda *same: same, fields, history)
         if callback is not None:
-            fields = _choose(
-                row.accept, _called_back(callback, _together(fields), foreseen[..., 0, :], row.until), fields
-            )
+            changed = partial(_called_back, callback)  # but no prediction that is corrected
+            told = _together(fields), foreseen[..., 0, :], row.until
+            fields = jax.lax.cond(row.accept, changed, lambda *_: fields, *told)
         return (_choose(row.accept, fields, base), fields, history), way
 
     def step_if_made(state: tuple[Fields, Fields, list[Fields]], row: Calls) -> Any:

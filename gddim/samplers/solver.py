@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Num, PRNGKeyArray
 
-from gddim.samplers.base import Callback, Calls, Coefficients, DataModel, EpsFn, Last, among, calls
+from gddim.samplers.base import Callback, Calls, Coefficients, DataModel, EpsFn, Last, ProcessModel, among, calls
 from gddim.samplers.grids import DATA_STD, check_grid
 from gddim.samplers.loop import Path, run
 from gddim.sde.base import AbstractLinearSDE
-from gddim.sde.linalg import Array, namespace, product
+from gddim.sde.host import on_host
+from gddim.sde.linalg import Array, aligned, namespace, product
 
 
 class Solution(NamedTuple):
@@ -56,9 +57,24 @@ class AbstractSolver(eqx.Module):
         """
         u = jnp.asarray(u)
         self.sde.check_state(u)
+        check_model(eps_fn, self.sde)
         single = u.astype(jnp.float32) if u.dtype.itemsize < 4 else u
         solution = self.solve(eps_fn, single, key, path, callback)
         return solution._replace(state=solution.state.astype(u.dtype))
+
+
+def check_model(eps_fn: EpsFn, sde: AbstractLinearSDE) -> None:
+    """Raise `ValueError` for a model of another process, whose ε is in other coordinates; one by other means is the same."""
+    if not isinstance(eps_fn, ProcessModel) or eps_fn.sde == sde:
+        return
+    ts = min(eps_fn.sde.horizon, sde.horizon) * np.array([0.1, 0.5, 1.0])
+    both = [(on_host(each.transition, ts, 0 * ts), on_host(each.noise_factor, ts)) for each in (eps_fn.sde, sde)]
+    near = lambda theirs, ours: np.allclose(*aligned(theirs, ours, lead=1), rtol=1e-3)
+    if eps_fn.sde.k != sde.k or not all(map(near, *both)):
+        raise ValueError(
+            f"eps_fn is a model of {eps_fn.sde!s:.80}, sampled as {sde!s:.80}: give one of this process, as "
+            "gddim.through(sde, denoise) makes of any denoiser"
+        )
 
 
 class AbstractSampler(eqx.Module):
@@ -250,9 +266,9 @@ def sample(
     `Denoiser`, your own) or one function compiles once, whatever arrays the module holds; a fresh lambda at each call, as
     `eps_fn` or `callback`, compiles anew, and it and the arrays that it closes over are kept alive.
 
-    Raises `ValueError` for a state or an ε of a wrong shape, a state of integers, a grid that does not decrease within
-    [0, horizon], a missing key, a `last` call after a grid that ends at 0, and a grid that starts where nothing is left of
-    the data with another sampler or model.
+    Raises `ValueError` for a state or an ε of a wrong shape, a state of integers, a model of another process, a grid that
+    does not decrease within [0, horizon], a missing key, a `last` call after a grid that ends at 0, and a grid that starts
+    where nothing is left of the data with another sampler or model.
 
     >>> sde, x0 = gddim.VP(), jnp.array([0.3, -0.8])
     >>> def eps_fn(u, t):  # the exact ε of data that are the one point x0

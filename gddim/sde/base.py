@@ -175,7 +175,7 @@ class AbstractLinearSDE(eqx.Module):
     def check_state(self, u: Array, name: str = "u") -> None:
         """Raise `ValueError` unless `u` is floating, and has the shape `(*dims, k, C)` of this process."""
         _check_floating(u, name)
-        dims = np.shape(self.transition(self.horizon, 0.0))[:-2]
+        dims = positions(self)
         known = not dims or (u.ndim == len(dims) + 2 and all(n in (1, m) for n, m in zip(dims, u.shape, strict=False)))
         if not (u.ndim >= 2 and u.shape[-2] == self.k and known):
             expected = ", ".join([*(map(str, dims) if dims else ["*dims"]), str(self.k), "C"])

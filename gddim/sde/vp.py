@@ -20,7 +20,7 @@ class VP(AbstractLinearSDE):
     `beta_min`, `beta_max`: β at t = 0 and at t = 1, per unit of time.
     `horizon`: T, the time at which sampling starts.
 
-    Raises `ValueError` for `beta_min < 0`, `beta_max ≤ 0`, a β that turns negative within the horizon, `horizon ≤ 0`.
+    Raises `ValueError` for `beta_min < 0`, a β that turns negative within the horizon or is 0 all along, `horizon ≤ 0`.
     """
 
     beta_min: float = eqx.field(default=0.1, static=True, converter=float)
