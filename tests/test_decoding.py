@@ -179,6 +179,14 @@ def test_transparent_pixels_are_shown_on_white_which_is_told_once(tmp_path, caps
     np.testing.assert_array_equal(records(ImageFolder(str(tmp_path), 8, 4, test_every=0).train())[0, :4], image[:4])
 
 
+def test_of_several_frames_the_first_is_taken_which_is_told(tmp_path, capsys):
+    pages = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    pages[0].save(tmp_path / "stack.tiff", save_all=True, append_images=pages[1:])
+    source = ImageFolder(str(tmp_path), 8, test_every=0).train()
+    np.testing.assert_array_equal(source[np.array([0])][0, 0, 0], [255, 0, 0])
+    assert "of several frames the first is taken" in capsys.readouterr().err
+
+
 def test_any_name_of_an_image_will_do_and_what_is_passed_over_is_told(tmp_path, capsys):
     photos, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
     (elsewhere / "deep").mkdir(parents=True)

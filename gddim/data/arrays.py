@@ -99,7 +99,7 @@ def _load(path: Path, stamp: tuple[int, int]) -> tuple[Mapping[str, np.ndarray],
     labels = {name: arrays.pop(name) for name in _LABELS if name in arrays and len(arrays) > 1}
     if len(arrays) != 1 and not {"train", "test"} <= set(arrays):
         samples = [array for name, array in arrays.items() if name == "samples" or name.startswith("arr_")]
-        if not samples:
+        if not samples or sum(array.ndim > 1 for array in samples) > 1:
             raise UserError(f"{path} has arrays {', '.join(arrays) or 'none'}: keep one, or name two train and test")
         least, most = min(samples, key=np.ndim), max(samples, key=np.ndim)  # labels have fewer axes
         arrays, labels = {"": most}, labels or ({"labels": least} if least.ndim == 1 else {})

@@ -123,14 +123,16 @@ def image_classes(names: Sequence[str], table: str | None, content: bytes, where
         needed = f"give each a folder of its class, or tell them in {' or '.join(TABLES)}"
     else:
         told: dict[str, str] = {}
-        for name, word in _from_json(content, where / table) if table.endswith(".json") else _from_csv(content):
+        for name, word in (
+            _from_json(content, where / table) if table.endswith(".json") else _from_csv(content, where / table)
+        ):
             if word and told.setdefault(file := _folder(table) + name, word) != word:
                 raise UserError(f"{where / table} tells {name} twice, as {told[file]} and as {word}")
         needed = f"{table} must tell those of all"
     if missing := [name for name in names if name not in told]:
         few = ", ".join(missing[:_FEW]) + ", …" * (len(missing) > _FEW)
         raise UserError(f"{where}: {len(missing):,} of {len(names):,} images have no label ({few}): {needed}")
-    words = [told[name] for name in names]
+    words = [told[name][:255] for name in names]  # more digits than Python reads are no number
     numeric = [word for word in words if table and _number(word)]
     whole = len(numeric) > 0
     if whole and (odd := [word for word in words if not _whole(word)]):
@@ -154,9 +156,12 @@ def _from_json(content: bytes, where: Path) -> list[tuple[str, str]]:
         ) from error
 
 
-def _from_csv(content: bytes) -> list[tuple[str, str]]:
+def _from_csv(content: bytes, where: Path) -> list[tuple[str, str]]:
     lines = csv.reader(io.StringIO(content.decode("utf-8-sig", errors="replace")))
-    return [(line[0].strip().replace("\\", "/"), line[1].strip()) for line in lines if len(line) > 1]
+    try:
+        return [(line[0].strip().replace("\\", "/"), line[1].strip()) for line in lines if len(line) > 1]
+    except csv.Error as error:  # as a quote that is not closed
+        raise UserError(f"{where} cannot be read: {error}") from error
 
 
 def _number(word: str) -> bool:

@@ -265,6 +265,11 @@ class FiveRings:
 
     shape = (2,)
 
+    def __post_init__(self) -> None:
+        for name, least in {"train_points": 1, "test_points": 1, "seed": 0}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{name} must be at least {least}, not {getattr(self, name)}")
+
     @property
     def classes(self) -> int:
         return 5 * self.labels

@@ -1,6 +1,7 @@
 """`python -m gddim.evaluation stats|fid|report`: statistics of a data set, distances of two, tables of results."""
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,24 +10,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jaxtyping import Int
 
 from gddim.data import (
     CIFAR10,
+    DATA,
     SVHN,
     ArrayFile,
     ArraySource,
     CelebA,
     Digits,
     FiveRings,
+    Records,
     Shards,
     Source,
     holds_images,
     to_uint8,
     whole_images,
+    x0_and_cond,
 )
 from gddim.errors import UserError, from_extra, harmless, place, printable
 from gddim.evaluation.cell import LEAST
-from gddim.evaluation.features import FeatureSpace, PixelFeatures
+from gddim.evaluation.features import FeatureSpace, PixelFeatures, check_numbers
 from gddim.evaluation.inception import CONVENTIONS, PRECISIONS, InceptionFeatures
 from gddim.evaluation.metrics import Gaussian, frechet_distance
 from gddim.evaluation.page import REPORT, check_page, write_page
@@ -34,7 +39,7 @@ from gddim.evaluation.report import groups, plot, table
 from gddim.evaluation.statistics import FEW, Statistics, check_shapes, compare, npz, source_statistics
 from gddim.evaluation.sweep import RESULTS, read_rows
 from gddim.parallel import batch_sharding, check_backend, make_mesh
-from gddim.storage import check_writable, write_whole
+from gddim.storage import check_writable, is_local, write_whole
 
 _NAMED = {"digits": Digits, "five-rings": FiveRings, "cifar10": CIFAR10, "svhn": SVHN, "celeba": CelebA}
 _SOURCE = (
@@ -81,6 +86,9 @@ def main() -> None:
     except (UserError, ValueError, OSError) as error:  # the metrics refuse too few samples and unlike features
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except MemoryError as error:
+        print(f"error: out of memory ({error}): give a smaller --size, or --features inception", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         sys.exit(130)
@@ -185,13 +193,29 @@ def _source(text: str, size: int | None, space: FeatureSpace) -> Source:
     source = _records(text, size)
     if len(source) < LEAST:
         raise UserError(f"{text} holds {len(source)} records, the metrics need at least {LEAST}")
-    if len(source.shape) == 3 and isinstance(source, ArraySource) and source.dtype != np.uint8:
-        source = ArraySource(np.asarray(to_uint8(jnp.asarray(source.array))))
+    if len(source.shape) == 3 and source.dtype != np.uint8:
+        source = _Rounded(source)
+    check_numbers(space, source.shape)
     if isinstance(space, InceptionFeatures) and (source.dtype != np.uint8 or source.shape[-1] not in (1, 3)):
         raise UserError(
             f"{text} holds {source.dtype} {source.shape}, no images of 1 or 3 channels: use --features pixels"
         )
     return source
+
+
+class _Rounded:
+    """A source of floating images as saving them would round them."""
+
+    def __init__(self, source: Source):
+        self.source, self.shape, self.flip, self.dtype = source, source.shape, source.flip, np.dtype(np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, indices: Int[np.ndarray, " n"]) -> Records:
+        x0, cond = x0_and_cond(self.source[indices])
+        images = np.asarray(to_uint8(jnp.asarray(x0)))
+        return images if cond is None else {DATA: images, **cond}
 
 
 def _records(text: str, size: int | None) -> Source:
@@ -233,6 +257,10 @@ def _saved(text: str) -> Statistics | Gaussian | None:
     path = place(text)
     if path.suffix != ".npz" or not path.is_file():
         return None
+    if is_local(path):  # samples are not read to learn that they are none
+        with contextlib.suppress(Exception), np.load(path, allow_pickle=False) as file:
+            if "moments.mean" not in file.files and not {"mu", "sigma"} <= {*file.files}:
+                return None
     names = _arrays(path)
     if "moments.mean" in names:
         return Statistics.load(path)

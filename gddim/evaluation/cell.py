@@ -19,6 +19,7 @@ from jaxtyping import Array, Int, Int32
 from gddim.data import LABEL, to_uint8
 from gddim.errors import UserError
 from gddim.evaluation.features import FeatureSpace
+from gddim.evaluation.metrics import GOLDEN
 from gddim.evaluation.provenance import hardware, software, stable_repr
 from gddim.evaluation.statistics import CLASSES, Statistics, compare, features_of
 from gddim.guidance import Guidance
@@ -34,7 +35,6 @@ from gddim.sde.words import process_name
 
 Row = dict[str, Any]
 ROUNDING = "to the nearest uint8, clipped"
-GOLDEN = (5**0.5 - 1) / 2
 LEAST = 4  # samples that every metric needs
 
 

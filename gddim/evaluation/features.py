@@ -1,5 +1,6 @@
 """Feature spaces: functions from samples to vectors, in which two sets of samples are compared."""
 
+import math
 from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
@@ -7,6 +8,9 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 from gddim.data import to_unit
+from gddim.errors import UserError
+
+LARGEST = 2**15  # numbers of a record as they are: their covariance takes 8 GiB
 
 
 @runtime_checkable
@@ -38,6 +42,16 @@ class FeatureSpace(Protocol):
     def probabilities(self, features: Float[np.ndarray, "b d"], /) -> Float[np.ndarray, "b classes"] | None:
         """Class probabilities for the Inception Score; None where there are no classes."""
         ...
+
+
+def check_numbers(space: FeatureSpace, shape: tuple[int, ...]) -> None:
+    """Raise `UserError` for records of so many numbers that their covariance has no room."""
+    count = math.prod(shape)
+    if isinstance(space, PixelFeatures) and count > LARGEST:
+        raise UserError(
+            f"records {shape} are {count:,} numbers, whose covariance takes {8 * count**2 / 2**30:,.0f} GiB: as pixels "
+            f"{LARGEST:,} are accepted; take Inception features, or smaller images"
+        )
 
 
 class PixelFeatures(eqx.Module):

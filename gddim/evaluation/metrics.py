@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
+GOLDEN = (5**0.5 - 1) / 2  # of whose multiples the parts after the point are evenly spread, however many there are
 Features = Shaped[np.ndarray, "_ d"]  # rows are samples; the number of them differs between sets
 
 
@@ -208,9 +209,12 @@ class ScoreSums:
 
     @staticmethod
     def of(probabilities: Features, first: int = 0, splits: int = 10) -> "ScoreSums":
-        """Sums over rows, of which row i (numbered from `first`) belongs to split `i mod splits`."""
+        """Sums over rows, of which row i (numbered from `first`) belongs to split `(i + r) mod splits`, r another for each
+        `splits` rows in turn: so that none is of the classes that samples have in turn."""
         p = np.asarray(probabilities, np.float64)
-        member = np.arange(first, first + len(p)) % splits == np.arange(splits)[:, None]
+        rows = np.arange(first, first + len(p))
+        turn = (rows // splits * GOLDEN % 1 * splits).astype(int)
+        member = (rows + turn) % splits == np.arange(splits)[:, None]
         information = (p * np.log(np.maximum(p, np.finfo(np.float64).tiny))).sum(axis=1)
         return ScoreSums(member.sum(axis=1), member @ p, member @ information)
 

@@ -33,8 +33,14 @@ def software() -> dict[str, Any]:
 
 def stable_repr(value: Any) -> str:
     """An object with all its static parameters, defaults included and functions by name: the same in every process."""
+    if type(value) in (tuple, list):
+        inner = ", ".join(map(stable_repr, value))
+        return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' * (len(value) == 1)})"
+    if isinstance(value, functools.partial):
+        return f"partial({', '.join(map(stable_repr, (value.func, *value.args, *sorted(value.keywords.items()))))})"
     if callable(value) and not dataclasses.is_dataclass(value):
-        return f"{value.__module__}.{value.__qualname__}"
+        named = value if hasattr(value, "__qualname__") else type(value)
+        return f"{named.__module__}.{named.__qualname__}"
     if not dataclasses.is_dataclass(value):
         return repr(value)
     fields = (

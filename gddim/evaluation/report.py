@@ -222,9 +222,13 @@ def _class_table(group: Group) -> list[list[str]]:
     }
     first = next(iter(of.values()))
     most = max((nfe for cells in first.values() for nfe in cells if nfe is not None), default=None)
-    found = [[f"{group.title('frechet')}, by class at NFE {most}", *(f"class {k}" for k in of)]]
-    for label in first:
-        found.append([label, *(str(each[label][most]) if most in each.get(label, {}) else "" for each in of.values())])
+    at = "" if most is None else f" at NFE {most}"
+    found = [[f"{group.title('frechet')}, by class{at}", *(f"class {k}" for k in of)]]
+    for label, cells in first.items():  # at its own most calls, as of an adaptive sampler, where it has none of these
+        own = most if most in cells else max(cells, key=lambda nfe: nfe or 0)
+        found.append(
+            [label, *(_told(each[label][own], most) if own in each.get(label, {}) else "" for each in of.values())]
+        )
     if group.floor:
         values = [group.floor["metrics"].get(f"{OF_CLASS}{k}") for k in of]
         told = ["" if value is None else _digits(value) for value in values]

@@ -200,9 +200,12 @@ def cached_statistics(
     are in memory, 1,024 of those that have to be read.
     """
     count = len(source) if isinstance(source, ArraySource) else min(len(source), 1024)
-    x0, cond = x0_and_cond(source[np.linspace(0, len(source) - 1, count).astype(int)])
-    probe = b"".join(np.ascontiguousarray(part).tobytes() for part in (x0, *(cond or {}).values()))
-    key = json.dumps([name, space.name, len(source), source.shape, hashlib.sha256(probe).hexdigest()])
+    probe = hashlib.sha256()
+    for rows in np.array_split(np.linspace(0, len(source) - 1, count).astype(int), -(-count // 1024)):
+        x0, cond = x0_and_cond(source[rows])  # some at a time, for a file that is mapped may be larger than memory
+        for part in (x0, *(cond or {}).values()):
+            probe.update(np.ascontiguousarray(part).data)
+    key = json.dumps([name, space.name, len(source), source.shape, probe.hexdigest()])
     path = epath.Path(folder) / f"statistics-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
     if agree(path.exists(), np.all):
         return Statistics.load(path)

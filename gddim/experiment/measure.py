@@ -15,7 +15,7 @@ from gddim.data import Source, check_labels, class_counts, classes_of, cond_of, 
 from gddim.errors import UserError, place
 from gddim.evaluation.cell import LEAST, Cell, Evaluator, check
 from gddim.evaluation.classes import Labelled
-from gddim.evaluation.features import FeatureSpace, PixelFeatures
+from gddim.evaluation.features import FeatureSpace, PixelFeatures, check_numbers
 from gddim.evaluation.figures import SUFFIXES
 from gddim.evaluation.inception import InceptionFeatures
 from gddim.evaluation.statistics import CLASSES, Statistics, cached_statistics
@@ -107,6 +107,7 @@ def check_measurable(experiment: Experiment, workdir: epath.Path, train: Source 
 def load_reference(experiment: Experiment, space: FeatureSpace) -> Statistics | None:
     """Those of `--eval.reference`. Raises `UserError` unless samples can be compared with them in this space."""
     text, shape = experiment.eval.reference, experiment.data.shape
+    check_numbers(space, shape)
     if text is None:
         return None
     try:
