@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Float64
 
 LONGEST = 12**-0.5  # the σ_rel of γ = 0, the plain mean of all steps
@@ -35,12 +36,20 @@ def exponent(sigma_rel: float) -> float:
 
 
 def rate(sigma_rel: float, step: ArrayLike) -> Float[Array, ""]:
-    """`1 − β_t`: the share of the newest parameters in the average after step t = 1, 2, …; 1 for the first."""
+    """`1 − β_t`: the share of the newest parameters in the average after step t = 1, 2, …; 1 for the first.
+
+    An average is kept by `a += rate(σ_rel, t) · (θ − a)`. Raises `ValueError` for a step below 1 that is known now.
+    """
+    if not isinstance(step, Tracer) and np.min(step) < 1:
+        raise ValueError(f"step={step}: steps are counted from 1")
     return -jnp.expm1((exponent(sigma_rel) + 1) * jnp.log1p(-1 / jnp.asarray(step, jnp.float32)))
 
 
 def inner_products(
-    steps: Sequence[int], widths: Sequence[float], others: Sequence[int], their_widths: Sequence[float]
+    steps: Sequence[int] | np.ndarray,
+    widths: Sequence[float] | np.ndarray,
+    others: Sequence[int] | np.ndarray,
+    their_widths: Sequence[float] | np.ndarray,
 ) -> Float64[np.ndarray, "n m"]:
     """`∫ p_i q_j dτ` of profiles that end at `steps`, of σ_rel `widths`, with those of the others.
 
@@ -54,7 +63,7 @@ def inner_products(
 
 
 def combination(
-    steps: Sequence[int], widths: Sequence[float], step: int, sigma_rel: float
+    steps: Sequence[int] | np.ndarray, widths: Sequence[float] | np.ndarray, step: int, sigma_rel: float
 ) -> tuple[Float64[np.ndarray, " n"], float]:
     """The coefficients with which snapshots add up to the average of `sigma_rel` at `step`, and what is left.
 
@@ -62,7 +71,7 @@ def combination(
     the second value is the root of that minimum over ‖q‖²: 0 where the wanted average is among them. Raises `ValueError`
     for no snapshot, two alike, or one that ends beyond `step`.
     """
-    if not steps or len(set(zip(steps, widths, strict=True))) < len(steps) or max(steps) > step or min(steps) < 1:
+    if len(steps) == 0 or len(set(zip(steps, widths, strict=True))) < len(steps) or max(steps) > step or min(steps) < 1:
         raise ValueError(f"snapshots at steps {list(steps)}: need some, all different, from 1 to {step}")
     gram = inner_products(steps, widths, steps, widths)
     wanted = inner_products(steps, widths, [step], [sigma_rel])[:, 0]

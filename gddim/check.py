@@ -119,7 +119,8 @@ def _one_step(sde: AbstractLinearSDE, t_min: float, velocity: float) -> tuple[fl
     u0[..., 0, :] = rng.normal(size=u0[..., 0, :].shape)
     u0[..., 1:, :] = velocity * rng.normal(size=u0[..., 1:, :].shape)
     eps, T = rng.normal(size=u0.shape), last_time(sde)
-    at = lambda t: product(sde.transition(t, 0.0), u0) + product(sde.noise_factor(t), eps)
+    psi = lambda t: on_host(sde.transition, np.asarray(t), np.asarray(0.0))  # in float64, also of jax.numpy's
+    at = lambda t: product(psi(t), u0) + product(on_host(sde.noise_factor, np.asarray(t)), eps)
     table = GDDIM(1).coefficients(sde, [T, t_min])
     got = product(table.psi[0], np.asarray(at(T))) + product(table.weights[0, 0], eps)
     terms = product(np.abs(table.psi[0]), np.abs(at(T))) + product(np.abs(table.weights[0, 0]), np.abs(eps))

@@ -8,9 +8,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Scalar, ScalarLike
+from jaxtyping import Float, PyTree, Scalar, ScalarLike, Shaped
 
-from gddim.sde.base import AbstractLinearSDE, positions
+from gddim.sde.base import AbstractLinearSDE, check_floating, positions
 from gddim.sde.host import on_host
 from gddim.sde.linalg import Array, dot, inverse, product, transpose
 
@@ -110,7 +110,10 @@ class PathDenoiser(eqx.Module):
     predicts: str = eqx.field(static=True)
     label: Callable[[Array], Array] = eqx.field(static=True)
 
-    def __call__(self, y: Float[Array, "*dims C"], sigma: ScalarLike) -> Float[Array, "*dims C"]:
+    def __call__(
+        self, y: Shaped[Array, "*dims C"], sigma: ScalarLike, cond: PyTree = None, **kwargs: Any
+    ) -> Float[Array, "*dims C"]:
+        check_floating(y, "y")
         given = jnp.asarray(sigma, y.dtype)
         t, sigma = time_of(self.path, given)
         # α from σ and the length of (α, σα), which is well conditioned also where α is the small difference 1 − t
@@ -119,7 +122,7 @@ class PathDenoiser(eqx.Module):
         noise = sigma * alpha
         above = given > sigma  # of more noise than the path has y is shrunk to that; of less it stays as it is
         x = alpha * y * jnp.where(above, sigma / jnp.where(above, given, 1), 1)
-        out = jnp.asarray(self.net(x, self.label(t)))
+        out = jnp.asarray(self.net(x, self.label(t), *(() if cond is None else (cond,)), **kwargs))
         if out.shape != y.shape:
             raise ValueError(f"the network returned shape {out.shape} for x of shape {y.shape}; the two must agree")
         out = out.astype(y.dtype)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int, Key, PyTree, ScalarLike, UInt32
+from jaxtyping import Array, Float, Int, PyTree, ScalarLike, UInt32
 
 from gddim.denoiser import reduction, statistic
 from gddim.errors import UserError, place
@@ -89,12 +89,12 @@ class Loaded(eqx.Module):
 
     def sample(
         self,
-        n: int | Int[Array, " n"],
+        n: Any,
         *,
         sampler: AbstractSampler | str | None = None,
         nfe: int | None = None,
         process: AbstractLinearSDE | str | None = None,
-        key: Key[Array, ""] | None = None,
+        key: Any = None,
         classes: Any = None,
         guide: float | int | Callable[[Any], Any] | None = None,
     ) -> Float[Array, "n *dims C"]:
@@ -111,12 +111,17 @@ class Loaded(eqx.Module):
         `guide`: the scale of classifier-free guidance; or any function from denoisers to a denoiser, as
         `lambda D: gddim.guidance.Autoguidance(D, worse.denoiser, 2.0)` with another loaded network.
 
-        Raises `UserError` for a word that is none, too few calls, a process that the network does not serve, classes that are
-        none, or not as many as samples, and without `guide` where the run's is a worse network.
+        Raises `UserError` for numbers that are none, a word that is none, too few calls, a process that the network does not
+        serve, classes that are none, or not as many as samples, and without `guide` where the run's is a worse network.
         """
         model, solver = self.through(sampler=sampler, nfe=nfe, process=process, guide=guide)
-        numbers = jnp.arange(n) if isinstance(n, int | np.integer) else n
-        key = jax.random.key(self.settings.seed) if key is None else key
+        numbers = jnp.arange(n) if isinstance(n, int | np.integer) else jnp.asarray(n)
+        if numbers.ndim != 1 or not len(numbers) or not jnp.issubdtype(numbers.dtype, jnp.integer):
+            raise UserError(
+                f"n: {n!s:.60} given, accepted are a number of samples of at least 1, and their numbers (n,)"
+            )
+        key = jnp.asarray(self.settings.seed if key is None else key)
+        key = jax.random.wrap_key_data(key) if key.shape == (2,) else key  # as jax.random.PRNGKey makes it
         spread = self._spread(numbers)
         of = None if classes is None else self._spread(self._checked(classes, numbers.shape))
         cond = self._cond(spread, of)

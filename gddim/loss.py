@@ -93,6 +93,10 @@ class ScoreMatching(AbstractObjective):
     power: float = 1.0
     """1 as published, more for more of the small times."""
 
+    def __check_init__(self) -> None:
+        if not self.power > 0:
+            raise ValueError(f"power={self.power} must be > 0")
+
     def rows(self, x0: Shaped[Array, "batch *dims C"], key: PRNGKeyArray, cond: PyTree = None) -> Row:
         """Times `(batch,)` and ε `(batch, *dims, k, C)`. Raises `ValueError` for data that are not floating."""
         x0 = _floating(x0)

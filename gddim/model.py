@@ -7,11 +7,11 @@ from typing import Any, Protocol, runtime_checkable
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import ArrayLike, Float, PRNGKeyArray, PyTree, Scalar, ScalarLike
+from jaxtyping import ArrayLike, Float, PRNGKeyArray, PyTree, Scalar, ScalarLike, Shaped
 
 from gddim.denoiser import as_denoiser, implied_eps, reduction, statistic, through
 from gddim.errors import UserError
-from gddim.sde.base import AbstractLinearSDE, positions
+from gddim.sde.base import AbstractLinearSDE, check_floating, positions
 from gddim.sde.linalg import Array, as_static, inverse, product, transpose
 
 
@@ -65,7 +65,7 @@ class EpsModel(eqx.Module):
         return eps
 
     def denoiser(
-        self, y: Float[Array, "*dims C"], sigma: ScalarLike, cond: PyTree = None, *, key: PRNGKeyArray | None = None
+        self, y: Shaped[Array, "*dims C"], sigma: ScalarLike, cond: PyTree = None, *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "*dims C"]:
         """`D(y; σ) = E[x₀ | x₀ + σn = y]`, in pixels and without a process: see `gddim.as_denoiser`.
 
@@ -169,8 +169,9 @@ class VelocityModel(eqx.Module):
 
 def _shaped(out: Array, shape: tuple[int, ...]) -> Array:
     """What the network returned. Raises `ValueError` unless it has that shape."""
-    if out.shape != shape:
-        raise ValueError(f"the network returned shape {out.shape}; this process and parameterisation take {shape}")
+    if getattr(out, "shape", None) != shape:
+        given = f"shape {out.shape}" if hasattr(out, "shape") else f"a {type(out).__name__}"
+        raise ValueError(f"the network returned {given}; this process and parameterisation take {shape}")
     return out
 
 
@@ -198,6 +199,8 @@ class Denoiser(eqx.Module):
     frequency, so do σ and the c's, the network sees `c_in y` in pixels, and it belongs to its process.
     `model(u, t, cond=None, *, key=None)` is ε `(*dims, k, C)`, so that samplers take a model as their `eps_fn(u, t)`.
 
+    `net`: `net(x, level, cond, key=key)`, an Equinox module, or `jax.tree_util.Partial(apply, params)` of another library's:
+    of a plain closure the parameters are no leaves of this model.
     `u`: one state `(*dims, k, C)`.
     `t`: its time, a number.
     `cond`: what conditions the network, handed to it as it is.
@@ -245,7 +248,7 @@ class Denoiser(eqx.Module):
         return self._denoised(*statistic(self.sde, u, t), cond, key)
 
     def denoiser(
-        self, y: Float[Array, "*dims C"], sigma: ArrayLike, cond: PyTree = None, *, key: PRNGKeyArray | None = None
+        self, y: Shaped[Array, "*dims C"], sigma: ArrayLike, cond: PyTree = None, *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "*dims C"]:
         """`D(y; σ) = E[x₀ | x₀ + σn = y]`, in pixels and without a process.
 
@@ -253,6 +256,7 @@ class Denoiser(eqx.Module):
         `sigma`: the standard deviation of the noise: a number, or its spectrum where the process's coefficients have one.
         `cond`, `key`: as in a call.
         """
+        check_floating(y, "y")
         return self.sde.to_pixels(self._denoised(self.sde.from_pixels(y), jnp.asarray(sigma, y.dtype), cond, key))
 
     def loss(

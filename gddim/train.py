@@ -49,14 +49,14 @@ class TrainState(eqx.Module):
 
     @classmethod
     def create(cls, model: PyTree, optimizer: GradientTransformation, others: int = 0) -> TrainState:
-        """The state before the first step, in float32 where JAX makes float64.
+        """The state before the first step, in float32: fewer bits would lose what a step adds.
 
         `model`: a model with fresh parameters; its static half is dropped.
         `optimizer`: the one that `make_update` is given.
         `others`: averages beside the one that samples.
         """
-        narrow = lambda x: x.astype(jnp.float32) if x.dtype == jnp.float64 else x
-        params = jax.tree.map(narrow, eqx.filter(model, eqx.is_inexact_array))
+        single = lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        params = jax.tree.map(single, eqx.filter(model, eqx.is_inexact_array))
         copy = lambda: jax.tree.map(jnp.copy, params)
         averages = tuple(copy() for _ in range(others))
         return cls(jnp.zeros((), jnp.int32), params, copy(), optimizer.init(params), averages)
@@ -132,7 +132,8 @@ def make_update(
             return jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0)
 
         def add(total, part):
-            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(params, *part)), None
+            value, grads = jax.value_and_grad(loss)(params, *part)
+            return jax.tree.map(jnp.add, total, (value.astype(jnp.float32), grads)), None
 
         zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
         unroll = accumulate if jax.default_backend() == "cpu" else 1  # XLA:CPU runs convolutions in loops slowly

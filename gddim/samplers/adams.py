@@ -84,7 +84,7 @@ class GDDIM(AbstractTableSampler):
 
     def __check_init__(self) -> None:
         if type(self.order) is not int or not 1 <= self.order <= 4:
-            raise ValueError(f"GDDIM: order={self.order} must be 1, 2, 3 or 4")
+            raise ValueError(f"GDDIM: order={self.order!r} must be 1, 2, 3 or 4")
         if not 0 <= self.lam < np.inf:
             raise ValueError(f"GDDIM: lam={self.lam} must be ≥ 0")
         if not isinstance(self.corrector, bool | np.bool_) and self.corrector != "free":

@@ -143,7 +143,7 @@ def calls(table: Coefficients, sde: AbstractLinearSDE, last: Last = "none", data
     one, zero = np.broadcast_to(np.eye(shape[-1]), table.psi.shape), np.zeros(table.psi.shape)
     # of a splitting method the state is ahead of the grid, at the next call, except in the end
     steps, until = np.arange(n), _joined("concatenate", [table.times[1:], table.ts[-1:]])
-    if corrected is None:
+    if corrected is None or table.corrector is None:
         corrected = np.full(n, table.corrector is not None)
     slots = max(SLOTS, *(w.shape[1] for w in (table.weights, table.corrector) if w is not None))
     predictor: dict[str, Any] = dict(
@@ -153,7 +153,7 @@ def calls(table: Coefficients, sde: AbstractLinearSDE, last: Last = "none", data
         shift=zero if table.shift is None else table.shift,
     )  # fmt: skip
     parts = [predictor]
-    if table.corrector is not None and table.corrector_noise is not None:
+    if table.corrector is not None:
         # its record is overwritten by that of the next call, at the corrected state;
         # where it does not act it leaves an accepted prediction as it is, and calls ε at t: at s = 0 there may be none
         acts = corrected.reshape(-1, *(1,) * len(shape))
@@ -161,7 +161,7 @@ def calls(table: Coefficients, sde: AbstractLinearSDE, last: Last = "none", data
             time=_where(corrected, table.ts[1:], table.times), slot=(steps + 1) % slots,
             record_u=table.record_u[1:], record_eps=table.record_eps[1:], psi=_where(acts, table.psi, one),
             weights=_where(acts[:, None], _padded(table.corrector, slots), 0.0), accept=corrected,
-            noise=_where(acts, table.corrector_noise, 0.0), carry=one, shift=zero,
+            noise=zero if table.corrector_noise is None else _where(acts, table.corrector_noise, 0.0), carry=one, shift=zero,
         ))  # fmt: skip
     rows = {name: _joined("stack", [part[name] for part in parts], 1) for name in predictor}
     rows = {name: value.reshape(-1, *value.shape[2:]) for name, value in rows.items()}

@@ -266,7 +266,8 @@ def spaced(
 
     ends = level(np.array([t_max, t_min]))
     if not np.all(np.isfinite(ends)):
-        raise ValueError(f"the log signal-to-noise ratio is not finite on [{t_min}, {t_max}]; raise t_min")
+        which = "lower t_max" if np.isfinite(ends[1]) else "raise t_min"
+        raise ValueError(f"the log signal-to-noise ratio is not finite on [{t_min}, {t_max}]; {which}")
     target = ends[0] + shares * (ends[1] - ends[0])
     low, high = np.full(len(shares), t_min), np.full(len(shares), t_max)
     for _ in range(80):  # bisection: r rises with t

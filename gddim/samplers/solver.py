@@ -67,7 +67,7 @@ def check_model(eps_fn: EpsFn, sde: AbstractLinearSDE) -> None:
     """Raise `ValueError` for a model of another process, whose ε is in other coordinates; one by other means is the same."""
     if not isinstance(eps_fn, ProcessModel) or eps_fn.sde == sde:
         return
-    ts = min(eps_fn.sde.horizon, sde.horizon) * np.array([0.1, 0.5, 1.0])
+    ts = min(eps_fn.sde.horizon, sde.horizon) * np.array([sde.grid_end, 1e-3, 1e-2, 0.1, 0.5, 1.0])
     both = [(on_host(each.transition, ts, 0 * ts), on_host(each.noise_factor, ts)) for each in (eps_fn.sde, sde)]
     near = lambda theirs, ours: np.allclose(*aligned(theirs, ours, lead=1), rtol=1e-3)
     if eps_fn.sde.k != sde.k or not all(map(near, *both)):
@@ -201,7 +201,7 @@ class TableSolver(AbstractSolver):
             raise ValueError("this sampler adds noise, or is traced and may: give a key")
         first, rest = jax.random.split(jax.random.key(0) if key is None else key)
         if self.start is not None:
-            psi, noise = self.start
+            psi, noise = (jnp.asarray(A, u.dtype) for A in self.start)
             u = product(psi, u) + product(noise, jax.random.normal(first, u.shape, u.dtype))
         if not (path or (callback and rows is self.rows)):  # what no call reads is not handed to the devices
             rows = dataclasses.replace(rows, other=None)
@@ -250,7 +250,7 @@ def sample(
     but at least float32 (CLD multiplies rounding by e^8): a state in half precision is cast back at the end. A model of
     this very process with `.denoise(u, t)`, the data `(*dims, C)` in its basis, is asked for them where the sampler
     interpolates "data" or "residual": the loop then keeps one field, not k, and a grid may start where nothing is left of
-    the data.
+    the data. Of a model that takes a condition, `gddim.guidance.guided(model, lambda D: D, cond)` is one of these.
     `u`: one state at `ts[0]`; `jax.vmap` maps over several.
     `ts`: the grid, a decreasing list of times in [0, horizon].
     `key`: draws the noise of λ > 0.
@@ -278,5 +278,8 @@ def sample(
     >>> bool(jnp.allclose(sde.project(one_step), x0, atol=1e-4))
     True
     """
+    if not (isinstance(sampler, AbstractSampler) and isinstance(sde, AbstractLinearSDE)):
+        given = f"{sampler!r:.60} and {sde!r:.60}"
+        raise ValueError(f"sample takes a sampler and a process, as gddim.GDDIM(order=3) and gddim.CLD(), not {given}")
     solution = sampler.solver(sde, check_grid(sde, ts, data=True), last)(eps_fn, u, key, return_path, callback)
     return (solution.state, solution.path) if return_path else solution.state

@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Float, PRNGKeyArray, Shaped
 
 from gddim.sde.host import in_float64, on_host
@@ -120,7 +121,7 @@ class AbstractLinearSDE(eqx.Module):
 
         Raises `ValueError` for data that are not floating, and of other dims than the process has.
         """
-        _check_floating(x0, "x0")
+        check_floating(x0, "x0")
         u = self.from_pixels(x0)[..., None, :]
         rest = jnp.zeros((*u.shape[:-2], self.k - 1, u.shape[-1]), u.dtype)
         u = jnp.concatenate([u, rest], -2)
@@ -138,9 +139,10 @@ class AbstractLinearSDE(eqx.Module):
     def perturb(self, u0: Shaped[Array, "..."], t: Time, eps: Float[Array, "..."]) -> Float[Array, "..."]:
         """`u_t = Ψ(t, 0) u_0 + R_t ε`, all states `(*dims, k, C)`, ε standard normal.
 
-        Raises `ValueError` for another k, a state that is not floating, and several times: `jax.vmap` maps over them.
+        Raises `ValueError` for another k, a state that is not floating, a time outside [0, horizon] (where it is known when
+        this is called, not under `jit`), and several times: `jax.vmap` maps over them.
         """
-        _check_one(t)
+        self._check_time(t)
         self.check_state(u0, "u0")
         self.check_state(eps, "eps")
         return product(self.transition(t, 0.0), u0) + product(self.noise_factor(t), eps)
@@ -168,13 +170,24 @@ class AbstractLinearSDE(eqx.Module):
 
         Raises `ValueError` like `perturb`.
         """
-        _check_one(t)
+        self._check_time(t)
         self.check_state(eps, "eps")
         return -product(transpose(inverse(self.noise_factor(t))), eps)
 
+    def _check_time(self, t: Time) -> None:
+        """Raise `ValueError` for several times, and for one that is known now and no time of this process."""
+        if np.ndim(t):
+            raise ValueError(
+                f"t has shape {np.shape(t)}, accepted is one time; of a batch map over states and times by jax.vmap"
+            )
+        if not isinstance(t, Tracer) and not 0 <= float(t) <= self.horizon * (1 + 1e-6):
+            raise ValueError(
+                f"t={float(t):g} must lie in [0, {self.horizon:g}], the times of this {type(self).__name__}"
+            )
+
     def check_state(self, u: Array, name: str = "u") -> None:
         """Raise `ValueError` unless `u` is floating, and has the shape `(*dims, k, C)` of this process."""
-        _check_floating(u, name)
+        check_floating(u, name)
         dims = positions(self)
         known = not dims or (u.ndim == len(dims) + 2 and all(n in (1, m) for n, m in zip(dims, u.shape, strict=False)))
         if not (u.ndim >= 2 and u.shape[-2] == self.k and known):
@@ -182,14 +195,8 @@ class AbstractLinearSDE(eqx.Module):
             raise ValueError(f"{name} has shape {u.shape}; {type(self).__name__} takes ({expected})")
 
 
-def _check_one(t: Time) -> None:
-    if np.ndim(t):
-        raise ValueError(
-            f"t has shape {np.shape(t)}, accepted is one time; of a batch map over states and times by jax.vmap"
-        )
-
-
-def _check_floating(x: Array, name: str) -> None:
+def check_floating(x: Array, name: str) -> None:
+    """Raise `ValueError` for an array of integers, which would be computed with in their type."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             f"{name} has dtype {x.dtype}; accepted are floating numbers, of images those of gddim.data.to_unit"

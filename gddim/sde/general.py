@@ -73,8 +73,14 @@ class LinearSDE(AbstractLinearSDE):
                 raise ValueError(f"{name} must be a function of time, given a {type(value).__name__}")
         if callable(initial_covariance):
             raise ValueError("initial_covariance must be a matrix, that at t = 0, given a function")
+        breaks = np.unique(np.asarray(breakpoints, np.float64).reshape(-1))
+        if not np.all((breaks >= 0) & (breaks <= horizon)):
+            raise ValueError(f"breakpoints must be times in [0, {horizon}]: {breaks.min()} to {breaks.max()} given")
+        inside = breaks[(breaks > 0) & (breaks < horizon)]
+        edges = np.array([0.0, *inside, horizon])
+        longest = np.argmax(np.diff(edges))
         with jax.enable_x64(True):
-            middle = np.float64(horizon / 2)
+            middle = (edges[longest] + edges[longest + 1]) / 2  # which is no breakpoint
             F = checked("drift", np.asarray(drift(middle), np.float64))
             GG = checked("diffusion_squared", np.asarray(diffusion_squared(middle), np.float64))
         self.k = F.shape[-1]
@@ -88,10 +94,6 @@ class LinearSDE(AbstractLinearSDE):
                 raise ValueError(f"{name} must be symmetric and positive {'' if strict else 'semi'}definite")
         self.horizon, self.basis = horizon, basis
         whole = np.broadcast_to(covariance, np.broadcast_shapes(F.shape, GG.shape, covariance.shape))
-        breaks = np.unique(np.asarray(breakpoints, np.float64).reshape(-1))
-        if not np.all((breaks >= 0) & (breaks <= horizon)):
-            raise ValueError(f"breakpoints must be times in [0, {horizon}]: {breaks.min()} to {breaks.max()} given")
-        inside = breaks[(breaks > 0) & (breaks < horizon)]
         self._solution = Solution(Coefficients(drift, diffusion_squared, whole, self.horizon), inside)
 
     def transition(self, t: Time, s: Time) -> Array:
