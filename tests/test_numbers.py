@@ -90,6 +90,15 @@ def test_psld_settles_at_the_mass():
     np.testing.assert_allclose(F @ S + S @ F.T + GG, 0, atol=1e-8)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.04])
+def test_derivatives_of_cld_are_finite_where_its_beta_begins_at_0(gamma):
+    sde = gddim.CLD(beta0=0.0, beta1=8.0, gamma=gamma)
+    for t in (0.0, 1e-20, 1e-12, 1e-6):
+        found, exact = sde.velocity_factors(jnp.float32(t)), sde.velocity_factors(np.float64(t))
+        for single, double in zip(found, exact, strict=True):
+            np.testing.assert_allclose(single, double, rtol=1e-5, atol=1e-6 * np.abs(double).max())
+
+
 @pytest.mark.parametrize(("clip", "cut"), [(0.1, 0.02), (50.0, 1.0)])
 def test_gradients_are_cut_to_the_norm_that_is_asked_and_forgotten_at_the_rate(clip, cut):
     optimizer, g = adam(beta1=0.6, clip=clip), jnp.array([3.0, 4.0])

@@ -98,7 +98,8 @@ class CLD(AbstractLinearSDE):
         noise = (6 * self.epsilon) ** (1 / 3) / (2 * math.sqrt(self.m_inv))
         y = xp.arcsinh(B / min(velocity, noise))[..., None]
         # the layer's width, such that the last node is B exactly
-        scale = xp.where(y > 0, B[..., None] / xp.where(y > 0, xp.sinh(y), 1), min(velocity, noise))
+        wide = y > 1e-6  # below, y/sinh(y) is 1 to 2e-13, and its derivative in float32 would be 0/0
+        scale = xp.where(wide, B[..., None] / xp.where(wide, xp.sinh(y), 1), min(velocity, noise))
         xx, _, det = self._moments(xp, scale * xp.sinh(y * nodes**2))
         excess = self.m_inv * xp.sqrt(det) / xx - math.sqrt(self.m_inv)
         slope = scale * y * 2 * nodes * xp.cosh(y * nodes**2)
