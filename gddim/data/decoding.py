@@ -105,9 +105,8 @@ def decoded(content: bytes, channels: int, where: str) -> "Image.Image":
     with opened:
         if lost := _lost(opened, content):
             raise ValueError(lost)
-        if (
-            getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO"
-        ):  # whose second is a preview, or the other eye's
+        frames = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)  # its second is another view
+        if frames > 1:
             tell(f"{where}: of images of several frames the first is taken")
         image = ImageOps.exif_transpose(opened)
         if channels in (1, 3) and image.has_transparency_data:
