@@ -132,7 +132,7 @@ def peek(folder: epath.Path) -> tuple[int, dict[str, Any]]:
     path = min(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
     try:
         with path.open("rb") as file:
-            told = json.loads(_metadata(file)["gddim"])
+            told = json.loads(safetensors.metadata(file)["gddim"])
         return told["step"], told["about"]
     except Exception as error:
         raise UserError(f"{path} is no part of a state: {error!r:.200}") from error
@@ -188,13 +188,6 @@ def digest_of(arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> str:
 
 def _file(arrays: dict[str, np.ndarray], about: dict[str, Any]) -> bytes:
     return safetensors.encode(arrays, {"gddim": json.dumps(about), "sha256": digest_of(arrays)})
-
-
-def _metadata(file: Any) -> dict[str, str]:
-    """What a safetensors file tells beside its arrays, of which none is read."""
-    if (length := int.from_bytes(file.read(8), "little")) > safetensors.HEADER_LIMIT:
-        raise UserError(f"it has a header of {length} bytes")
-    return json.loads(file.read(length))["__metadata__"]
 
 
 def _load(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -4,7 +4,7 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -40,6 +40,24 @@ def from_extra(name: Literal["train", "eval"]) -> Iterator[None]:
 def out_of_memory(error: BaseException) -> bool:
     """Whether what Python or JAX raised says that the memory of the host or of a device is full."""
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+def exit_status(name: str, action: Callable[[], object], full: str, stopped: str) -> int:
+    """That of a command which does `action`; what is wrong is a line of standard error, `full` where memory is, `stopped`
+    after Ctrl-C."""
+    try:
+        action()
+        return 0
+    except (UserError, OSError) as error:
+        status, said = 2, str(error)
+    except (MemoryError, RuntimeError) as error:  # as JAX's are
+        if not out_of_memory(error):
+            raise
+        status, said = 1, f"out of memory: {full}"
+    except KeyboardInterrupt:
+        status, said = 130, f"interrupted: {stopped}"
+    print(f"{name}: {said}", file=sys.stderr)
+    return status
 
 
 def progress(*arguments: Any, **options: Any) -> Any:

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from gddim.data import to_uint8
-from gddim.errors import UserError, from_extra, out_of_memory, place, printable, progress
+from gddim.errors import UserError, exit_status, from_extra, place, printable, progress
 from gddim.evaluation.figures import KEY, encode, label_in_words
 from gddim.experiment.pictures import gallery
 from gddim.experiment.sampling import Guide
@@ -75,21 +75,12 @@ def main(arguments: list[str] | None = None) -> int:
         *options.classes, options.out = options.classes
     if options.out is None or re.fullmatch(r"-?\d+", options.out):
         parser.error("the following arguments are required: OUT, a folder, not a number")
-    try:
+
+    def draw() -> None:
         check_backend()
         print(_generate(options))
-    except (UserError, OSError) as error:
-        print(f"gddim.generate: {error}", file=sys.stderr)
-        return 2
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        print("gddim.generate: out of memory: give a smaller --batch", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("gddim.generate: interrupted: the pictures that are there are whole", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_status("gddim.generate", draw, "give a smaller --batch", "the pictures that are there are whole")
 
 
 def _generate(options: argparse.Namespace) -> str:

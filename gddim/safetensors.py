@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from typing import IO
 
 import ml_dtypes
 import numpy as np
@@ -29,6 +30,13 @@ def encode(arrays: Mapping[str, Shaped[np.ndarray, "..."]], metadata: Mapping[st
     words = json.dumps(header).encode()
     words += b" " * (-len(words) % 8)
     return b"".join([len(words).to_bytes(8, "little"), words, *(arrays[name].tobytes() for name in order)])
+
+
+def metadata(file: IO[bytes]) -> dict[str, str]:
+    """What a file tells beside its arrays, of which none is read. Raises `UserError` for a long header and what JSON does."""
+    if (length := int.from_bytes(file.read(8), "little")) > HEADER_LIMIT:
+        raise UserError(f"it has a header of {length} bytes")
+    return json.loads(file.read(length))["__metadata__"]
 
 
 def parse(

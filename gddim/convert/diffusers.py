@@ -147,14 +147,14 @@ def _betas(found: dict[str, Any]) -> np.ndarray:
         raise UserError(
             f"its scheduler is {kind:.40}, or with flow sigmas or betas rescaled: read are {', '.join(OF_VP)}"
         )
-    start, end = (0.00085, 0.012) if kind in LATENT_BETAS else (1e-4, 0.02)
     if (betas := found.get("trained_betas")) is not None:
         return np.asarray(betas, np.float64)
+    start, end = (0.00085, 0.012) if kind in LATENT_BETAS else (1e-4, 0.02)
     first, last = float(found.get("beta_start", start)), float(found.get("beta_end", end))
-    steps, kind = found.get("num_train_timesteps", 1000), found.get("beta_schedule", "linear")
+    steps, schedule = found.get("num_train_timesteps", 1000), found.get("beta_schedule", "linear")
     if type(steps) is not int or not 1 <= steps <= 100_000:
         raise UserError(f"its num_train_timesteps is {steps!s:.40}")
-    match kind:
+    match schedule:
         case "linear":
             return np.linspace(first, last, steps)
         case "scaled_linear":
@@ -164,7 +164,9 @@ def _betas(found: dict[str, Any]) -> np.ndarray:
             alphas = np.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
             return np.minimum(1 - alphas[1:] / alphas[:-1], 0.999)
         case _:
-            raise UserError(f"its beta_schedule is {kind!s:.40}; read are linear, scaled_linear and squaredcos_cap_v2")
+            raise UserError(
+                f"its beta_schedule is {schedule!s:.40}; read are linear, scaled_linear and squaredcos_cap_v2"
+            )
 
 
 def names(net: NCSNpp) -> Names:

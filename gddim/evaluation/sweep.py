@@ -57,7 +57,7 @@ def sweep(
     told = lambda key: folder / "samples" / f"{key}.json"  # there when the samples of a cell are: what they are
     done = lambda key: key in known and (not keep_samples or told(key).exists())
     seen = agree(np.array([done(key) for key in named], bool))  # by process 0: all draw the same cells
-    missing = {key: cell for (key, cell), known_there in zip(named.items(), seen, strict=True) if not known_there}
+    missing = {key: named[key] for key, there in zip(named, seen, strict=True) if not there}
     check(list(missing.values()), evaluator.model.sde)
     wanted = list(named)
     if floor is not None:

@@ -91,11 +91,10 @@ def check_measurable(experiment: Experiment, workdir: epath.Path, train: Source 
     The data are looked at where `train`, those to train on, are given: they are measured much later, otherwise at once.
     """
     load_reference(experiment, feature_space(experiment.eval))
+    written = [(workdir / RESULTS).with_suffix(suffix) for suffix in (".md", *SUFFIXES)]
     if (workdir / RESULTS).exists():
         read_rows(workdir / RESULTS)
-    elif foreign := [
-        path for suffix in (".md", *SUFFIXES) if (path := (workdir / RESULTS).with_suffix(suffix)).exists()
-    ]:
+    elif foreign := [path for path in written if path.exists()]:
         raise UserError(f"{foreign[0]} is of no {RESULTS} beside it and is not overwritten: move it away")
     if train is not None:
         measured_against(experiment, train)

@@ -17,13 +17,11 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import sys
 from collections.abc import Callable
 
-import jax
 from etils import epath
 
-from gddim.errors import UserError, from_extra, out_of_memory, place, printable
+from gddim.errors import UserError, exit_status, from_extra, place, printable
 from gddim.experiment.trained import HUB, find, tables_of
 from gddim.export.card import card, front_matter, picture, results, tables
 from gddim.export.model import exported, portable
@@ -40,23 +38,16 @@ SUFFIX = ".safetensors"
 def main(arguments: list[str] | None = None) -> int:
     printable()
     options = _parser().parse_args(arguments)
-    try:
+
+    def write() -> None:
         _check(options)
         check_backend()
         for line in (_state if options.state else _model)(options):
             print(line)
-    except (UserError, OSError) as error:
-        print(f"gddim.export: {error}", file=sys.stderr)
-        return 2
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        print("gddim.export: out of memory: beside a training, JAX_PLATFORMS=cpu takes the host's", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("gddim.export: interrupted: nothing is written", file=sys.stderr)
-        return 130
-    return 0
+
+    return exit_status(
+        "gddim.export", write, "beside a training, JAX_PLATFORMS=cpu takes the host's", "nothing is written"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

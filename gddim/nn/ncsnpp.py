@@ -89,7 +89,7 @@ class NCSNppConfig:
         for name, least in {"classes": 0, "augment": 0, "features": 0, "hidden": 0, "groups": 1, "head": 0}.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name}: got {getattr(self, name)}, needs at least {least}")
-        if self.features and (self.features < 4 or (self.embedding.startswith("fourier") and self.features % 2)):
+        if self.features and (self.features < 4 or (self.fourier and self.features % 2)):
             raise UserError(f"features: got {self.features}, needs 0 or at least 4, an even number of Fourier features")
         if not 0 < self.eps < 1:
             raise UserError(f"eps: got {self.eps}, needs 0 < eps < 1")
