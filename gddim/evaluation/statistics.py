@@ -26,6 +26,7 @@ from gddim.storage import write_whole
 
 SUBSET = 5000  # features kept for the metrics that compare pairs: KID, energy distance, precision and recall
 CLASSES = 20  # more have no moments of their own: each takes a covariance, 32 MB of Inception features
+TURN = 1024  # records whose moments are taken together: each merge passes over every covariance
 OF_CLASS = "frechet of class "
 FEW = 10_000  # below so many samples a Fréchet distance is biased enough that its name must tell their number
 
@@ -165,8 +166,8 @@ def features_of(space: FeatureSpace, samples: Shaped[Array, "b ..."], devices: i
 def source_statistics(
     source: Source, space: FeatureSpace, name: str, sharding: jax.sharding.Sharding | None = None, progress: bool = True
 ) -> Statistics:
-    """Of a whole data set, and of its classes where records have labels, read in a shuffled order so that the subset is a
-    sample of it.
+    """Of a whole data set, and of its classes where records have labels of at most `CLASSES`, read in a shuffled order so
+    that the subset is a sample of it.
 
     Devices take `space.chunk` records each at a time, whatever their number, so that it changes no bit of a feature.
     """
@@ -177,20 +178,24 @@ def source_statistics(
     size = space.chunk * (sharding.num_devices if sharding else 1)
     origin = {"source": name, "records": len(source), "features": space.name}
     origin |= space.details(x0_and_cond(source[order[:64]])[0]) | software()
-    found = None
+    found, classes = None, set()
     with tqdm(total=len(source), desc=name, unit="img", disable=None if progress else True) as bar:
-        for first in range(0, len(source), size):
-            indices = order[first : first + size]
-            padded = np.concatenate([indices, np.full(size - len(indices), indices[0])])
-            x0, cond = x0_and_cond(source[padded])
-            batch, labels = jax.device_put(x0, sharding), cond and cond[LABEL][: len(indices)]
-            features = to_host(features_of(space, batch, len(batch) // space.chunk))[: len(indices)]
-            part = Statistics.of(features, space, first, origin, labels)
+        for start in range(0, len(source), turn := size * -(-TURN // size)):
+            features, labels = [], []
+            for indices in np.split(order[start : start + turn], range(size, min(turn, len(source) - start), size)):
+                padded = np.concatenate([indices, np.full(size - len(indices), indices[0])])
+                x0, cond = x0_and_cond(source[padded])
+                batch = jax.device_put(x0, sharding)
+                features.append(to_host(features_of(space, batch, len(batch) // space.chunk))[: len(indices)])
+                labels += [cond[LABEL][: len(indices)]] if cond and LABEL in cond else []
+                bar.update(len(indices))
+            classes |= {int(k) for part in labels for k in np.unique(part) if k >= 0}
+            told = np.concatenate(labels) if labels and len(classes) <= CLASSES else None
+            part = Statistics.of(np.concatenate(features), space, start, origin, told)
             found = found.then(part) if found else part
-            bar.update(len(indices))
     if found is None:
         raise UserError(f"{name} holds no records")
-    return found
+    return found if len(classes) <= CLASSES else dataclasses.replace(found, classes={})
 
 
 def cached_statistics(
