@@ -1,4 +1,6 @@
-"""What others reported: CIFAR-10 FID of 50,000 samples in gDDIM (Zhang, Tao, Chen 2023, arXiv 2206.05564)."""
+"""What others reported: CIFAR-10 FID of 50,000 samples in gDDIM (Zhang, Tao, Chen 2023, arXiv 2206.05564), and in few calls
+by other networks: AGM's (arXiv 2310.07805) and EDM's (arXiv 2206.00364), that also with UniPC (arXiv 2302.04867) and
+DPM-Solver-v3 (arXiv 2310.13268)."""
 
 import re
 from typing import NamedTuple
@@ -12,7 +14,11 @@ _NEAREST = {
     "ancestral": "em",
     "RK45": "rk45",
     "Heun": "heun",
+    "AGM-ODE": "gddim",
+    "UniPC": "unipc",
+    "DPM-Solver-v3": "unipc",
 }
+OTHERS = ("AGM", "EDM")  # whose process is none of gDDIM's: their rows stand beside those of any
 
 
 class Published(NamedTuple):
@@ -54,4 +60,8 @@ TABLES = (
         )
         for lam, fid in zip((0, 0.1, 0.3, 0.5, 0.7, 1), row, strict=True)
     ),
+    _row("AGM", "AGM-ODE, arXiv 2310.07805", 11.88, 4.54, 2.58, nfe=(5, 10, 20)),
+    _row("EDM", "UniPC on EDM's network, arXiv 2310.13268", 24.0, 2.89, 2.03, nfe=(5, 10, 20)),
+    _row("EDM", "DPM-Solver-v3 on EDM's network, arXiv 2310.13268", 12.21, 2.51, nfe=(5, 10)),
+    _row("EDM", "Heun, EDM, arXiv 2206.00364", 1.97, nfe=(35,)),
 )

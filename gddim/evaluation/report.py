@@ -26,7 +26,7 @@ from gddim.evaluation.figures import (
     number,
     processes_in_words,
 )
-from gddim.evaluation.paper_tables import TABLES, Published
+from gddim.evaluation.paper_tables import OTHERS, TABLES, Published
 from gddim.evaluation.statistics import FEW, OF_CLASS
 from gddim.evaluation.sweep import FLOOR
 from gddim.storage import write_whole
@@ -46,20 +46,22 @@ ERRORS = {  # that a metric states itself
 
 
 class Entry(NamedTuple):
-    """The seeds of one cell: mean and spread of a metric, mean number of network calls.
+    """The seeds of one cell: mean, spread and least of a metric, mean number of network calls.
 
     The spread is the standard deviation over seeds, of a single one the error that the metric itself states, if any.
     """
 
     mean: float
     spread: float
+    least: float
     seeds: int
     nfe: float
 
     def __str__(self) -> str:
         if not math.isfinite(self.mean):
             return "diverged"
-        return f"{_digits(self.mean)} ± {self.spread:.2g}" if self.spread or self.seeds > 1 else _digits(self.mean)
+        least = f", least {_digits(self.least)}" if self.seeds > 1 else ""
+        return f"{_digits(self.mean)} ± {self.spread:.2g}{least}" if self.spread or least else _digits(self.mean)
 
 
 def _digits(value: float) -> str:
@@ -116,11 +118,12 @@ class Group(NamedTuple):
         return f"{name} of only {self.samples:,} samples" if few else name
 
     def published(self) -> list[Published]:
-        """Other people's rows for the same process, where the metric is theirs: Inception features of CIFAR-10."""
+        """Other people's rows for the same process, or of another network altogether, where the metric is theirs: Inception
+        features of CIFAR-10."""
         source = str(self.provenance["reference"]["source"]).lower().replace("-", "")
         same = self.provenance["features"].startswith("inception") and re.search(r"cifar10(?!\d)", source) is not None
         processes = {row["provenance"]["process"].split("(")[0] for row in self.rows}
-        return [row for row in TABLES if same and row.process in processes]
+        return [row for row in TABLES if same and row.process in (*processes, *OTHERS)]
 
     def entries(self, metric: str) -> dict[str, dict[int | None, Entry]]:
         """By sampler, then by budget of calls (None: adaptive)."""
@@ -158,7 +161,8 @@ def _entry(rows: list[Row], metric: str, error: str | None) -> Entry:
     spread = float(np.std(values, ddof=1)) if len(values) > 1 and np.isfinite(values).all() else 0.0
     if error:
         spread = rows[0]["metrics"].get(error, 0.0)
-    return Entry(float(np.mean(values)), spread, len(values), float(np.mean([row["measured"]["nfe"] for row in rows])))
+    nfe = float(np.mean([row["measured"]["nfe"] for row in rows]))
+    return Entry(float(np.mean(values)), spread, min(values), len(values), nfe)
 
 
 def groups(rows: Sequence[Row]) -> list[Group]:
