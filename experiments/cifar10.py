@@ -11,8 +11,14 @@ Hardware: one accelerator of the H100 class. Steps: 80,000 of 512 images, 41 mil
 Expected: FID below 15 after the first window of 25 minutes, 8 after three, 5 after eight.
 Augmentation is off (--train.augment 0.12 is EDM's, and 576 parameters more): in some windows so small a network learns no image
 by heart, and what it would be told of takes its share of them.
-Measured: nothing yet; `cifar10_tiny` is the same on two CPU cores. The large table: --eval.processes own cld psld langevin
-with --eval.nfe 4 5 6 8 10 15 20 35 50.
+Measured: nothing yet; `cifar10_tiny` is the same on two CPU cores. The large table, of the average that is best on other seeds,
+and three seeds of what matters most:
+
+    python -m experiments.cifar10 evaluate --workdir runs/cifar10 --eval.ema 0.03 0.05 0.07 0.1 0.15 \\
+        --eval.nfe 4 5 6 8 10 15 20 35 50 --eval.processes own cld psld langevin --eval.samplers em cholesky:2 gddim:1 \\
+        gddim:2 gddim:3 gddim:2:data gddim:3:data gddim:3:data:free@tuned gddim:1:lam=0.3 gddim:1:lam=1 heun rk45
+    python -m experiments.cifar10 evaluate --workdir runs/cifar10 --eval.ema 0.03 0.05 0.07 0.1 0.15 \\
+        --eval.nfe 5 10 20 --eval.seeds 3 --eval.samplers gddim:3:data:free@tuned gddim:3:data gddim:3
 """
 
 from pathlib import Path

@@ -18,6 +18,7 @@ from experiments import points
 from gddim import compact, export
 from gddim.checkpoint import Checkpointer, by_path
 from gddim.compact import Packed
+from gddim.evaluation.sweep import read_rows
 from gddim.experiment.checkpoints import restore_ema
 from gddim.experiment.cli import main, parse
 from gddim.experiment.plan import Plan
@@ -136,6 +137,23 @@ def test_lengths_are_rebuilt_from_snapshots(run, capsys):
     assert far(vectors[0.07], renamed, "ema") < apart
 
 
+def test_a_table_is_of_the_length_that_is_best_in_samples_that_it_has_not(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "w")
+    asked = ("--eval.samples=64", "--eval.batch=64", "--eval.seeds=2", "--eval.nfe", "3", "--eval.samplers", "gddim:2")
+    words = ["evaluate", f"--workdir={tmp_path / 'w'}", *asked, "--sampling.nfe=4", "--sampling.seed=3"]
+    for again in (False, True):
+        with pytest.raises(SystemExit, match="0"):
+            main(points.EXPERIMENT, [*words, "--eval.ema", "0.03", "0.05", "0.1"])
+        said = capsys.readouterr().err
+        tried, rows = (read_rows(tmp_path / "w" / name / "results.jsonl") for name in ("ema", ""))
+        assert [row["cell"]["seed"] for row in tried] == 3 * [5], again
+        assert [row["cell"]["seed"] for row in rows if row["cell"]["nfe"]] == [3, 4]
+        best = min(tried, key=lambda row: row["metrics"]["frechet"])["provenance"]
+        assert {row["provenance"]["checkpoint"] for row in rows if row["cell"]["nfe"]} == {best["checkpoint"]}
+        assert {row["provenance"]["weights"] for row in rows if row["cell"]["nfe"]} == {best["weights"]}
+        assert again or f"average of {best['weights'].removeprefix('EMA of ')} has the least distance in seed 5" in said
+
+
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_snapshots_of_what_was_not_saved_are_no_part_of_what_follows(checkpointed, tmp_path, capsys, monkeypatch):
     """Of a run that diverged, say, or was killed: it may go on otherwise. Nothing that was saved, or copied there, is lost."""
@@ -167,6 +185,10 @@ def test_what_cannot_be_handed_over_is_refused_in_a_line(run, tmp_path, capsys):
     assert "is at step 240: --train.steps must be more" in says(2, init, *PROFILES, "--train.steps=240")
     assert "--sampling.ema is made of snapshots" in says(2, "--sampling.ema=0.07", *PROFILES)
     assert "snapshots are of ema_profiles" in says(2, "--train.snapshot-every=20")
+    for word, why in (("0.07", "--eval.ema is made of snapshots"), ("0.3", "ema must lie in (0, 0.289], not 0.3")):
+        with pytest.raises(SystemExit, match="2"):
+            main(points.EXPERIMENT, ["run", f"--workdir={tmp_path / 'w'}", *WORDS, "--eval.ema", word])
+        assert why in capsys.readouterr().err
     assert not (tmp_path / "w").exists()
     assert export.main([str(run), str(run), "--state"]) == 2
     assert "is not overwritten" in capsys.readouterr().err

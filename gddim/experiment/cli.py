@@ -266,7 +266,7 @@ def _checked(
             if command.verb != "run" or experiment.eval.every:
                 raise
             untabled = str(error)
-    check_rebuildable(experiment, workdir, asked.training)
+    check_rebuildable(experiment, workdir, asked.training, asked.measured and not untabled)
     if "sample" in verbs:
         check_names(workdir, *SAMPLES)
     if source is not None:

@@ -167,6 +167,9 @@ class Evaluation:
     reference: str | None = None
     """Statistics to compare with, as python -m gddim.evaluation stats writes them; without it those of the data, which are
     computed once and kept in the workdir."""
+    ema: tuple[float, ...] = field(default=(), metadata=LATER)
+    """Lengths σ_rel of an average, as sampling.ema takes one, to choose from: the table is of that with the least distance
+    of as many samples by sampling's sampler, of the seed after the table's; without any that of sampling.ema."""
     every: int = 0
     """Training steps between two evaluations of at most 5,000 samples, by sampling's sampler, that are logged; 0: none."""
 
@@ -176,6 +179,8 @@ class Evaluation:
         for name in ("samples", "seeds", "batch"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
         require(self.every >= 0, f"every must be at least 0, not {self.every}")
+        for sigma in self.ema:
+            require(0 < sigma <= LONGEST, f"ema must lie in (0, {LONGEST:.3f}], not {sigma}")
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def cells(experiment: Experiment, everywhere: Collection[str] = ()) -> list[Cell
     """
     settings, sampling = experiment.eval, experiment.sampling
     require(
-        sampling.seed + settings.seeds <= 2**31,
+        sampling.seed + settings.seeds + bool(settings.ema) <= 2**31,
         f"eval.seeds {settings.seeds}: from sampling.seed {sampling.seed} on they must be below 2³¹",
     )
     same = {name: getattr(sampling, name) for name in everywhere}
@@ -65,7 +65,7 @@ def cells(experiment: Experiment, everywhere: Collection[str] = ()) -> list[Cell
         if isinstance(sampler, LearnedTable) and sampler not in drawn:
             of = f"{sampler.about['process']} at {sampler.nfe(1)} calls"
             raise UserError(f"{sampler_name(sampler)} is of {of}, which is no cell of --eval.processes and --eval.nfe")
-    check([*found, *([periodic_cell(experiment)] if settings.every else [])], experiment.sde)
+    check([*found, *([own_cell(experiment)] if settings.every or settings.ema else [])], experiment.sde)
     classes = settings.balance == "classes" or classes_of(experiment.data) > 0
     require(classes, f"eval.balance {settings.balance}: this run knows no classes; train one with --data.labels")
     if settings.features == "inception" and not (len(shape) == 3 and shape[-1] in (1, 3)):
@@ -78,11 +78,11 @@ def _meets(sampler: AbstractSampler, sde: AbstractLinearSDE, nfe: int) -> bool:
     return not isinstance(sampler, LearnedTable) or (sampler.of(sde) and sampler.nfe(1) == nfe)
 
 
-def periodic_cell(experiment: Experiment) -> Cell:
-    """The cell of sampling's own sampler, which is evaluated while training."""
-    sampling, count = experiment.sampling, min(PERIODIC, experiment.eval.samples)
+def own_cell(experiment: Experiment) -> Cell:
+    """The cell of sampling's own sampler, of as many samples as those of the table."""
+    sampling = experiment.sampling
     sde = experiment.through(sampling.process)
-    return Cell(sampling.method(sde, experiment.data.shape), count, sampling.seed, sde)
+    return Cell(sampling.method(sde, experiment.data.shape), experiment.eval.samples, sampling.seed, sde)
 
 
 def check_measurable(experiment: Experiment, workdir: epath.Path, train: Source | None = None) -> None:
@@ -182,11 +182,17 @@ class Measure:
         self.counts = class_counts(data.train(), classes_of(data)) if of_data else None
 
     def evaluator(
-        self, params: PyTree, step: int, guidance: Guidance | None = None, guide: dict[str, str] | None = None
+        self,
+        params: PyTree,
+        step: int,
+        guidance: Guidance | None = None,
+        guide: dict[str, str] | None = None,
+        ema: float | None = None,
     ) -> Evaluator:
-        """What draws samples of these averaged parameters and measures them; guided, with what tells the guide."""
+        """What draws samples of these averaged parameters, of length `ema` or sampling's, and measures them; guided, with
+        what tells the guide."""
         experiment, mesh = self.plan.experiment, self.plan.mesh
-        length = experiment.sampling.ema
+        length = experiment.sampling.ema if ema is None else ema
         return Evaluator(
             self.plan.model(params),
             experiment.data.shape,
@@ -209,7 +215,8 @@ class Measure:
 
     def callback(self, report: Callable[[int, str, dict[str, float]], None]) -> Callable[[int, Any], None]:
         """A function of a training step and its state that evaluates a few samples and reports how many, and what."""
-        cell, guide = periodic_cell(self.plan.experiment), self.plan.experiment.sampling.guide
+        cell, guide = own_cell(self.plan.experiment), self.plan.experiment.sampling.guide
+        cell = replace(cell, samples=min(PERIODIC, cell.samples))
 
         def evaluated(step: int, state: Any) -> None:
             found = self.evaluator(state.ema, step, guide.away_from()).run(cell)

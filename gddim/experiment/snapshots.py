@@ -54,16 +54,16 @@ def average_names(count: int) -> list[str]:
     return ["ema", *(f"averages.{i}" for i in range(count - 1))]
 
 
-def check_rebuildable(experiment: Experiment, workdir: epath.Path, training: bool) -> None:
-    """Raise `UserError` where `sampling.ema` asks for what no snapshot will tell."""
-    if not experiment.sampling.ema:
-        return
-    if training and not (experiment.train.snapshot_every and experiment.train.ema_profiles):
-        raise UserError(
-            "--sampling.ema is made of snapshots: give --train.ema-profiles 0.05 0.1 and --train.snapshot-every"
-        )
-    if not training:
-        check_snapshots(workdir)
+def check_rebuildable(experiment: Experiment, workdir: epath.Path, training: bool, measured: bool) -> None:
+    """Raise `UserError` where `sampling.ema`, or `eval.ema` of a table, asks for what no snapshot will tell."""
+    asked = {"--sampling.ema": experiment.sampling.ema, "--eval.ema": measured and experiment.eval.ema}
+    for option in (option for option, given in asked.items() if given):
+        if training and not (experiment.train.snapshot_every and experiment.train.ema_profiles):
+            raise UserError(
+                f"{option} is made of snapshots: give --train.ema-profiles 0.05 0.1 and --train.snapshot-every"
+            )
+        if not training:
+            check_snapshots(workdir, option)
 
 
 def check_snapshots(workdir: epath.Path, option: str = "--sampling.ema") -> None:

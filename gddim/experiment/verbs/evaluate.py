@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from etils import epath
 
 from gddim.evaluation.cell import Cell
@@ -16,15 +18,31 @@ from gddim.evaluation.sweep import RESULTS, read_rows, sweep
 from gddim.experiment.checkpoints import checkpoint_digest, restore_ema
 from gddim.experiment.drawing import draw_samples
 from gddim.experiment.guiding import restore_guide
-from gddim.experiment.measure import Measure
+from gddim.experiment.measure import Measure, own_cell
 from gddim.experiment.outputs import check_names, write_json
 from gddim.experiment.plan import Plan
 from gddim.experiment.workdir import describe
-from gddim.parallel import tell
+from gddim.parallel import agree, tell
 from gddim.samplers import LearnedTable
 from gddim.samplers.words import sampler_name
 from gddim.sde.words import process_name
 from gddim.storage import write_whole
+
+
+def _best_length(
+    plan: Plan, workdir: epath.Path, step: int | None, measure: Measure, guide: tuple[Guidance, dict[str, str]]
+) -> float:
+    """Of `eval.ema` the length with the least distance of samples that the table has not; the rows are kept in `ema`."""
+    lengths, distances, cell = plan.experiment.eval.ema, [], own_cell(plan.experiment)
+    cell = dataclasses.replace(cell, seed=cell.seed + plan.experiment.eval.seeds)
+    for ema in lengths:
+        evaluator = measure.evaluator(*restore_ema(plan, workdir, step, ema), *guide, ema=ema)
+        rows = sweep(evaluator, [cell], workdir / "ema")
+        distances.append(rows[0]["metrics"].get("frechet", math.inf) if rows else math.inf)  # all are on process 0
+    best = lengths[int(agree(np.argmin(distances)))]
+    found = ", ".join(f"{ema:g}: {distance:.4g}" for ema, distance in zip(lengths, distances, strict=True))
+    tell(f"average of σ_rel {best:g} has the least distance in seed {cell.seed} ({found})")
+    return best
 
 
 def evaluate(plan: Plan, workdir: epath.Path, cells: Sequence[Cell], step: int | None = None) -> None:
@@ -32,13 +50,18 @@ def evaluate(plan: Plan, workdir: epath.Path, cells: Sequence[Cell], step: int |
     holds."""
     experiment, settings = plan.experiment, plan.experiment.eval
     check_names(workdir, "classes")
-    params, step = restore_ema(plan, workdir, step)
-    guide = restore_guide(plan, workdir, step)
-    measure, digest = Measure(plan, workdir), checkpoint_digest(params)
+    ema = settings.ema[0] if settings.ema else experiment.sampling.ema
+    params, at = restore_ema(plan, workdir, step, ema)
+    guide, measure = restore_guide(plan, workdir, at), Measure(plan, workdir)
+    if len(settings.ema) > 1:
+        ema = _best_length(plan, workdir, step, measure, guide)
+        params, at = restore_ema(plan, workdir, step, ema)
+    step, digest = at, checkpoint_digest(params)
     for sampler in settings.samplers:
         if isinstance(sampler, LearnedTable) and (line := sampler.foreign(digest)):
             tell(line)
-    rows = sweep(measure.evaluator(params, step, *guide), cells, workdir, measure.floor, settings.keep_samples)
+    evaluator = measure.evaluator(params, step, *guide, ema=ema)
+    rows = sweep(evaluator, cells, workdir, measure.floor, settings.keep_samples)
     if jax.process_index() == 0:
         every = read_rows(workdir / RESULTS)  # also of other checkpoints, and in other features
         write_whole(workdir / "results.md", table(every).encode())
