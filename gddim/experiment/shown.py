@@ -12,12 +12,12 @@ from gddim.experiment.options import is_flag, tyro
 
 T = TypeVar("T")
 
-_BOTH = {"verb", "workdir", "dry_run", "data", "mesh"}
+_BOTH = {"verb", "workdir", "dry_run", "data", "mesh", "compiled"}
 _AFTERWARDS = _BOTH | {"step", "sampling"}
 NEEDED = {
-    "train": _BOTH | {"peak_flops", "compiled", "seed", "sde", "net", "model", "train"},
-    "sample": _AFTERWARDS | {"compiled", "from_", "strength"},
-    "evaluate": _AFTERWARDS | {"compiled", "eval"},
+    "train": _BOTH | {"peak_flops", "seed", "sde", "net", "model", "train"},
+    "sample": _AFTERWARDS | {"from_", "strength"},
+    "evaluate": _AFTERWARDS | {"eval"},
     "likelihood": _AFTERWARDS | {"eval"},
     "encode": _AFTERWARDS | {"from_"},
     "restore": _AFTERWARDS | {"restore"},
