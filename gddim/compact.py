@@ -82,7 +82,9 @@ def write(folder: epath.Path, packed: Packed) -> None:
             arrays |= _logarithm(name, values)
         elif way != "whole":
             arrays |= _linear(name, values - rounded if way == "near" else values)
-    fixed = {path: leaf.tolist() for path, leaf in packed.tree(whole).items() if is_fixed(path)}
+    near = [packed.tree(name) for name, way in packed.ways.items() if way == "near"]
+    still = lambda path, leaf: is_fixed(path) and all(np.allclose(tree[path], leaf, 1e-3) for tree in near)
+    fixed = {path: leaf.tolist() for path, leaf in packed.tree(whole).items() if still(path, leaf)}
     about = {"format": FORMAT, "step": packed.step, "leaves": packed.leaves, "ways": packed.ways, "about": packed.about}
     about |= {"fixed": fixed} if fixed else {}
     blocks = -(-base.size // BLOCK)

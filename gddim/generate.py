@@ -105,7 +105,10 @@ def _generate(options: argparse.Namespace) -> str:
     how = {name: getattr(options, name) for name in ("sampler", "process", "nfe") if getattr(options, name) is not None}
     given: dict[str, Any] = {field.name: getattr(options, f"guide.{field.name}") for field in dataclasses.fields(Guide)}
     if given := {name: tuple(x) if isinstance(x, list) else x for name, x in given.items() if x is not None}:
-        settings = dataclasses.replace(settings, guide=dataclasses.replace(settings.guide, **given))
+        own = Guide() if given.get("scale") == 1 else settings.guide
+        if {"checkpoint", "ema"} & given.keys():
+            own = dataclasses.replace(own, checkpoint=None, ema=0.0)  # another worse network than the run's
+        settings = dataclasses.replace(settings, guide=dataclasses.replace(own, **given))
         settings.guide.check()
     if (guide := settings.guide).by_worse:
         step = options.step if guide.checkpoint is None else guide.checkpoint

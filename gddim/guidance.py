@@ -12,6 +12,7 @@ A denoiser is called as `denoise(y, sigma)`, or under a condition as `denoise(y,
 A class is an integer, and −1 none of them.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -268,10 +269,37 @@ def _solved(matrix: Callable[[Array], Array], b: Array, iterations: int) -> Arra
 
     That of an exact denoiser is positive definite; along a direction in which a trained one's is not they would diverge.
     """
+    matrix, consts = jax.closure_convert(matrix, b)
+    return _until_done(matrix, iterations, b, consts)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _until_done(matrix: Callable[..., Array], iterations: int, b: Array, consts: list[Array]) -> Array:
+    begin, step = _conjugate_gradients(matrix, b, consts)
+    goes_on = lambda state: (state[0] < iterations) & state[1][0]
+    return jax.lax.while_loop(goes_on, lambda state: (state[0] + 1, step(state[1])), (jnp.array(0), begin))[1][1]
+
+
+@_until_done.defjvp
+def _(matrix: Callable[..., Array], iterations: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    """Of so many turns, in some of which nothing is done, there is a reverse mode, too."""
+
+    def all_turns(b: Array, consts: list[Array]) -> Array:
+        begin, step = _conjugate_gradients(matrix, b, consts)
+        turn = lambda _, state: jax.lax.cond(state[0], step, lambda state: state, state)
+        return jax.lax.fori_loop(0, iterations, turn, begin)[1]
+
+    return jax.jvp(all_turns, primals, tangents)
+
+
+def _conjugate_gradients(
+    matrix: Callable[..., Array], b: Array, consts: list[Array]
+) -> tuple[tuple[Array, ...], Callable[[tuple[Array, ...]], tuple[Array, ...]]]:
+    """A first state and the step: whether they go on, `z`, `b − matrix z`, a direction, and the square of the second."""
 
     def step(state: tuple[Array, ...]) -> tuple[Array, ...]:
         _, z, rest, direction, size = state
-        moved = matrix(direction)
+        moved = matrix(direction, *consts)
         curvature = jnp.vdot(direction, moved)
         goes = curvature > 0
         length = jnp.where(goes, size / jnp.where(goes, curvature, 1), 0)
@@ -281,10 +309,7 @@ def _solved(matrix: Callable[[Array], Array], b: Array, iterations: int) -> Arra
         return goes & (after > 1e-10 * start), z, rest, turned, after
 
     start = jnp.vdot(b, b)
-    begin = start != 0, jnp.zeros_like(b), b, b, start
-    # of so many turns, in some of which nothing is done, there is a derivative
-    turn = lambda _, state: jax.lax.cond(state[0], step, lambda state: state, state)
-    return jax.lax.fori_loop(0, iterations, turn, begin)[1]
+    return (start != 0, jnp.zeros_like(b), b, b, start), step
 
 
 def _within(sigma: Array, std: float) -> Array:
@@ -316,7 +341,7 @@ def check_linear(
             raise ValueError(f"measurement has shape {measured}, and the operator gives {whole.shape} of data {shape}")
         if jnp.iscomplexobj(whole) or jnp.iscomplexobj(measurement):
             raise ValueError("the measurement is complex: give its real and imaginary parts, as two channels say")
-        if not isinstance(measurement, Tracer) and not bool(jnp.all(jnp.isfinite(measurement))):
+        if not isinstance(measurement, Tracer) and not bool(jnp.all(jnp.isfinite(jnp.asarray(measurement)))):
             raise ValueError(
                 "the measurement has numbers that are not finite: what is missing is left out by the operator"
             )

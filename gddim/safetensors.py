@@ -15,12 +15,12 @@ DTYPES = {
     "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16),
     "I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "I8": np.dtype("i1"), "U8": np.dtype("u1"),
 }  # fmt: skip
-HEADER_LIMIT = 2**23
+HEADER_LIMIT = 2**24
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def encode(arrays: Mapping[str, Shaped[np.ndarray, "..."]], metadata: Mapping[str, str]) -> bytes:
-    """The file, the same bytes for the same arrays, each aligned to its type."""
+    """The file, the same bytes for the same arrays, each aligned to its type. Raises `UserError` for a long header."""
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     order, end = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name)), 0
     for name in order:
@@ -29,6 +29,8 @@ def encode(arrays: Mapping[str, Shaped[np.ndarray, "..."]], metadata: Mapping[st
         header[name] = {"dtype": dtype, "shape": arrays[name].shape, "data_offsets": (begin, end)}
     words = json.dumps(header).encode()
     words += b" " * (-len(words) % 8)
+    if len(words) > HEADER_LIMIT:
+        raise UserError(f"what is told beside the arrays takes {len(words):,} bytes: accepted are {HEADER_LIMIT:,}")
     return b"".join([len(words).to_bytes(8, "little"), words, *(arrays[name].tobytes() for name in order)])
 
 

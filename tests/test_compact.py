@@ -60,11 +60,17 @@ def test_what_comes_back_is_as_near_as_is_said(tmp_path):
 def test_frequencies_come_back_bit_for_bit_in_the_model_and_its_averages(tmp_path):
     """`2π f log(999 t)` makes whole radians of a rounding of f to float16."""
     state = packed(base=16.0)
+    for name in ("ema", "averages.0"):
+        state.vectors[name][-257 * 5 :] = state.vectors["model"][-257 * 5 :]  # no step of Adam changes them
     found = through(tmp_path, dataclasses.replace(state, leaves=[*SHAPES[:3], ("net.frequencies", (257, 5))]))
     frequencies = state.vectors["model"][-257 * 5 :].reshape(257, 5)
     for name in ("model", "ema", "averages.0"):
         np.testing.assert_array_equal(found.tree(name)["net.frequencies"], frequencies)
     assert np.abs(found.tree("ema")["conv"] - found.tree("model")["conv"]).max() > 0
+    state.vectors["ema"][-5:] += 1  # of a network that learns them
+    leaves = [*SHAPES[:3], ("net.frequencies", (257, 5))]
+    learned = through(tmp_path / "learned", dataclasses.replace(state, leaves=leaves)).tree("ema")["net.frequencies"]
+    np.testing.assert_allclose(learned[-1], frequencies[-1] + 1, rtol=1e-2)
 
 
 def test_a_second_passage_changes_nothing(tmp_path):

@@ -185,6 +185,10 @@ def test_of_several_frames_the_first_is_taken_which_is_told(tmp_path, capsys):
     source = ImageFolder(str(tmp_path), 8, test_every=0).train()
     np.testing.assert_array_equal(source[np.array([0])][0, 0, 0], [255, 0, 0])
     assert "of several frames the first is taken" in capsys.readouterr().err
+    whole = (tmp_path / "stack.tiff").read_bytes()
+    (tmp_path / "stack.tiff").write_bytes(whole[: int(0.6 * len(whole))])  # within the second
+    cut = ImageFolder(str(tmp_path), 8, test_every=0).train()
+    np.testing.assert_array_equal(cut[np.array([0])][0, 0, 0], [255, 0, 0])
 
 
 def test_any_name_of_an_image_will_do_and_what_is_passed_over_is_told(tmp_path, capsys):

@@ -182,6 +182,9 @@ def test_pictures_by_seed_are_of_the_classes_asked_and_guided(tmp_path, capsys):
     assert generate.main([str(run), str(tmp_path / "c"), *words]) == 0
     with Image.open(tmp_path / "c" / "000005.png") as image:
         assert json.loads(image.text["gddim"])["guide"] == str(Guide(3.0, (0.1, 9.0))), "the interval is the run's"
+    assert generate.main([str(run), str(tmp_path / "d"), "--seeds=4", "--nfe=3", "--guide.scale=1"]) == 0
+    with Image.open(tmp_path / "d" / "000004.png") as image:
+        assert "guide" not in json.loads(image.text["gddim"]), "none, and the run's interval is of none"
 
 
 WORDS = [

@@ -1,7 +1,9 @@
 """What the user of one part meets: silent misuse is an error, and parts fit into each other."""
 
 import dataclasses
+from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,6 +67,29 @@ def test_a_measured_denoiser_has_a_gradient(by, gaussian, iterations):
         slope, way = jax.grad(of)(y), jax.random.normal(jax.random.key(1), y.shape, float)
         near = (of(y + 1e-5 * way) - of(y - 1e-5 * way)) / 2e-5
         np.testing.assert_allclose(jnp.vdot(slope, way), near, rtol=1e-5)
+
+
+@pytest.mark.parametrize("together", [1, 4])
+def test_conjugate_gradients_ask_no_more_of_the_network_than_they_need(together):
+    """Two turns where the matrix is a number, of a hundred that are allowed; also of many examples at once."""
+    asked = []
+
+    @jax.custom_vjp
+    def denoise(y, sigma):
+        return 0.5 * y
+
+    def pulled(_, v):
+        jax.debug.callback(lambda: asked.append(1))
+        return 0.5 * v, jnp.zeros(())
+
+    denoise.defvjp(lambda y, sigma: (0.5 * y, None), pulled)
+    measured = Measured(
+        lambda y, sigma: denoise(y, jnp.asarray(sigma)), lambda x: x[:1], jnp.ones((1, 4, 3)), 0.1, iterations=100
+    )
+    images = jnp.stack([IMAGE + i for i in range(together)])
+    jax.block_until_ready(jax.jit(jax.vmap(lambda y: measured(y, 0.5)))(images))
+    jax.effects_barrier()
+    assert 1 <= len(asked) <= 4
 
 
 def test_two_measurements_one_in_the_other_are_one_of_both():
@@ -222,3 +247,56 @@ def test_processes_that_differ_at_small_times_alone_are_not_one(floor):
         return
     with pytest.raises(ValueError, match="eps_fn is a model of"):
         call()
+
+
+class Relaxing(gddim.AbstractLinearSDE):
+    """Its rate is a leaf; in JAX where `xp` is."""
+
+    rate: Any
+    xp: Any = eqx.field(static=True, default=np)
+    k: int = 1
+    horizon: float = 1.0
+
+    def transition(self, t, s):
+        xp = jnp if any(isinstance(x, jax.Array) for x in (t, self.rate)) else self.xp
+        return xp.exp(self.rate * (xp.asarray(s) - t))[..., None, None]
+
+    def noise_factor(self, t):
+        xp = jnp if any(isinstance(x, jax.Array) for x in (t, self.rate)) else self.xp
+        return xp.sqrt(-xp.expm1(-2 * self.rate * t))[..., None, None]
+
+    def to_pixels(self, u):
+        return u
+
+    def from_pixels(self, x):
+        return x
+
+
+def test_a_model_of_a_process_that_is_not_known_is_sampled():
+    """With numbers that are traced, or of another library."""
+    model = gddim.Denoiser(gddim.VP(), ZERO)
+    traced = eqx.tree_at(lambda m: m.sde, model, Relaxing(jnp.ones(())))
+    solver = gddim.GDDIM(2, interpolate="data").solver(Relaxing(np.ones(())), np.linspace(1, 1e-2, 4))
+    u = jax.random.normal(jax.random.key(0), (4, 4, 1, 3))
+    drawn = eqx.filter_jit(lambda model, u: solver(model, u).state)(traced, u)
+    assert jnp.isfinite(drawn).all()
+
+    class Foreign:
+        sde = "vp"
+
+        def __call__(self, u, t):
+            return 0 * u
+
+    assert jnp.isfinite(gddim.sample(gddim.GDDIM(2), gddim.VP(), Foreign(), u, np.linspace(1, 1e-2, 4))).all()
+
+
+def test_without_a_cpu_a_process_in_jax_says_so_and_others_go_on(monkeypatch):
+    def missing(backend=None):
+        raise RuntimeError("Unknown backend cpu")
+
+    monkeypatch.setattr(jax, "local_devices", missing)
+    gddim.GDDIM(2).coefficients(gddim.CLD(), np.linspace(1, 1e-2, 4))
+    with pytest.raises(
+        gddim.UserError, match=r"processes in jax.numpy are computed on the CPU, in float64: give .*cpu"
+    ):
+        gddim.GDDIM(2).coefficients(Relaxing(1.0, jnp), np.linspace(1, 1e-2, 4))

@@ -88,6 +88,14 @@ def _lost(image: "Image.Image", content: bytes) -> str | None:
     return "its samples are signed: scale them to 0 … 255" if signed else None
 
 
+def _frames(image: "Image.Image") -> int:
+    """How many there are, of a file whose later ones are damaged at least two; the image is of no more use."""
+    try:
+        return getattr(image, "n_frames", 1)
+    except Exception:  # Pillow goes through all of them, and each format fails in another way
+        return 2
+
+
 def decoded(content: bytes, channels: int, where: str) -> "Image.Image":
     """An image as its camera held it, in 1 to 4 channels; without alpha, what is transparent is shown on white, which is
     said once of each place.
@@ -105,10 +113,9 @@ def decoded(content: bytes, channels: int, where: str) -> "Image.Image":
     with opened:
         if lost := _lost(opened, content):
             raise ValueError(lost)
-        frames = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)  # its second is another view
-        if frames > 1:
-            tell(f"{where}: of images of several frames the first is taken")
         image = ImageOps.exif_transpose(opened)
+        if opened.format != "MPO" and _frames(opened) > 1:  # of that the second is another view
+            tell(f"{where}: of images of several frames the first is taken")
         if channels in (1, 3) and image.has_transparency_data:
             image = image.convert("RGBA")
             if np.asarray(image)[..., 3].min() < 255:

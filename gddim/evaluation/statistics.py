@@ -206,7 +206,7 @@ def cached_statistics(
     """
     count = len(source) if isinstance(source, ArraySource) else min(len(source), 1024)
     probe = hashlib.sha256()
-    for rows in np.array_split(np.linspace(0, len(source) - 1, count).astype(int), -(-count // 1024)):
+    for rows in np.array_split(np.linspace(0, len(source) - 1, count).astype(int), max(1, -(-count // 1024))):
         x0, cond = x0_and_cond(source[rows])  # some at a time, for a file that is mapped may be larger than memory
         for part in (x0, *(cond or {}).values()):
             probe.update(np.ascontiguousarray(part).data)

@@ -81,7 +81,8 @@ def sweep(
             if jax.process_index() == 0:
                 if keep:
                     write_whole(told(key), (json.dumps(row, indent=1) + "\n").encode())
-                state.unlink(missing_ok=True)
+                for left in (state, *state.parent.glob(f".{state.name}.*.new")):  # those that a kill has cut short, too
+                    left.unlink(missing_ok=True)
                 found = ", ".join(
                     f"{name} {value:.4g}" for name, value in row["metrics"].items() if not name.startswith(OF_CLASS)
                 )

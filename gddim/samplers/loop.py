@@ -129,7 +129,7 @@ def _called_back(callback: Callback, u: Array, data: Array, t: Array) -> Fields:
     changed = _one_array(callback(u, data, t), "callback", "the state alone, one array")
     if changed.shape != u.shape:
         raise ValueError(f"callback returned shape {changed.shape} for a state of shape {u.shape}; the two must agree")
-    return _apart(changed.astype(u.dtype))
+    return _apart(changed.astype(u.dtype) + jnp.zeros_like(u))  # varies over a mesh as u does
 
 
 def _apart(u: Array) -> Fields:

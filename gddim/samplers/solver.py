@@ -11,6 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Num, PRNGKeyArray
 
 from gddim.samplers.base import Callback, Calls, Coefficients, DataModel, EpsFn, Last, ProcessModel, among, calls
@@ -64,8 +65,16 @@ class AbstractSolver(eqx.Module):
 
 
 def check_model(eps_fn: EpsFn, sde: AbstractLinearSDE) -> None:
-    """Raise `ValueError` for a model of another process, whose ε is in other coordinates; one by other means is the same."""
-    if not isinstance(eps_fn, ProcessModel) or eps_fn.sde == sde:
+    """Raise `ValueError` for a model of another process, whose ε is in other coordinates; one by other means is the same.
+
+    A process with numbers that are traced is not known, and not asked for.
+    """
+    if not isinstance(eps_fn, ProcessModel) or not isinstance(eps_fn.sde, AbstractLinearSDE):
+        return
+    if (
+        any(isinstance(x, Tracer) for x in jax.tree.leaves((eps_fn.sde, sde)))
+        or eqx.tree_equal(eps_fn.sde, sde) is True
+    ):
         return
     ts = min(eps_fn.sde.horizon, sde.horizon) * np.array([sde.grid_end, 1e-3, 1e-2, 0.1, 0.5, 1.0])
     both = [(on_host(each.transition, ts, 0 * ts), on_host(each.noise_factor, ts)) for each in (eps_fn.sde, sde)]

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gddim.errors import UserError
+
 
 def as_index(value: Any) -> Any:
     """An integer of any library as Python's; anything else as it is, to be refused by name."""
@@ -24,7 +26,13 @@ def as_index(value: Any) -> Any:
 @contextmanager
 def float64_on_cpu() -> Iterator[None]:
     """What JAX computes within, while something else is being traced too."""
-    cpu = jax.local_devices(backend="cpu")[0]
+    try:
+        cpu = jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        asked = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+        raise UserError(
+            f"JAX_PLATFORMS={asked}: processes in jax.numpy are computed on the CPU, in float64: give {asked},cpu"
+        ) from error
     with jax.ensure_compile_time_eval(), jax.enable_x64(True), jax.default_device(cpu):
         yield
 
