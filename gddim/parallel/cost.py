@@ -63,6 +63,14 @@ _COLLECTIVE = re.compile(
 _SHAPE = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")
 
 
+def arrays(shapes: str) -> list[tuple[int, tuple[int, ...]]]:
+    """The bytes of an element, and the axes, of each array that stands in a piece of a compiled program."""
+    return [
+        (-(-int(bits or 8) // 8), tuple(map(int, filter(None, axes.split(",")))))  # pred has no width: a byte
+        for _, bits, axes in _SHAPE.findall(shapes)
+    ]
+
+
 def collectives(compiled: str) -> dict[str, tuple[int, int]]:
     """How often each collective appears in a compiled program (`compiled.as_text()`), and the bytes of its results.
 
@@ -70,12 +78,8 @@ def collectives(compiled: str) -> dict[str, tuple[int, int]]:
     """
     found: dict[str, tuple[int, int]] = {}
     for shapes, kind in _COLLECTIVE.findall(compiled):
-        sizes = [
-            math.prod(map(int, filter(None, axes.split(",")))) * -(-int(bits or 8) // 8)  # pred has no width: a byte
-            for _, bits, axes in _SHAPE.findall(shapes)
-        ]
         count, total = found.get(kind, (0, 0))
-        found[kind] = count + 1, total + sum(sizes)
+        found[kind] = count + 1, total + sum(size * math.prod(axes) for size, axes in arrays(shapes))
     return found
 
 
