@@ -10,7 +10,7 @@ from data_helpers import pixels
 from PIL import Image
 
 from experiments import points
-from gddim.data import ArraySource
+from gddim.data import ArraySource, FiveRings
 from gddim.errors import UserError
 from gddim.evaluation import __main__
 from gddim.evaluation.statistics import Statistics
@@ -117,3 +117,6 @@ def test_a_run_whose_held_out_records_have_another_shape_does_not_begin():
     for look in (measured_against, held_out):
         with pytest.raises(ValueError, match=r"records \(3,\) are held out, those to train on are \(2,\)"):
             look(experiment)
+    alone = dataclasses.replace(points.EXPERIMENT, data=FiveRings(50, 1))
+    with pytest.raises(ValueError, match="1 records are held out, at least 2 are needed"):
+        held_out(alone)

@@ -246,7 +246,7 @@ def test_a_step_that_is_none_is_refused(tmp_path, capsys, step):
     state = state_of(fresh(TINY), fresh(TINY)) | {"step": np.asarray(step)}
     options = ["--experiment", "cld_cifar10", *TINY_OPTIONS]
     assert convert.main([str(write(tmp_path / "state", state)), str(tmp_path / "run"), *options]) == 2
-    assert "no number of steps" in capsys.readouterr().err
+    assert "accepted is a whole number of at least 0" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

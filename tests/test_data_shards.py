@@ -78,6 +78,12 @@ def test_batches_of_shards_are_those_of_the_source(tmp_path):
         np.testing.assert_array_equal(next(from_shards), next(from_memory))
 
 
+def test_records_of_two_types_are_refused_with_both(tmp_path, monkeypatch):
+    monkeypatch.setattr(Data, "test", lambda data: ArraySource(data.array[-100:] / np.float32(255) - 1))
+    with pytest.raises(UserError, match=r"are uint8 \(4, 4, 3\), but those held out are float32 \(4, 4, 3\)"):
+        prepare(Data(), tmp_path)
+
+
 @pytest.mark.parametrize("stop", [0, 299, 300, 650, 899])
 def test_an_interrupted_prepare_goes_on(tmp_path, stop, monkeypatch):
     monkeypatch.setattr(shards, "_CHUNK", 64)

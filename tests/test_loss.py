@@ -95,7 +95,11 @@ def test_what_is_predicted_says_how_noise_is_drawn():
     [
         ("--train.sigma-mean=-1 --model.predicts=eps", gddim.CLD(), "need a prediction of data"),
         ("--train.sigma-std=1", gddim.Blurring(8), "a process without a spectrum"),
-        ("--train.sigma-std=1 --train.time-power=2", gddim.CLD(), "not both"),
+        (
+            "--train.sigma-std=1 --train.time-power=2",
+            gddim.CLD(),
+            "time_power 2.0 and sigma_std 1: accepted .* not both",
+        ),
         ("--train.sigma-std=0", gddim.CLD(), "sigma_std must be > 0, not 0.0"),
         ("--train.sigma-mean=nan", gddim.CLD(), "sigma_mean must be finite, not nan"),
         ("--train.time-power=0", gddim.CLD(), "time_power must be > 0, not 0.0"),

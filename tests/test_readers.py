@@ -111,6 +111,12 @@ def test_other_options_of_score_sde_are_one_line(tmp_path, parameter, shape, sai
     assert said in refused(state_file(tmp_path / "x.pth", **{parameter: shape}), weights="raw")
 
 
+def test_a_step_that_is_none_is_told(tmp_path):
+    tree, storages = score_sde_state(PLAIN.build((16, 16, 3), 3, jax.random.key(0)), (50.0, 0.01))
+    path = write_zip(tmp_path / "x.pth", tree | {"step": -3}, storages)
+    assert "its step is -3; accepted is a whole number of at least 0, below 2³¹" in refused(path)
+
+
 DDPM = {"style": "ddpm", "groups": 4}
 
 

@@ -16,6 +16,7 @@ from runs import WHITE, Colours, LabelledColours, make_run
 import gddim
 from experiments import cld_digits, points
 from gddim.experiment.restoration import Restoration
+from gddim.samplers.learned import encode
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,22 @@ def test_samplers_that_choose_their_steps_or_go_back_restore_too(words, run, cap
     )
     assert 0.3 < samples[:, :, 4:].std() < 0.6
     assert report["nfe"] == 32 or "rk45" in words[0]
+
+
+def test_a_table_that_was_fitted_for_another_network_is_told_before_the_work(run, tmp_path, capsys, monkeypatch):
+    def draw(*_, **__):
+        raise gddim.UserError("now it draws")
+
+    monkeypatch.setattr("gddim.experiment.verbs.restore.draw_numbered", draw)
+    sde = WHITE.sde
+    table = gddim.GDDIM(2).coefficients(sde, gddim.power_grid(sde.horizon, 1e-3, 4))
+    file = tmp_path / "a.npz"
+    file.write_bytes(encode(table, {"process": "vp", "network": "another", "nfe": 4}))
+    words = ["--task=sr2", f"--sampler=table:{file}", "--sampling.nfe=4", "--sampling.t-min=1e-3"]
+    assert status_of(WHITE, "restore", f"--workdir={run}", *words) == 2
+    told, refused = capsys.readouterr().err.splitlines()
+    assert "was fitted for the network another, and this is " in told
+    assert refused == "error: now it draws"
 
 
 def test_every_word_is_a_measurement():

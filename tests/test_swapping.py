@@ -173,7 +173,7 @@ def test_ways_of_a_process_by_frequency_are_drawn_to_their_size():
 def test_an_epsilon_of_one_field_is_drawn_through_every_process():
     own = dataclasses.replace(points_vp.EXPERIMENT, model=Model("eps"))
     assert own.through(gddim.CLD()) == gddim.CLD()
-    with pytest.raises(UserError, match="of all its fields, which no other process has"):
+    with pytest.raises(UserError, match="no other process has: only --process own is drawn here; a run with"):
         dataclasses.replace(RUN, model=Model("velocity")).through(gddim.VP())
 
 

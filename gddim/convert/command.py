@@ -62,7 +62,9 @@ def convert(
     raw = assign(state, shapes, "raw", source) if "optimizer" in state else ema
     step = np.asarray(state.get("step", 0))
     if step.shape or not np.issubdtype(step.dtype, np.integer) or not 0 <= step < 2**31:
-        raise UserError(f"{source}: its step is {state['step']!r:.60}, no number of steps")
+        raise UserError(
+            f"{source}: its step is {state['step']!r:.60}; accepted is a whole number of at least 0, below 2³¹"
+        )
     _write(workdir, plan, raw, ema, int(step), describe(experiment))
     return int(step)
 

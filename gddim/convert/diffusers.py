@@ -153,7 +153,7 @@ def _betas(found: dict[str, Any]) -> np.ndarray:
     first, last = float(found.get("beta_start", start)), float(found.get("beta_end", end))
     steps, schedule = found.get("num_train_timesteps", 1000), found.get("beta_schedule", "linear")
     if type(steps) is not int or not 1 <= steps <= 100_000:
-        raise UserError(f"its num_train_timesteps is {steps!s:.40}")
+        raise UserError(f"its num_train_timesteps is {steps!s:.40}; accepted is a whole number from 1 to 100,000")
     match schedule:
         case "linear":
             return np.linspace(first, last, steps)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import os
+import reprlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -74,7 +75,9 @@ class State:
             state |= zip(trained, averaged, strict=True)
         step = tree.get("step", 0)
         if type(step) is not int or not 0 <= step < 2**31:
-            raise UserError("its step is no number of steps")
+            raise UserError(
+                f"its step is {reprlib.repr(step):.60}; accepted is a whole number of at least 0, below 2³¹"
+            )
         found = arrays(state, room)
         vectors = [name for name in model if name not in FIXED and found[name].ndim == 1]
         if weights == "ema" and vectors:

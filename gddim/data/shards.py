@@ -186,8 +186,8 @@ def _refuse(dest: Path) -> NoReturn:
 def _plan(dataset: Dataset, sources: dict[str, Source], shard_bytes: int) -> dict:
     """The manifest before anything is written: shards of about `shard_bytes`, none of them there yet."""
     shape, dtype = sources["train"].shape, sources["train"].dtype
-    if (sources["test"].shape, sources["test"].dtype) != (shape, dtype):
-        raise UserError(f"records to train on are {dtype} {shape}, but those held out are {sources['test'].shape}")
+    if (held := (sources["test"].shape, sources["test"].dtype)) != (shape, dtype):
+        raise UserError(f"records to train on are {dtype} {shape}, but those held out are {held[1]} {held[0]}")
     per_shard = max(1, shard_bytes // max(1, int(np.prod(shape)) * dtype.itemsize))
     splits = {
         split: [

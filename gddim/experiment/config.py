@@ -101,8 +101,10 @@ class Training:
             require(value is None or 0 < value < math.inf, f"{name} must be > 0, not {value}")
         mean = self.sigma_mean
         require(mean is None or math.isfinite(mean), f"sigma_mean must be finite, not {mean}")
+        told = " and ".join(f"sigma_{name} {value:g}" for name, value in self.log_normal.items())
         require(
-            self.time_power is None or not self.log_normal, "give time_power, or sigma_mean and sigma_std, not both"
+            self.time_power is None or not told,
+            f"time_power {self.time_power} and {told}: accepted are time_power, or sigma_mean and sigma_std, not both",
         )
         require(0 <= self.minutes < math.inf, f"minutes must be at least 0, not {self.minutes}")
         for name in ("ema", "beta1", "label_dropout"):
@@ -235,7 +237,7 @@ class Experiment:
             self.model.predicts == "data" or (self.model.predicts == "eps" and self.sde.k == 1),
             f"process {other}: this network predicts the ε of {own} in its {'R' if self.model.predicts == 'eps' else 'L'} "
             f"coordinates (model.predicts {self.model.predicts}, as published), of all its fields, which no other process has: "
-            "only own is drawn here, and all by a run with --model.predicts data",
+            "only --process own is drawn here; a run with --model.predicts data is drawn through every process",
         )
         for name, process in ((own, self.sde), (other, sde)):
             require(

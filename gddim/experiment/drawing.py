@@ -26,11 +26,11 @@ from gddim.samplers.numbered import sample_numbered
 from gddim.samplers.solver import AbstractSolver
 
 
-class Cost(NamedTuple):
+class CallCount(NamedTuple):
     """Of a sample, on average."""
 
     made: float
-    """Cost of the network, batched as they are."""
+    """Calls of the network, those that are guided counted once too."""
     evaluations: float
     """Evaluations of a network: twice as many in calls that are guided."""
 
@@ -123,7 +123,7 @@ def draw_samples(
     progress: Callable[[int], object] = lambda count: None,
     guidance: Guidance | None = None,
     start: NoisedData | None = None,
-) -> tuple[Shaped[np.ndarray, "n ..."], Cost]:
+) -> tuple[Shaped[np.ndarray, "n ..."], CallCount]:
     """Samples 0, …, n − 1 as the data set would hold them (images of bytes in uint8), and the network calls of one.
 
     Where the run has classes, n and each sample's class are those of `Experiment.drawn_classes`.
@@ -143,7 +143,7 @@ def draw_samples(
         start = start._replace(data=start.data[np.arange(n) * len(start.data) // n])
     held = to_uint8 if plan.rounds else lambda x: x
     drawn, made = draw_numbered(plan.mesh, model, solver, shape, sampling, n, held, progress, told, start)
-    return drawn, Cost(made, guidance.evaluations(sde, made, getattr(solver, "times", None)))
+    return drawn, CallCount(made, guidance.evaluations(sde, made, getattr(solver, "times", None)))
 
 
 class Paths(NamedTuple):

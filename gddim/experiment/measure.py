@@ -144,12 +144,13 @@ def measured_against(experiment: Experiment, train: Source | None = None) -> dic
 def held_out(experiment: Experiment) -> Source:
     """The held-out records, with what conditions the network where anything does.
 
-    Raises `UserError` for a single one: neither verb has anything to say of it."""
+    Raises `UserError` for fewer than two.
+    """
     source = experiment.data.test()
     source = source if cond_of(experiment.data) else data_alone(source)
     _check_shape(experiment, source)
     check_labels(experiment.data, source, "records that are held out")
-    require(len(source) >= 2, f"{len(source)} records are held out, likelihood and encode need at least 2")
+    require(len(source) >= 2, f"{len(source)} records are held out, at least 2 are needed")
     return source
 
 

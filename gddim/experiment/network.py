@@ -85,13 +85,19 @@ class Model:
     def __post_init__(self):
         if not isinstance(self.data_std, Spectrum):
             require(0 < self.data_std < math.inf, f"data_std must be > 0, not {self.data_std}")
-        eps = self.predicts != "data"
-        require(not self.mixed_score or eps, "mixed_score is added to ε: it needs predicts eps or velocity")
-        scale = self.time_scale
-        require(scale is None or (eps and 0 < scale < math.inf), "time_scale is > 0, of a network that predicts ε")
+        predicts, scale, offset = self.predicts, self.time_scale, self.time_offset
+        eps, given = predicts != "data", f"of a network that predicts {predicts}: accepted is a number"
         require(
-            not self.time_offset or (self.predicts == "eps" and math.isfinite(self.time_offset)),
-            "time_offset is a number, of a network that predicts eps",
+            not self.mixed_score or eps,
+            f"mixed_score is added to ε: a network that predicts eps or velocity is accepted, not {predicts}",
+        )
+        require(
+            scale is None or (eps and 0 < scale < math.inf),
+            f"time_scale {scale} {given} > 0, of one that predicts eps or velocity",
+        )
+        require(
+            not offset or (predicts == "eps" and math.isfinite(offset)),
+            f"time_offset {offset} {given}, of one that predicts eps",
         )
 
     @property

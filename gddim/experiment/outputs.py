@@ -18,6 +18,7 @@ from gddim.experiment.checkpoints import checkpoint_digest
 from gddim.experiment.config import Experiment
 from gddim.experiment.sampling import Sampling
 from gddim.experiment.workdir import describe
+from gddim.parallel import tell
 from gddim.samplers import LearnedTable
 from gddim.storage import write_whole
 
@@ -48,11 +49,17 @@ def write_json(path: epath.Path, told: dict[str, Any], origin: dict[str, Any]) -
 
 
 def origin_of_network(experiment: Experiment, step: int, params: PyTree, sampling: Sampling) -> dict[str, Any]:
-    """What decides what a verb makes: the network, by its parameters, and how it draws; the verb adds what it is given."""
-    network = {"experiment": experiment.name, "step": step, "checkpoint": checkpoint_digest(params)}
-    sampler: Any = sampling.sampler
-    table = {"table": sampler.stored.digest} if isinstance(sampler, LearnedTable) else {}
-    return network | table | describe(sampling)
+    """What decides what a verb makes: the network, by its parameters, and how it draws; the verb adds what it is given.
+
+    Tells of a table that was fitted for other parameters.
+    """
+    digest, sampler = checkpoint_digest(params), sampling.sampler
+    origin = {"experiment": experiment.name, "step": step, "checkpoint": digest}
+    if isinstance(sampler, LearnedTable):
+        origin["table"] = sampler.stored.digest
+        if line := sampler.foreign(digest):
+            tell(line)
+    return origin | describe(sampling)
 
 
 def digest_of_data(data: Shaped[np.ndarray, "n ..."]) -> str:

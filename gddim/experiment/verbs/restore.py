@@ -18,7 +18,7 @@ from gddim.evaluation.figures import label_in_words
 from gddim.evaluation.metrics import psnr, ssim
 from gddim.evaluation.page import write_page
 from gddim.experiment.checkpoints import restore_ema
-from gddim.experiment.drawing import Cost, draw_numbered
+from gddim.experiment.drawing import CallCount, draw_numbered
 from gddim.experiment.guiding import restore_guide
 from gddim.experiment.measure import held_out
 from gddim.experiment.outputs import check_names, digest_of_data, origin_of_network, write_figure, write_json, write_npz
@@ -59,6 +59,8 @@ def restore(plan: Plan, workdir: epath.Path, settings: Restoration, step: int | 
         cond = {LABEL: np.asarray(sampling.class_of(np.arange(count), classes_of(experiment.data)))}
     b = jax.vmap(operator)(truth)
     b = to_host(b + settings.noise * jax.random.normal(jax.random.fold_in(seed, 2**31), b.shape))
+    origin = origin_of_network(experiment, step, params, sampling)
+    origin |= {"restore": describe(settings), "measured": digest_of_data(b)}  # by whatever mask the file held
     n = count * settings.samples
     each = jax.tree.map(lambda x: np.repeat(x, settings.samples, 0), {"measurement": b, "cond": cond})
     basis, rms = sde if positions(sde) else None, experiment.model.rms
@@ -76,14 +78,12 @@ def restore(plan: Plan, workdir: epath.Path, settings: Restoration, step: int | 
             each,
         )
     samples = samples.reshape(count, settings.samples, *shape)
-    calls = Cost(made, guidance.evaluations(sde, made, getattr(solver, "times", None)))
+    calls = CallCount(made, guidance.evaluations(sde, made, getattr(solver, "times", None)))
     truth, seen = to_host(truth), _shown(operator, b, shape)
     seen = np.clip(seen, -1, 1) if plan.rounds else seen
     nearest = _nearest(operator, b, train)
     each = [_worth(operator, *of) for of in zip(truth, b, samples, seen, nearest, strict=True)]
     mean = {key: float(np.mean([one[key] for one in each])) for key in each[0]}
-    origin = origin_of_network(experiment, step, params, sampling)
-    origin |= {"restore": describe(settings), "measured": digest_of_data(b)}  # by whatever mask the file held
     if jax.process_index() == 0:
         run = f"{experiment.name}, step {step}: {settings.task}" + f", noise {settings.noise:g}" * bool(settings.noise)
         by = f"{settings.by}, {label_in_words(sampler_name(method.sampler))}, {made:g} network calls"

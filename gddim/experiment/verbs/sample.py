@@ -13,14 +13,12 @@ from gddim.data import to_uint8, to_unit
 from gddim.errors import progress
 from gddim.evaluation.figures import label_in_words, process_in_words
 from gddim.evaluation.page import write_page
-from gddim.experiment.checkpoints import checkpoint_digest, restore_ema
+from gddim.experiment.checkpoints import restore_ema
 from gddim.experiment.drawing import NoisedData, draw_samples, follow
 from gddim.experiment.guiding import restore_guide
 from gddim.experiment.outputs import check_names, digest_of_data, origin_of_network, write_figure, write_npz
 from gddim.experiment.pictures import film, gallery, rows, trajectory
 from gddim.experiment.plan import Plan
-from gddim.parallel import tell
-from gddim.samplers import LearnedTable
 from gddim.samplers.words import sampler_name
 from gddim.sde.words import process_name
 
@@ -38,8 +36,6 @@ def sample(plan: Plan, workdir: epath.Path, step: int | None = None, start: Nois
     params, step = restore_ema(plan, workdir, step)
     guidance, _ = restore_guide(plan, workdir, step)
     model = plan.model(params)
-    if isinstance(sampling.sampler, LearnedTable) and (line := sampling.sampler.foreign(checkpoint_digest(params))):
-        tell(line)
     sde = experiment.through(sampling.process)
     origin = origin_of_network(experiment, step, params, sampling)
     if start is not None:
