@@ -20,6 +20,12 @@ class UserError(ValueError):
     """
 
 
+def require(good: bool, message: str) -> None:
+    """Raise `UserError` with a message that says what was given and what is accepted."""
+    if not good:
+        raise UserError(message)
+
+
 class MissingWeights(UserError):
     """Weights that only an evaluation needs are not there."""
 

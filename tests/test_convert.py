@@ -16,6 +16,7 @@ from etils import epath
 
 import gddim
 from gddim import convert
+from gddim.convert.flax import assign
 from gddim.experiment.checkpoints import restore_ema
 from gddim.experiment.plan import Plan
 from gddim.nn import MLPConfig, NCSNppConfig
@@ -33,6 +34,10 @@ def shapes_of(config, channels=6, size=32):
 
 def fresh(config, seed=0):
     return config.build((32, 32, 6), 6, jax.random.key(seed))
+
+
+def load(path, model, weights="ema"):
+    return assign(convert.read_state(path), model, weights, path)
 
 
 def encode(x):
@@ -69,9 +74,7 @@ def write(path: Path, state) -> Path:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_network_says_what_it_said(fixtures_dir, name, dtype):
     config, channels = PUBLISHED[name]
-    net = convert.load_flax(
-        fixtures_dir / f"{name}.msgpack", shapes_of(dataclasses.replace(config, dtype=dtype), channels)
-    )
+    net = load(fixtures_dir / f"{name}.msgpack", shapes_of(dataclasses.replace(config, dtype=dtype), channels))
     with np.load(fixtures_dir / f"{name}_io.npz") as io:
         x, t, expected = (jnp.asarray(io[key]) for key in ("net_input", "t", "net_output"))
     run = jax.jit(lambda net, x, t: jax.vmap(net)(x, t)).lower(net, x, 999 * t)
@@ -91,7 +94,7 @@ def test_names_are_the_published_ones(fixtures_dir):
 def test_an_imported_network_samples(fixtures_dir):
     """Twenty steps in one program are those of a loop written down here, in float64 but for the network."""
     sde = gddim.CLD()
-    net = convert.load_flax(fixtures_dir / "ncsnpp_fir_fourier.msgpack", shapes_of(FOURIER))
+    net = load(fixtures_dir / "ncsnpp_fir_fourier.msgpack", shapes_of(FOURIER))
     sampler, ts = gddim.GDDIM(3), gddim.power_grid(sde.horizon, 1e-3, 20)
     u = sde.sample_prior(jax.random.key(0), (32, 32, 2, 3))
 
@@ -118,9 +121,9 @@ def test_both_sets_of_weights_are_read_as_they_were_saved(tmp_path, change):
     config = dataclasses.replace(TINY, **change)
     ema, raw = fresh(config), fresh(config, 1)
     path = write(tmp_path / "state", state_of(ema, raw))
-    chex.assert_trees_all_equal(convert.load_flax(path, shapes_of(config)), ema)
-    chex.assert_trees_all_equal(convert.load_flax(path, shapes_of(config), "raw"), raw)
-    model = convert.load_flax(path, gddim.EpsModel(gddim.CLD(), shapes_of(config)))
+    chex.assert_trees_all_equal(load(path, shapes_of(config)), ema)
+    chex.assert_trees_all_equal(load(path, shapes_of(config), "raw"), raw)
+    model = load(path, gddim.EpsModel(gddim.CLD(), shapes_of(config)))
     chex.assert_trees_all_equal(model.net, ema)
 
 
@@ -151,7 +154,7 @@ def test_every_parameter_that_does_not_match_is_named(tmp_path):
     tree["Conv_1"]["bias"] = np.zeros(6, np.int32)
     tree["Extra_0"] = {"W": np.zeros((2, 5), np.float32)}
     with pytest.raises(gddim.UserError) as caught:
-        convert.load_flax(write(tmp_path / "state", state), shapes_of(TINY))
+        load(write(tmp_path / "state", state), shapes_of(TINY))
     for line in (
         "4 parameter(s)",
         "missing: Dense_1/bias (16,)",
@@ -183,7 +186,7 @@ def test_every_parameter_that_does_not_match_is_named(tmp_path):
 def test_what_is_no_training_state_is_refused(tmp_path, content, says):
     (tmp_path / "state").write_bytes(content)
     with pytest.raises(gddim.UserError, match=says):
-        convert.load_flax(tmp_path / "state", shapes_of(TINY))
+        load(tmp_path / "state", shapes_of(TINY))
 
 
 def test_a_truncated_or_missing_file_is_refused(tmp_path):
@@ -191,13 +194,13 @@ def test_a_truncated_or_missing_file_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     for each in (path, tmp_path / "nowhere"):
         with pytest.raises(gddim.UserError, match=each.name):
-            convert.load_flax(each, shapes_of(TINY))
+            load(each, shapes_of(TINY))
 
 
 def test_only_the_published_kind_of_network_is_loaded(tmp_path):
     net = MLPConfig(width=8, depth=1).build((2,), 2, jax.random.key(0))
     with pytest.raises(gddim.UserError, match="MLP"):
-        convert.load_flax(write(tmp_path / "state", state_of(fresh(TINY), fresh(TINY))), net)
+        load(write(tmp_path / "state", state_of(fresh(TINY), fresh(TINY))), net)
 
 
 def test_the_command_writes_a_run(tmp_path, capsys):

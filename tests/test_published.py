@@ -144,7 +144,7 @@ def test_the_command_knows_what_it_was_given_and_writes_a_run(fixtures_dir, tmp_
     assert config["records"]["shape"] == list(found.experiment.data.shape)
     params, step = restore_ema(Plan(found.experiment), epath.Path(tmp_path / "run"))
     assert step == found.step
-    for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(found.params), strict=True):
+    for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(found.model), strict=True):
         np.testing.assert_array_equal(one, other)
     assert convert.main([str(source), str(tmp_path / "run")]) == 2
     assert "holds a run already" in capsys.readouterr().err

@@ -13,7 +13,6 @@ from gddim.convert.command import convert as convert
 from gddim.convert.command import convert_published as convert_published
 from gddim.convert.command import load_experiment as load_experiment
 from gddim.convert.command import main as main
-from gddim.convert.flax import load_flax as load_flax
 from gddim.convert.flax import published_names as published_names
 from gddim.convert.flax import read_state as read_state
 from gddim.convert.published import Published as Published

@@ -66,7 +66,7 @@ LATENT_BETAS = ("HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete")  # St
 JSON_LIMIT = 2**21  # bytes, which Python makes thirty times as many of
 
 
-def read_diffusers(folder: Path, source: Any) -> Published:
+def read_diffusers(folder: Path) -> Published:
     """A U-Net's folder, or that of a pipeline with `unet/` and `scheduler/`. Raises `UserError` for another architecture."""
     unet = folder / "unet" if (folder / "unet").is_dir() else folder
     pipeline = unet.absolute().parent if unet.absolute().name == "unet" else folder
@@ -91,7 +91,7 @@ def read_diffusers(folder: Path, source: Any) -> Published:
     model = Model("eps", time_scale=1.0, time_offset=-1.0)  # diffusers counts from 0 what is 1 here
     experiment = Experiment("diffusers", sde, config, Elsewhere(shape), model)
     told = "" if schedule else ", taken for one of DDPM's schedule: it has no scheduler_config.json"
-    return Published(source, experiment, found, names, 0, f"diffusers' UNet2DModel{told}")
+    return Published(folder, experiment, found, names, 0, f"diffusers' UNet2DModel{told}")
 
 
 def _config(given: dict[str, Any]) -> tuple[NCSNppConfig, tuple[int, int, int]]:

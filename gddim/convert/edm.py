@@ -5,8 +5,6 @@ variance is left out. SongUNet is DDPM++ or NCSN++, DhariwalUNet ADM.
 """
 
 import dataclasses
-import io
-import os
 import re
 import reprlib
 from pathlib import Path
@@ -51,10 +49,10 @@ PICKLED: Calls = {
 }
 
 
-def read_edm(file: io.BufferedReader, source: Any) -> Published:
+def read_edm(path: Path) -> Published:
     """The averaged network of a snapshot. Raises `UserError` for another kind of network, and whatever bytes lead to."""
-    size = os.fstat(file.fileno()).st_size
-    tree = unpickle(Window(mapped(Path(file.name))), PICKLED, size)
+    size = path.stat().st_size
+    tree = unpickle(Window(mapped(path)), PICKLED, size)
     outer = tree.get("ema") if isinstance(tree, dict) else None
     model = _part(outer, "_modules").get("model")
     options = _part(model, "_init_kwargs")
@@ -71,7 +69,7 @@ def read_edm(file: io.BufferedReader, source: Any) -> Published:
     data = Elsewhere((side, side, channels), config.classes)
     process = _process(outer, found, config, channels)
     told = f"EDM's {outer.name} of a {model.name}"
-    return Published(source, Experiment("edm", net=process.pop("net"), data=data, **process), found, names, 0, told)
+    return Published(path, Experiment("edm", net=process.pop("net"), data=data, **process), found, names, 0, told)
 
 
 def _process(outer: Thing, found: dict[str, np.ndarray], config: NCSNppConfig, channels: int) -> dict[str, Any]:

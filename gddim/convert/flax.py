@@ -5,12 +5,12 @@ import math
 from collections.abc import Iterator
 from typing import Any, Literal, TypeVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from gddim.convert.networks import Names, fill
+from gddim.convert.networks import Names, Part, fill, names_of, parts
+from gddim.convert.score_sde import ATTENTION, LAYERS
 from gddim.errors import UserError, from_extra, place
 from gddim.nn import NCSNpp
 
@@ -18,20 +18,7 @@ M = TypeVar("M")
 BINARY = {0xC4: 1, 0xC5: 2, 0xC6: 4}  # bytes of the length of so many bytes, by what comes before it, in msgpack
 
 WEIGHTS = {"ema": ("params_ema",), "raw": ("optimizer", "target")}
-BLOCK = {"norm_in": "GroupNorm_0", "conv_in": "Conv_0", "time": "Dense_0", "norm_out": "GroupNorm_1",
-         "conv_out": "Conv_1", "shortcut": "Conv_2"}  # fmt: skip
-ATTENTION = {"norm": "GroupNorm_0", "query": "NIN_0", "key": "NIN_1", "value": "NIN_2", "out": "NIN_3"}
 TOP = {"time.0": "Dense_0", "time.1": "Dense_1", "conv_in": "Conv_0", "norm_out": "GroupNorm_0", "conv_out": "Conv_1"}
-
-
-def load_flax(path: epath.PathLike, model: M, weights: Literal["ema", "raw"] = "ema") -> M:
-    """The model with the parameters of a published training state, the averaged ones or the raw ones.
-
-    `model` is an `NCSNpp` or holds one as `.net`; its own parameters serve as shapes, so `eqx.filter_eval_shape` of
-    its construction will do. Raises `UserError` naming the parameters that are missing, unexpected or of another
-    shape, by their published paths.
-    """
-    return assign(read_state(path), model, weights, epath.Path(path))
 
 
 def read_state(path: epath.PathLike) -> dict[Any, Any]:
@@ -50,7 +37,12 @@ def read_state(path: epath.PathLike) -> dict[Any, Any]:
 
 
 def assign(state: dict[Any, Any], model: M, weights: Literal["ema", "raw"], source: Any) -> M:
-    """`load_flax` of a state that has been read; `source` is what errors call it."""
+    """The model with the parameters of a published training state, the averaged ones or the raw ones.
+
+    `model` is an `NCSNpp` or holds one as `.net`; its own parameters serve as shapes, so `eqx.filter_eval_shape` of
+    its construction will do. `source` is what errors call the state. Raises `UserError` naming the parameters that are
+    missing, unexpected or of another shape, by their published paths.
+    """
     net = getattr(model, "net", model)
     if not isinstance(net, NCSNpp):
         raise UserError(f"published checkpoints hold an NCSNpp, not a {type(net).__name__}")
@@ -68,41 +60,31 @@ def assign(state: dict[Any, Any], model: M, weights: Literal["ema", "raw"], sour
 def published_names(net: NCSNpp) -> Names:
     """For each of our parameters, in the tree's order, the published ones that are stacked in it: paths and shapes.
 
-    Flax numbers the modules of a class in the order of their calls, which is the order of our tree.
+    Flax numbers the modules of a class in the order of their calls.
     """
-    numbers: dict[str, range] = {}
+    modules: dict[tuple[Part, str], str] = {}
     count: collections.Counter[str] = collections.Counter()
-    fir = net.config.fir
+    for part in parts(net):
+        kinds = {"layer": (), "progressive": ("Downsample",)}.get(part.role, ("ResnetBlockBigGANpp",))
+        for kind in (*kinds, *("AttnBlockpp",) * part.attends):
+            modules[part, kind] = f"{kind}_{count[kind]}"
+            count[kind] += 1
 
-    def name(path: str, i: int, stacked: int) -> str:
-        def module(kind: str, place: str) -> str:
-            if place not in numbers:
-                numbers[place] = range(count[kind], count[kind] + stacked)
-                count[kind] += stacked
-            return f"{kind}_{numbers[place][i]}"
-
-        *words, leaf = path.split(".")
-        place, last = ".".join(words[:-1]), words[-1] if words else ""
-        if path == "frequencies":
+    def name(part: Part, layer: str) -> str:
+        *words, leaf = layer.split(".")
+        kernel = "kernel" if leaf == "weight" else leaf
+        if part.place == "frequencies":
             return "GaussianFourierProjection_0/W"
-        if words[-2:-1] == ["attention"]:
-            leaf = leaf if last == "norm" else {"weight": "W", "bias": "b"}[leaf]
-            return f"{module('AttnBlockpp', place)}/{ATTENTION[last]}/{leaf}"
-        if last == "progressive" and fir:
-            return f"{module('Downsample', '.'.join(words))}/Conv2d_0/{leaf}"
-        leaf = "kernel" if leaf == "weight" else leaf
-        if last == "progressive":
-            return f"{module('Downsample', '.'.join(words))}/Conv_0/{leaf}"
-        if ".".join(words) in TOP:
-            return f"{TOP['.'.join(words)]}/{leaf}"
-        return f"{module('ResnetBlockBigGANpp', place)}/{BLOCK[last]}/{leaf}"
+        if part.role == "layer":
+            return f"{TOP[part.place]}/{kernel}"
+        if part.role == "progressive":
+            return f"{modules[part, 'Downsample']}/{f'Conv2d_0/{leaf}' if net.config.fir else f'Conv_0/{kernel}'}"
+        if words[0] == "attention":
+            leaf = leaf if words[1] == "norm" else {"weight": "W", "bias": "b"}[leaf]
+            return f"{modules[part, 'AttnBlockpp']}/{ATTENTION[words[1]]}/{leaf}"
+        return f"{modules[part, 'ResnetBlockBigGANpp']}/{LAYERS[words[0]]}/{kernel}"
 
-    names = []
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(net):
-        path = jax.tree_util.keystr(keys, simple=True, separator=".")
-        stacked, shape = (leaf.shape[0], leaf.shape[1:]) if ".runs." in path else (1, leaf.shape)
-        names.append({name(path, i, stacked): shape for i in range(stacked)})
-    return names
+    return names_of(net, name)
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

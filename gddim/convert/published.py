@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 import equinox as eqx
 import jax
 import numpy as np
-from jaxtyping import PyTree
 
 from gddim.convert.networks import Names, fill
 from gddim.errors import UserError
@@ -26,10 +25,6 @@ class Elsewhere:
 
     shape: tyro.conf.Suppress[tuple[int, ...]]
     classes: tyro.conf.Suppress[int] = 0
-
-    @property
-    def cond(self) -> dict[str, Any] | None:
-        return {"label": np.int32(0)} if self.classes else None
 
     def train(self) -> NoReturn:
         raise UserError(f"the {self.shape} records that this network was trained on are not here: give your own data")
@@ -65,7 +60,3 @@ class Published:
             shapes = eqx.filter_eval_shape(self.experiment.build, jax.random.key(0))
             names: Names = self.names(shapes.net)
         return dataclasses.replace(shapes, net=fill(shapes.net, names, self.arrays, self.source))
-
-    @property
-    def params(self) -> PyTree:
-        return eqx.filter(self.model, eqx.is_inexact_array)

@@ -65,12 +65,11 @@ def parse(
 
 
 def _read(path: Path, weights: Literal["ema", "raw"], process: Process | None, size: int | None) -> Published:
-    edm_like = path.is_dir()
-    if not edm_like:
+    reader = read_diffusers if path.is_dir() else read_edm
+    if reader is read_edm:
         with path.open("rb") as file:
             first = file.peek(2)[:2]
-            edm_like = first[:1] == b"\x80" and first[1:] > b"\x02"  # PyTorch's own pickles are of protocol 2
-            if not edm_like:
+            if not (first[:1] == b"\x80" and first[1:] > b"\x02"):  # PyTorch's own pickles are of protocol 2
                 state = State.read(file, weights, size)
                 if state.inputs == 2 * state.outputs and process is None:
                     return read_cld_sgm(state, path)
@@ -79,7 +78,4 @@ def _read(path: Path, weights: Literal["ema", "raw"], process: Process | None, s
                 raise UserError(f"its network takes {state.inputs} channels and returns {state.outputs}")
     if weights != "ema" or process is not None or size is not None:
         raise UserError("it has one set of weights, tells process and size: leave out --weights, --process and --size")
-    if path.is_dir():
-        return read_diffusers(path, path)
-    with path.open("rb") as file:
-        return read_edm(file, path)
+    return reader(path)

@@ -32,7 +32,7 @@ from gddim.data.labels import check_labels, class_counts, classes_of, cond_of
 from gddim.data.moments import moments, spectrum
 from gddim.data.official import CIFAR10, SVHN
 from gddim.data.pipeline import batch_indices, batches, prefetch
-from gddim.data.shards import Shards, prepare
+from gddim.data.shards import Shards, holds_shards, prepare
 from gddim.data.sources import (
     DATA,
     LABEL,
@@ -47,11 +47,15 @@ from gddim.data.sources import (
     x0_and_cond,
 )
 
+NAMED = {"digits": Digits, "five-rings": FiveRings, "cifar10": CIFAR10, "svhn": SVHN, "celeba": CelebA}
+"""The data sets that command lines have a word for."""
+
 __all__ = [
     "AUGMENT",
     "CIFAR10",
     "DATA",
     "LABEL",
+    "NAMED",
     "NUMBERS",
     "SVHN",
     "ArrayFile",
@@ -74,6 +78,7 @@ __all__ = [
     "cond_of",
     "data_alone",
     "holds_images",
+    "holds_shards",
     "identity",
     "moments",
     "prefetch",

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from gddim.data import CIFAR10, SVHN, ArrayFile, CelebA, Dataset, Digits, FiveRings, ImageFolder, Shards
+from gddim.data import NAMED, ArrayFile, Dataset, ImageFolder, Shards, holds_shards
 from gddim.data.moments import moments, spectrum
 from gddim.data.shards import prepare
 from gddim.errors import UserError, place, printable
 from gddim.storage import check_writable, is_local, write_whole
 
-_NAMED = {"digits": Digits, "five-rings": FiveRings, "cifar10": CIFAR10, "svhn": SVHN, "celeba": CelebA}
 _OPTIONS = {
     "root": dict(metavar="DIR", help="for cifar10, svhn, celeba: folder that holds the data"),
     "size": dict(type=int, metavar="PIXELS", help="for image files and celeba: height and width to resize to"),
@@ -24,19 +23,19 @@ _OPTIONS = {
     "labels": dict(action="store_true", default=None, help="with the classes of records, where they have them"),
     "test_every": dict(type=int, metavar="N", help="hold out every N-th record (default 10); 0: none, and test on all"),
 }
-_SOURCE = f"{', '.join(_NAMED)}, or the path of a folder or zip of images, of a .npy or .npz file, or of shards"
+_SOURCE = f"{', '.join(NAMED)}, or the path of a folder or zip of images, of a .npy or .npz file, or of shards"
 
 
 def _dataset(options: argparse.Namespace) -> Dataset:
     path = Path(options.source).expanduser()
     given = {name: value for name in _OPTIONS if (value := getattr(options, name)) is not None}
-    if options.source in _NAMED:
-        kind = _NAMED[options.source]
+    if options.source in NAMED:
+        kind = NAMED[options.source]
     elif not path.exists():
         raise UserError(f"no data set {options.source}: give {_SOURCE}")
     else:
-        arrays, shards = path.suffix in (".npy", ".npz"), (path / "manifest.json").is_file()
-        kind = ArrayFile if arrays else Shards if shards else ImageFolder
+        arrays = path.suffix in (".npy", ".npz")
+        kind = ArrayFile if arrays else Shards if holds_shards(path) else ImageFolder
         given["path"] = options.source
     accepted = {field.name for field in dataclasses.fields(kind)}
     if wrong := [_option(name) for name in given if name not in accepted]:

@@ -125,6 +125,11 @@ class ShardSource:
             raise UserError(f"{path} cannot be read ({error}); if it is damaged, prepare it again") from error
 
 
+def holds_shards(folder: Path) -> bool:
+    """Whether a folder is one of shards, finished or not."""
+    return (folder / _MANIFEST).is_file()
+
+
 def _sum_of(shards: list[dict], name: str) -> str | None:
     """The digest of the records of all shards; None where they tell none, as those of earlier versions and those without
     labels do."""

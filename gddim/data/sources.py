@@ -1,7 +1,7 @@
 """What a data set is, and those that are made here: the digits that scikit-learn carries, and five rings."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -92,19 +92,21 @@ def data_alone(source: Source) -> Source:
     """The same records without what conditions them, as they are compared with samples."""
     if isinstance(source, ArraySource):
         return source if source.cond is None else ArraySource(source.array, source.flip, source.rows, source.stamp)
-    return _DataAlone(source)
+    return Changed(source, lambda records: x0_and_cond(records)[0])
 
 
-class _DataAlone:
-    def __init__(self, source: Source):
-        self._source = source
-        self.shape, self.dtype, self.flip = source.shape, source.dtype, source.flip
+class Changed:
+    """The records of a source, changed as they are read, perhaps to another type."""
+
+    def __init__(self, source: Source, change: Callable[[Any], Records], dtype: np.dtype | None = None):
+        self._source, self._change = source, change
+        self.shape, self.flip, self.dtype = source.shape, source.flip, source.dtype if dtype is None else dtype
 
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, indices: Int[np.ndarray, " b"], /) -> Shaped[np.ndarray, "b ..."]:
-        return x0_and_cond(self._source[indices])[0]
+    def __getitem__(self, indices: Int[np.ndarray, " b"], /) -> Records:
+        return self._change(self._source[indices])
 
 
 class ArraySource:

@@ -10,25 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Int
 
-from gddim.data import (
-    CIFAR10,
-    DATA,
-    SVHN,
-    ArrayFile,
-    ArraySource,
-    CelebA,
-    Digits,
-    FiveRings,
-    Records,
-    Shards,
-    Source,
-    holds_images,
-    to_uint8,
-    whole_images,
-    x0_and_cond,
-)
+from gddim.data import NAMED, ArrayFile, ArraySource, Shards, Source, holds_images, holds_shards, to_uint8, whole_images
+from gddim.data.sources import Changed
 from gddim.errors import UserError, from_extra, harmless, place, printable
 from gddim.evaluation.cell import LEAST
 from gddim.evaluation.features import FeatureSpace, PixelFeatures, check_numbers
@@ -41,9 +25,8 @@ from gddim.evaluation.sweep import RESULTS, read_rows
 from gddim.parallel import batch_sharding, check_backend, make_mesh
 from gddim.storage import check_writable, is_local, write_whole
 
-_NAMED = {"digits": Digits, "five-rings": FiveRings, "cifar10": CIFAR10, "svhn": SVHN, "celeba": CelebA}
 _SOURCE = (
-    f"{', '.join(_NAMED)}, each with :test for its held-out part; or the path of a folder or zip of images, of a .npy "
+    f"{', '.join(NAMED)}, each with :test for its held-out part; or the path of a folder or zip of images, of a .npy "
     "or .npz file of samples or a folder of such, or of shards"
 )
 
@@ -194,7 +177,7 @@ def _source(text: str, size: int | None, space: FeatureSpace) -> Source:
     if len(source) < LEAST:
         raise UserError(f"{text} holds {len(source)} records, the metrics need at least {LEAST}")
     if len(source.shape) == 3 and source.dtype != np.uint8:
-        source = _Rounded(source)
+        source = Changed(source, lambda x: np.asarray(to_uint8(jnp.asarray(x))), np.dtype(np.uint8))
     check_numbers(space, source.shape)
     if isinstance(space, InceptionFeatures) and (source.dtype != np.uint8 or source.shape[-1] not in (1, 3)):
         raise UserError(
@@ -203,31 +186,16 @@ def _source(text: str, size: int | None, space: FeatureSpace) -> Source:
     return source
 
 
-class _Rounded:
-    """A source of floating images as saving them would round them."""
-
-    def __init__(self, source: Source):
-        self.source, self.shape, self.flip, self.dtype = source, source.shape, source.flip, np.dtype(np.uint8)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, indices: Int[np.ndarray, " n"]) -> Records:
-        x0, cond = x0_and_cond(self.source[indices])
-        images = np.asarray(to_uint8(jnp.asarray(x0)))
-        return images if cond is None else {DATA: images, **cond}
-
-
 def _records(text: str, size: int | None) -> Source:
     name, _, part = text.partition(":")
-    if name in _NAMED and part in ("", "test"):
-        return _NAMED[name]().test() if part else _NAMED[name]().train()
+    if name in NAMED and part in ("", "test"):
+        return NAMED[name]().test() if part else NAMED[name]().train()
     path = Path(text).expanduser()
     if not path.exists():
         raise UserError(f"no data set {text}: give {_SOURCE}")
     if path.suffix in (".npy", ".npz"):
         return ArrayFile(str(path), test_every=0).train()
-    if (path / "manifest.json").is_file():
+    if holds_shards(path):
         return Shards(str(path)).train()
     files = sorted(file for file in path.glob("*.np[yz]") if not harmless(file.name))
     if files and not holds_images(path):

@@ -181,7 +181,7 @@ class Evaluator:
 
     def _evaluations(self, sde: AbstractLinearSDE, solver: AbstractSolver, nfe: float) -> Row:
         """How often a guided sample evaluates a network in its calls."""
-        found = self.guidance.evaluations(sde, nfe, getattr(solver, "times", None))
+        found = self.guidance.evaluations(sde, nfe, solver.times)
         return {"evaluations": found} if found != nfe else {}
 
     def _ahead(

@@ -103,10 +103,10 @@ def frechet_distance(a: Moments | Gaussian, b: Moments | Gaussian) -> float:
     return max(float(np.square(a.mean - b.mean).sum() + spread), 0.0)
 
 
-def _row_blocks(x: np.ndarray, rows: int = 1024) -> Iterator[tuple[slice, np.ndarray]]:
-    """Slices of at most `rows` rows: a matrix of all pairs is never held as a whole."""
-    for start in range(0, len(x), rows):
-        yield slice(start, start + rows), x[start : start + rows]
+def _row_blocks(x: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Slices of at most 1,024 rows: a matrix of all pairs is never held as a whole."""
+    for start in range(0, len(x), 1024):
+        yield (block := slice(start, start + 1024)), x[block]
 
 
 def _kernel_sums(a: np.ndarray, b: np.ndarray, same: bool = False) -> tuple[np.ndarray, np.ndarray, float]:

@@ -10,10 +10,10 @@ import sys
 from collections.abc import Sequence
 from typing import Annotated, Literal, get_args
 
-from gddim.errors import UserError, from_extra, place, printable
+from gddim.errors import UserError, from_extra, place, printable, require
 from gddim.experiment.checkpoints import trained
 from gddim.experiment.compiled import kept_programs
-from gddim.experiment.config import Experiment, require
+from gddim.experiment.config import Experiment
 from gddim.experiment.options import REGISTRY, UNGROUPED, explain, options, said, tyro
 from gddim.experiment.restoration import Restoration
 from gddim.experiment.revival import as_trained

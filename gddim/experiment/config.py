@@ -11,8 +11,9 @@ from jaxtyping import Int32, PRNGKeyArray
 
 from gddim.averages import LONGEST
 from gddim.data import LABEL, classes_of, cond_of
+from gddim.errors import require
 from gddim.experiment.fitting import Fitting
-from gddim.experiment.network import Model, NetConfig, require, told_augmentation, told_classes
+from gddim.experiment.network import Model, NetConfig, told_augmentation, told_classes
 from gddim.experiment.options import SPELLED, tyro
 from gddim.experiment.sampling import Sampling
 from gddim.experiment.words import Process, Sampler, spell_process

@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from gddim.data import LABEL, to_uint8, to_unit
-from gddim.errors import UserError
-from gddim.experiment.config import Experiment, Sampling, require
+from gddim.errors import UserError, require
+from gddim.experiment.config import Experiment, Sampling
 from gddim.experiment.plan import Plan
 from gddim.guidance import Guidance
 from gddim.model import seen_through
@@ -93,8 +93,8 @@ def draw_numbered(
     sampling: Sampling,
     n: int,
     held: Callable[[Float[Array, "b ..."]], Array],
-    progress: Callable[[int], object] = lambda count: None,
-    cond: PyTree = None,
+    progress: Callable[[int], object],
+    cond: PyTree,
     start: NoisedData | None = None,
 ) -> tuple[Shaped[np.ndarray, "n ..."], float]:
     """Samples 0, …, n − 1 of the sampling's seed, so many at a time as it says, held as given, and the mean of their calls.
@@ -143,7 +143,7 @@ def draw_samples(
         start = start._replace(data=start.data[np.arange(n) * len(start.data) // n])
     held = to_uint8 if plan.rounds else lambda x: x
     drawn, made = draw_numbered(plan.mesh, model, solver, shape, sampling, n, held, progress, told, start)
-    return drawn, CallCount(made, guidance.evaluations(sde, made, getattr(solver, "times", None)))
+    return drawn, CallCount(made, guidance.evaluations(sde, made, solver.times))
 
 
 class Paths(NamedTuple):

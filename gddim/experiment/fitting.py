@@ -11,8 +11,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float
 
-from gddim.errors import UserError
-from gddim.experiment.network import require
+from gddim.errors import UserError, require
 from gddim.samplers import Grid, Method, OnGrid
 from gddim.samplers.fit import Family
 from gddim.samplers.grids import BAND, Band

@@ -11,8 +11,7 @@ from jaxtyping import Shaped
 
 from gddim.data import ArrayFile, to_unit
 from gddim.data.decoding import decoded, resized
-from gddim.errors import UserError, place
-from gddim.experiment.network import require
+from gddim.errors import UserError, place, require
 from gddim.storage import is_local
 
 ARRAYS = (".npy", ".npz")

@@ -8,9 +8,9 @@ from etils import epath
 
 from gddim.checkpoint import Checkpointer
 from gddim.data import classes_of
-from gddim.errors import UserError
+from gddim.errors import UserError, require
 from gddim.experiment.checkpoints import checkpoint_digest, restore_ema
-from gddim.experiment.config import Experiment, require
+from gddim.experiment.config import Experiment
 from gddim.experiment.plan import Plan
 from gddim.experiment.snapshots import check_snapshots
 from gddim.guidance import UNTOLD, Guidance

@@ -12,7 +12,7 @@ from etils import epath
 from jaxtyping import PyTree
 
 from gddim.data import Source, check_labels, class_counts, classes_of, cond_of, data_alone
-from gddim.errors import UserError, place
+from gddim.errors import UserError, place, require
 from gddim.evaluation.cell import LEAST, Cell, Evaluator, check
 from gddim.evaluation.classes import Labelled
 from gddim.evaluation.features import FeatureSpace, PixelFeatures, check_numbers
@@ -21,7 +21,7 @@ from gddim.evaluation.inception import InceptionFeatures
 from gddim.evaluation.statistics import CLASSES, Statistics, cached_statistics
 from gddim.evaluation.sweep import RESULTS, read_rows
 from gddim.experiment.checkpoints import checkpoint_digest
-from gddim.experiment.config import Evaluation, Experiment, require
+from gddim.experiment.config import Evaluation, Experiment
 from gddim.experiment.plan import Plan
 from gddim.guidance import Guidance
 from gddim.parallel import batch_sharding, round_up

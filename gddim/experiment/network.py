@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from gddim.data import NUMBERS, classes_of, cond_of
-from gddim.errors import UserError
+from gddim.errors import UserError, require
 from gddim.experiment.spectrum import DataStd, Spectrum
 from gddim.model import Denoiser, EpsModel, VelocityModel
 from gddim.sde import AbstractLinearSDE
@@ -21,12 +21,6 @@ class NetConfig(Protocol):
     """A network yet to be built, as `NCSNppConfig` and `MLPConfig` are."""
 
     def build(self, in_shape: Any, out_channels: int, key: PRNGKeyArray) -> Any: ...
-
-
-def require(good: bool, message: str) -> None:
-    """Raise `UserError` with a message that says what was given and what is accepted."""
-    if not good:
-        raise UserError(message)
 
 
 def check_size(net: Any, arrays: Mapping[str, np.ndarray]) -> None:

@@ -25,6 +25,7 @@ DPI = 100  # of sheets of images, in which a pixel of an image is a whole number
 WIDTH = 640  # of the images on a sheet, which they are enlarged to where they are narrower
 GAP = 2  # between images
 PIXELS = 2**26  # of a sheet, at most: programs refuse larger pictures
+FRAMES = 9  # of a film
 FIELDS = ("position", "velocity", "acceleration")
 
 
@@ -52,26 +53,26 @@ def rows(samples: Shaped[np.ndarray, "n m ..."], title: str = "", left: Sequence
     return _sheet(shown.reshape(-1, *shown.shape[2:]), shown.shape[1], title, left=left[: len(shown)])
 
 
-def film(paths: Paths, title: str = "", frames: int = 9, shown: int = 4) -> Any:
+def film(paths: Paths, title: str = "", shown: int = 4) -> Any:
     """From noise to data in a strip of frames, each with its time: for each sample what it is, and below it the data
     foreseen there, of as many as fit a sheet. All points of a set, which is what are no images, share one frame.
     """
-    chosen = np.linspace(0, len(paths.ts) - 1, frames).round().astype(int)
+    chosen = np.linspace(0, len(paths.ts) - 1, FRAMES).round().astype(int)
     strips = np.stack([np.asarray(part[chosen]) for part in (paths.data, paths.foreseen)])  # (2, frames, n, *data)
     above, left = [f"t = {t:.2g}" for t in paths.ts[chosen]], ("state", "prediction")
     if strips.ndim != 6:
-        figure, axes = new_figure(2, frames, (1.3 * frames, 3.2), title)
-        for ax, points in zip(axes, strips.reshape(2 * frames, strips.shape[2], -1), strict=True):
+        figure, axes = new_figure(2, FRAMES, (1.3 * FRAMES, 3.2), title)
+        for ax, points in zip(axes, strips.reshape(2 * FRAMES, strips.shape[2], -1), strict=True):
             _scatter(ax, points)
             ax.set(xlim=(-3, 3), ylim=(-3, 3), xticks=[], yticks=[])
         for ax, words in zip(axes, above, strict=False):
             ax.set_title(words, fontsize=9)
-        for ax, words in zip(axes[::frames], left, strict=True):
+        for ax, words in zip(axes[::FRAMES], left, strict=True):
             ax.set_ylabel(words)
         return figure
-    shown = min(shown, max(1, _fitting(strips.shape[3:5]) // (2 * frames)))
+    shown = min(shown, max(1, _fitting(strips.shape[3:5]) // (2 * FRAMES)))
     images = np.moveaxis(strips[:, :, :shown], 2, 0)  # (n, 2, frames, H, W, C)
-    return _sheet(images.reshape(-1, *images.shape[3:]), frames, title, above, left * len(images))
+    return _sheet(images.reshape(-1, *images.shape[3:]), FRAMES, title, above, left * len(images))
 
 
 def trajectory(sde: AbstractLinearSDE, paths: Paths, title: str = "", lines: int = 6) -> Any:

@@ -13,8 +13,8 @@ from jaxtyping import Array, ArrayLike, PyTree
 
 from gddim import measurements
 from gddim.data.decoding import decoded
-from gddim.errors import UserError, place
-from gddim.experiment.config import Experiment, require
+from gddim.errors import UserError, place, require
+from gddim.experiment.config import Experiment
 from gddim.experiment.guiding import check_denoiser
 from gddim.experiment.options import UNGROUPED, tyro
 from gddim.guidance import Measured

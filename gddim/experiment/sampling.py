@@ -11,8 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from gddim.averages import LONGEST
-from gddim.errors import UserError
-from gddim.experiment.network import require
+from gddim.errors import UserError, require
 from gddim.experiment.options import SPELLED, UNGROUPED, tyro
 from gddim.experiment.words import Process, Sampler, TimeGrid, spell_process
 from gddim.guidance import EVERYWHERE, Guidance

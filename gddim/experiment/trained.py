@@ -16,11 +16,11 @@ from gddim import weights as files
 from gddim.averages import LONGEST
 from gddim.checkpoint import Checkpointer
 from gddim.data import classes_of
-from gddim.errors import UserError
+from gddim.errors import UserError, require
 from gddim.experiment.checkpoints import checkpoint_digest
 from gddim.experiment.config import Experiment
 from gddim.experiment.fitting import SOLVERS
-from gddim.experiment.network import check_size, require
+from gddim.experiment.network import check_size
 from gddim.experiment.revival import revived
 from gddim.experiment.snapshots import placed, rebuild
 from gddim.experiment.workdir import RECORDS, check_release, read_config
@@ -32,9 +32,9 @@ Average = Literal["ema", "raw"] | float
 HUB = "model.safetensors"  # in a folder, beside its config.json
 
 
-def parse_average(word: str | None) -> Average | None:
+def parse_average(word: str) -> Average:
     """The average that a word of a command line names. Raises `UserError` for one that is none."""
-    if word in (None, "ema", "raw"):
+    if word in ("ema", "raw"):
         return word
     try:
         return float(word)

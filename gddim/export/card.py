@@ -54,16 +54,16 @@ def card(weights: Weights, file: str, image: str | None, results: str = "", note
     told = config.get(OBJECTS, {}).get("sde") or config["sde"]["type"]
     data = config["model"]["predicts"] == "data"
     serves = f"{'a denoiser' if data else 'the ε'} of {process_in_words(told)}"
-    serves, uses = ("one network for every process of gddim", {"process": "cld"}) if data and not own else (serves, {})
-    options = "".join(f" --{name} {value}" for name, value in uses.items())
-    arguments = "".join(f', {name}="{value}"' for name, value in uses.items())
+    option = argument = ""
+    if data and not own:
+        serves, option, argument = "one network for every process of gddim", " --process cld", ', process="cld"'
     parts = [
         f"# {config['name']}",
         f"A diffusion model of {about['parameters']:,} parameters: {serves} ([gddim](https://arxiv.org/abs/2206.05564)).",
         note,
         f"![Samples]({image})" if image else "",
-        f'    model = gddim.load("{file}")\n    images = model.sample(16{arguments}, nfe=20)',
-        f"    python -m gddim.generate {file}{options} --nfe 20 --seeds 0-63 OUT" if _pictures(weights) else "",
+        f'    model = gddim.load("{file}")\n    images = model.sample(16{argument}, nfe=20)',
+        f"    python -m gddim.generate {file}{option} --nfe 20 --seeds 0-63 OUT" if _pictures(weights) else "",
         f"## Results\n\n{results.strip()}" if results else "",
         f"## Facts\n\n| | |\n| --- | --- |\n{_facts(weights)}",
     ]

@@ -19,6 +19,7 @@ from etils import epath
 from gddim import compact
 from gddim.checkpoint import Checkpointer
 from gddim.errors import UserError
+from gddim.experiment.snapshots import average_names
 from gddim.storage import check_empty
 
 MOMENTS = {
@@ -46,12 +47,11 @@ def export_state(run: epath.Path, folder: epath.Path, moments: str = "both", ste
         return {path: np.asarray(rest[f"{prefix}.{path}"]) for path in ema}
 
     widths = config.get("train", {}).get("ema_profiles", [])
-    numbers = {int(found[1]) for path in rest if (found := re.match(r"averages\.(\d+)", path))}
-    others = [f"averages.{number}" for number in sorted(numbers)]
+    names = average_names(len(widths))
     vectors = {"model": compact.vector(tree("model")), "ema": compact.vector(ema)}
-    vectors |= {name: compact.vector(tree(name)) for name in others}
-    ways = {"model": "whole", "ema": "near"} | dict.fromkeys(others, "near")
-    about: dict[str, Any] = {"config": config, "widths": dict(zip(["ema", *others], widths, strict=bool(widths)))}
+    vectors |= {name: compact.vector(tree(name)) for name in names[1:]}
+    ways = {"model": "whole"} | dict.fromkeys(names, "near")
+    about: dict[str, Any] = {"config": config, "widths": dict(zip(names, widths, strict=False))}
     adam = next((path[: -len(".count")] for path in rest if re.fullmatch(r"opt_state\..*count", path)), None)
     if adam and MOMENTS[moments]:
         about["count"] = int(rest[f"{adam}.count"])

@@ -38,6 +38,11 @@ class AbstractSolver(eqx.Module):
 
     sde: eqx.AbstractVar[AbstractLinearSDE]
 
+    @property
+    def times(self) -> Any:
+        """Those of its network calls, in order; None where the sampler chooses its own steps."""
+        return None
+
     @abc.abstractmethod
     def solve(
         self, eps_fn: EpsFn, u: Array, key: PRNGKeyArray | None, path: bool, callback: Callback | None

@@ -12,11 +12,11 @@ from etils import epath
 from jaxtyping import Array, Int, Key, Shaped
 
 from gddim.data import DATA, LABEL, ArraySource, Source, classes_of, to_unit, x0_and_cond
-from gddim.errors import UserError
+from gddim.errors import UserError, require
 from gddim.evaluation.figures import label_in_words
 from gddim.evaluation.page import write_page
 from gddim.experiment.checkpoints import restore_ema
-from gddim.experiment.config import Experiment, require
+from gddim.experiment.config import Experiment
 from gddim.experiment.drawing import numbered_batches
 from gddim.experiment.measure import held_out
 from gddim.experiment.outputs import check_names, digest_of_data, origin_of_network, write_figure, write_npz

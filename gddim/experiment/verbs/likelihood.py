@@ -6,11 +6,11 @@ import jax
 import numpy as np
 from etils import epath
 
+from gddim.errors import require
 from gddim.evaluation.likelihood import bits_per_dimension
 from gddim.evaluation.page import write_page
 from gddim.evaluation.provenance import hardware, software
 from gddim.experiment.checkpoints import checkpoint_digest, restore_ema
-from gddim.experiment.config import require
 from gddim.experiment.measure import held_out
 from gddim.experiment.outputs import check_names, write_json
 from gddim.experiment.plan import Plan

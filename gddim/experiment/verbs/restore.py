@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -78,7 +77,7 @@ def restore(plan: Plan, workdir: epath.Path, settings: Restoration, step: int | 
             each,
         )
     samples = samples.reshape(count, settings.samples, *shape)
-    calls = CallCount(made, guidance.evaluations(sde, made, getattr(solver, "times", None)))
+    calls = CallCount(made, guidance.evaluations(sde, made, solver.times))
     truth, seen = to_host(truth), _shown(operator, b, shape)
     seen = np.clip(seen, -1, 1) if plan.rounds else seen
     nearest = _nearest(operator, b, train)
@@ -134,16 +133,12 @@ def _nearest(operator: Operator, b: Images, train: Source) -> Float[np.ndarray, 
     """Of the records to train on, the first 50,000 at most, that which is measured most like each."""
     best, found = np.full(len(b), np.inf), np.zeros((len(b), *train.shape), np.float32)
     measured = jax.jit(lambda x: jax.vmap(operator)(to_unit(x)))
-    for records in _chunks(train):
+    end = min(len(train), NEIGHBOURS)
+    for first in range(0, end, 1000):
+        records = np.asarray(train[np.arange(first, min(first + 1000, end))])
         theirs = np.asarray(measured(records)).reshape(len(records), -1)
         for i, ours in enumerate(b.reshape(len(b), -1)):
             distance = ((theirs - ours) ** 2).sum(1)
             if distance.min() < best[i]:
                 best[i], found[i] = distance.min(), to_host(to_unit(jnp.asarray(records[distance.argmin()])))
     return found
-
-
-def _chunks(source: Source, size: int = 1000) -> Iterator[np.ndarray]:
-    end = min(len(source), NEIGHBOURS)
-    for first in range(0, end, size):
-        yield np.asarray(source[np.arange(first, min(first + size, end))])
