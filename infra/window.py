@@ -4,10 +4,11 @@
     python3 infra/window.py OUT --minutes 20 --data DATA --wheels WHEELS --init STATE -- experiments.cifar10 --train.fused 8
 
 It installs the wheels beside what the machine has, without a network; unpacks the data; measures the laws with products in
-float32 and in bfloat16; trains; evaluates; and leaves in OUT, a new folder, at most eight files of at most 16 MB:
+float32 and in bfloat16, and for some minutes what networks and their peers cost; trains; evaluates; and leaves in OUT, a new
+folder, at most eight files of at most 16 MB:
 
     1-of-N.safetensors …   the state, with which `--init OUT` goes on elsewhere (python -m gddim.export)
-    run.tar.gz             what each phase said, configuration, curves, tables, samples
+    run.tar.gz             what each phase said, profiles, configuration, curves, tables, samples
     window.json            commands, statuses and seconds of the phases
 
 DATA is a folder that holds cifar-10-batches-bin, or labels.npz and WebP atlases of it: train_0.webp … train_4.webp, test.webp,
@@ -22,6 +23,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -32,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PREEMPTED = 75
 FILES, FILE_BYTES = 8, 16_000_000
 LOG_BYTES = 2_000_000  # at least, for what is not the state
-PHASES = ("laws", "train", "evaluate")
+PHASES = ("laws", "benchmark", "train", "evaluate")
 PRECISIONS = ("float32", "bfloat16")
 COMES_BACK = ("config.json", "results.*", "report.html", "samples.*", "classes.json", "tensorboard")  # of the workdir
 
@@ -47,7 +49,7 @@ class Window:
         module, *self.options = given.experiment
         self.experiment = ["-m", module]
 
-    def python(self, name: str, *words: str, seconds: float | None = None, **env: str) -> int:
+    def python(self, name: str, *words: str, seconds: float | None = None, cwd: Path | None = None, **env: str) -> int:
         """Run this interpreter on some words; returns its status, and notes it. Past its time it is asked to end."""
         command, began = [sys.executable, *words], time.monotonic()
         path = os.pathsep.join(filter(None, [str(ROOT), str(self.site), os.environ.get("PYTHONPATH")]))
@@ -55,6 +57,7 @@ class Window:
         with (self.logs / f"{name}.log").open("wb") as log:
             child = subprocess.Popen(
                 command,
+                cwd=cwd,
                 env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **env},
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -118,6 +121,11 @@ class Window:
         ]
         return not any(statuses)
 
+    def benchmark(self) -> bool:
+        """As much as there is time for: what was measured is in what it says, profiles are in `runs`."""
+        words, seconds = ("experiments.benchmark", "profile", "networks", "peers"), 60 * self.given.benchmark_minutes
+        return self.python("benchmark", "-m", *words, seconds=seconds, cwd=self.work) in (0, -signal.SIGTERM)
+
     def train(self) -> bool:
         began = (self.workdir / "config.json").exists()
         init = [f"--train.init={self.given.init}"] if self.given.init else []
@@ -153,7 +161,12 @@ class Window:
         """All but the state in two files."""
         told = {"command": sys.argv[1:], "phases": self.phases}
         (self.out / "window.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
-        paths = [*self.logs.iterdir(), *(path for name in COMES_BACK for path in sorted(self.workdir.glob(name)))]
+        profiles = (self.work / "runs").glob("*")
+        paths = [
+            *self.logs.iterdir(),
+            *profiles,
+            *(path for name in COMES_BACK for path in sorted(self.workdir.glob(name))),
+        ]
         left_out, taken = [], sum(path.stat().st_size for path in self.out.iterdir())
         most = min(FILE_BYTES, 1e6 * self.given.room - taken)
         while paths:
@@ -180,6 +193,7 @@ def main() -> int:
     parser.add_argument("--init", help="OUT of the window before, or a run")
     parser.add_argument("--work", default="window", help="folder of the work (window)")
     parser.add_argument("--laws", nargs="*", default=[], help="processes, as gddim:CLD, whose laws are measured (all)")
+    parser.add_argument("--benchmark-minutes", type=float, default=4.0, help="of the benchmark at most (4)")
     parser.add_argument("--evaluate-minutes", type=float, default=0.0, help="of evaluation at most (no limit)")
     parser.add_argument("--room", type=float, default=67, help="MB that may come back in all (67)")
     parser.add_argument("--without", nargs="*", default=[], choices=PHASES, help="phases to leave out")

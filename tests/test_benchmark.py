@@ -2,12 +2,16 @@
 
 import json
 import math
+import os
+import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import cld_digits
-from experiments.benchmark import data, evaluation, mathematics, training
+from experiments.benchmark import data, evaluation, mathematics, profiles, training
 from experiments.benchmark.__main__ import BENCHES, main
 from experiments.benchmark.reference_coefficients import published_blurring, published_cld
 from experiments.benchmark.table import Row, Target
@@ -126,6 +130,34 @@ def test_the_step_of_an_experiment_is_measured():
     rows = measured(training.networks(("points",), repeats=1))
     assert [row.unit for row in rows] == ["s", "ms", "images/s", "GFLOP/s", "MiB"]
     assert np.isclose(rows[2].value * rows[1].value / 1e3, 512)
+
+
+def test_on_an_accelerator_the_two_with_an_aim_come_first_in_batches_that_have_room(monkeypatch):
+    def network(sized, experiment, repeats):
+        if sized.train.batch > 256:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        yield experiment.name, sized.train.batch
+
+    monkeypatch.setattr(training, "on_cpu", lambda: False)
+    monkeypatch.setattr(training, "_network", network)
+    found = list(training.networks(("blur_cifar10", "cifar10", "cld_cifar10")))
+    assert found == [
+        *((name, batch) for name in ("cifar10", "cld_cifar10") for batch in (128, 256)),
+        ("blur_cifar10", 128),
+    ]
+
+
+def test_a_profile_tells_the_kinds_of_kernels_by_their_time(tmp_path):
+    work = jax.jit(lambda a: jnp.cumsum(jnp.sin(a @ a), 0))
+    a = jnp.ones((300, 300))
+    jax.block_until_ready(work(a))
+    start = time.perf_counter()
+    with jax.profiler.trace(str(tmp_path)):
+        jax.block_until_ready([work(a) for _ in range(3)])
+    found = profiles.kernels(tmp_path)
+    assert any("fusion" in kind for kind, _ in found)
+    assert [seconds for _, seconds in found] == sorted((seconds for _, seconds in found), reverse=True)
+    assert 0 < sum(seconds for _, seconds in found) < (os.cpu_count() or 1) * (time.perf_counter() - start)
 
 
 def test_every_experiment_is_measured():

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -91,14 +92,17 @@ def test_a_terminal_without_the_letters_gets_the_help():
 def test_two_windows_are_one_run(tmp_path, minutes):
     """On a machine with nothing but the wheels, which forgets all but what came back."""
     first = [tmp_path / "a", "--minutes", minutes, "--work", tmp_path / "w", "--wheels", wheel(tmp_path / "wheels")]
-    done = window(*first, "--laws", "gddim:VP", "--", "borrowed", *SMALL, cwd=tmp_path)
+    asked = ("--laws", "gddim:VP", "--benchmark-minutes", 0.7)
+    done = window(*first, *asked, "--", "borrowed", *SMALL, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     files = {path.name: path.stat().st_size for path in (tmp_path / "a").iterdir()}
     assert files.keys() == {"1-of-1.safetensors", "run.tar.gz", "window.json"}
     assert max(files.values()) <= 16_000_000
     phases = told(tmp_path / "a")
-    assert [*phases] == ["wheels", "laws-float32", "laws-bfloat16", "train", "export", "evaluate"]
-    assert {name: phase["status"] for name, phase in phases.items() if phase["status"]} == {"train": EXIT_PREEMPTED}
+    assert [*phases] == ["wheels", "laws-float32", "laws-bfloat16", "benchmark", "train", "export", "evaluate"]
+    stopped = {"train": EXIT_PREEMPTED, "benchmark": -signal.SIGTERM}
+    assert {name: phase["status"] for name, phase in phases.items() if phase["status"]} == stopped
+    assert "| figure | value | baseline | ratio | target |" in log(tmp_path / "a", "benchmark")
     assert 60 * minutes <= phases["train"]["seconds"] <= 60 * minutes + 60
     with tarfile.open(tmp_path / "a" / "run.tar.gz") as tar:
         names = tar.getnames()
@@ -107,7 +111,7 @@ def test_two_windows_are_one_run(tmp_path, minutes):
     }
 
     second = [tmp_path / "b", "--minutes", 0.05, "--work", tmp_path / "x", "--wheels", tmp_path / "wheels"]
-    more = ("--init", tmp_path / "a", "--without", "laws", "evaluate", "--", "borrowed", *SMALL)
+    more = ("--init", tmp_path / "a", "--without", "laws", "benchmark", "evaluate", "--", "borrowed", *SMALL)
     done = window(*second, *more, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     one, two = (compact.read(epath.Path(tmp_path / name)) for name in "ab")
@@ -124,7 +128,17 @@ def log(out: Path, name: str) -> str:
 
 
 def test_a_window_that_cannot_train_says_so_and_brings_its_log(tmp_path):
-    words = ("--minutes", 0.01, "--without", "laws", "evaluate", "--", "experiments.points", "--no-such-option")
+    words = (
+        "--minutes",
+        0.01,
+        "--without",
+        "laws",
+        "benchmark",
+        "evaluate",
+        "--",
+        "experiments.points",
+        "--no-such-option",
+    )
     done = window(tmp_path / "out", *words, cwd=tmp_path)
     assert done.returncode == 1
     assert "failed: train" in done.stdout

@@ -31,7 +31,7 @@ def peers() -> Iterator[Row]:
         diffusers, torch = (importlib.import_module(name) for name in ("diffusers", "torch"))
     except ImportError as error:
         raise UserError(f"needs diffusers and PyTorch: pip install 'gddim[peers]' ({error})") from error
-    for batch, nfe in ((8, 20), (64, 4)) if on_cpu() else ((128, 20),):
+    for batch, nfe in ((8, 20), (64, 4)) if on_cpu() else ((128, 20), (1024, 4)):
         yield from beside(diffusers, torch, 32 if on_cpu() else 128, batch, nfe)
 
 
