@@ -99,11 +99,6 @@ WRONG = {
     "--model.predicts=score": "--model.predicts score: accepted is one of data, eps",
     "--model.data-std=nowhere": "nowhere is no spectrum of python -m gddim.data std --spectrum",
     "--sde.m-inv=-1": "m_inv=-1.0 must be > 0",
-    "--model.mixed-score": "a network that predicts eps or velocity is accepted, not data",
-    "--model.predicts=eps --model.time-scale=-1": "time_scale -1.0 of a network that predicts eps: accepted is a number > 0",
-    "--model.predicts=velocity --model.time-offset=2": (
-        "time_offset 2.0 of a network that predicts velocity: accepted is a number, of one that predicts eps"
-    ),
     "--mesh.fsdp=3": "mesh.fsdp=3 do not fit 8 device(s)",
     "--train.batch=6": "batch 6 cannot be split over 8 device(s): use a multiple of 8",
     "--step=3": "--step is for what follows training",

@@ -14,6 +14,7 @@ import gddim
 from experiments.processes import blurred_langevin
 from gddim.check import mixture_eps
 from gddim.denoiser import implied_eps, reduction, statistic
+from gddim.experiment import Model
 from gddim.loss import LogNormalNoise, ScoreMatching
 from gddim.model import VelocityModel, seen_through
 from gddim.nn import NCSNppConfig
@@ -248,3 +249,26 @@ def test_an_epsilon_of_one_field_is_a_denoiser_told_times_as_it_was():
     np.testing.assert_allclose(found, y - sigma / alpha * eps, rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="must have one field"):
         gddim.EpsModel(gddim.CLD(), net).denoiser(y, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"mixed_score": True}, "a network that predicts eps or velocity is accepted, not data"),
+        (
+            {"predicts": "eps", "time_scale": -1.0},
+            "time_scale -1.0 of a network that predicts eps: accepted is a number > 0",
+        ),
+        (
+            {"time_scale": 1.0},
+            "of a network that predicts data: accepted is a number > 0, of one that predicts eps or vel",
+        ),
+        (
+            {"predicts": "velocity", "time_offset": 2.0},
+            "time_offset 2.0 of a network that predicts velocity: accepted is",
+        ),
+    ],
+)
+def test_what_a_network_is_told_wrongly_is_said_with_what_is_accepted(options, says):
+    with pytest.raises(gddim.UserError, match=says):
+        Model(**options)
