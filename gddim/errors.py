@@ -48,21 +48,22 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
-def exit_status(name: str, action: Callable[[], object], full: str, stopped: str) -> int:
-    """That of a command which does `action`; what is wrong is a line of standard error, `full` where memory is, `stopped`
-    after Ctrl-C."""
+def exit_status(action: Callable[[], object], full: str, stopped: str) -> int:
+    """That of a command which does `action`; what is wrong is a line of standard error, with `full` where memory is, and
+    with `stopped` after Ctrl-C.
+    """
     try:
         action()
         return 0
     except (UserError, OSError) as error:
-        status, said = 2, str(error)
+        status, said = 2, f"error: {error}"
     except (MemoryError, RuntimeError) as error:  # as JAX's are
         if not out_of_memory(error):
             raise
-        status, said = 1, f"out of memory: {full}"
+        status, said = 1, f"error: out of memory: {full}"
     except KeyboardInterrupt:
         status, said = 130, f"interrupted: {stopped}"
-    print(f"{name}: {said}", file=sys.stderr)
+    print(said, file=sys.stderr)
     return status
 
 

@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
         check_backend()
         print(_generate(options))
 
-    return exit_status("gddim.generate", draw, "give a smaller --batch", "the pictures that are there are whole")
+    return exit_status(draw, "give a smaller --batch", "the pictures that are there are whole")
 
 
 def _generate(options: argparse.Namespace) -> str:

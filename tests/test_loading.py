@@ -117,8 +117,8 @@ def test_a_network_of_eps_has_no_denoiser_and_foresees_the_data_all_the_same(tmp
     ("error", "status", "says"),
     [
         (KeyboardInterrupt(), 130, "interrupted: the pictures that are there are whole"),
-        (MemoryError(), 1, "out of memory: give a smaller --batch"),
-        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating"), 1, "out of memory: "),
+        (MemoryError(), 1, "error: out of memory: give a smaller --batch"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating"), 1, "error: out of memory: "),
     ],
     ids=["Ctrl-C", "host", "device"],
 )
@@ -129,7 +129,7 @@ def test_pictures_that_are_not_drawn_to_the_end_end_in_a_line(error, status, say
     monkeypatch.setattr(generate, "_generate", drawing)
     assert generate.main(["RUN", "OUT"]) == status
     said = capsys.readouterr().err
-    assert said.startswith(f"gddim.generate: {says}")
+    assert said.startswith(says)
     assert said.count("\n") == 1
 
 

@@ -24,7 +24,7 @@ import numpy as np
 
 import gddim
 from experiments.solvers.mixtures import DATA_STD, KINDS, Mixture, mixture
-from gddim.errors import UserError, printable
+from gddim.errors import UserError, exit_status, printable
 from gddim.samplers.solver import AbstractSampler, AbstractSolver, TableSolver, sharing
 from gddim.samplers.words import Grid, OnGrid, parse_grid, parse_sampler, sampler_name, steps_for
 from gddim.sde.linalg import Array, product
@@ -265,11 +265,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=None, help="a new folder; by default one with the time in its name")
     options = parser.parse_args(argv)
     options.out = options.out or Path("runs", time.strftime("solvers-%Y%m%d-%H%M%S"))
-    try:
-        run(options)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    stopped = f"the cells that were measured are in {options.out / 'cells.jsonl'}"
+    if status := exit_status(lambda: run(options), "give fewer --samples or --mixtures", stopped):
+        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, ScalarLike
 import gddim
 from experiments.solvers.__main__ import PROCESSES, check
 from gddim.data import CIFAR10
-from gddim.errors import UserError, printable
+from gddim.errors import UserError, exit_status, printable
 from gddim.experiment import Sampling
 from gddim.model import seen_through
 from gddim.samplers import AbstractSampler
@@ -123,11 +123,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--nfe", type=int, nargs="+", default=(5, 8), help="network calls a sample (5 8)")
     parser.add_argument("--noises", type=int, default=128, help="from which samples begin (128)")
     parser.add_argument("--seed", type=int, default=100, help="of the noises (100)")
-    try:
-        run(parser.parse_args(argv))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    options = parser.parse_args(argv)
+    if status := exit_status(
+        lambda: run(options), "give fewer --images or --noises", "each line that is printed is whole"
+    ):
+        sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import contextlib
 import dataclasses
 import importlib
 import shlex
-import sys
 from typing import Any, Literal, get_args
 
 import equinox as eqx
@@ -34,7 +33,7 @@ from gddim.convert.published import Published
 from gddim.convert.recognition import is_flax, read
 from gddim.convert.score_sde import Process
 from gddim.data import classes_of
-from gddim.errors import UserError, place, printable
+from gddim.errors import UserError, exit_status, place, printable
 from gddim.experiment import Experiment, cli
 from gddim.experiment.checkpoints import checkpoints, items_of
 from gddim.experiment.plan import Plan
@@ -130,7 +129,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options, rest = parser.parse_known_args(arguments)
     words = ["sample", "--workdir", options.workdir, *rest]
-    try:
+
+    def write() -> None:
         check_backend()
         source, workdir = place(options.source), place(options.workdir)
         if options.experiment:
@@ -149,10 +149,8 @@ def main(arguments: list[str] | None = None) -> int:
             step = f" of step {published.step}" if published.step else ""
             size = "×".join(map(str, published.experiment.data.shape))
             print(f"{options.workdir}: {options.weights} weights{step}, of {size} images, of {published.told}")
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_status(write, "beside a training, JAX_PLATFORMS=cpu takes the host's", "no run is written")
 
 
 def _parsed(experiment: Experiment, words: list[str]) -> Experiment:

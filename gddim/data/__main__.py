@@ -11,7 +11,7 @@ import numpy as np
 from gddim.data import NAMED, ArrayFile, Dataset, ImageFolder, Shards, holds_shards
 from gddim.data.moments import moments, spectrum
 from gddim.data.shards import prepare
-from gddim.errors import UserError, place, printable
+from gddim.errors import UserError, exit_status, place, printable
 from gddim.storage import check_writable, is_local, write_whole
 
 _OPTIONS = {
@@ -98,15 +98,9 @@ def main() -> None:
         for option, settings in _OPTIONS.items():
             verb.add_argument(_option(option), **settings)
     options = parser.parse_args()
-    try:
-        options.action(options)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        goes_on = ": the same command goes on where it stopped" if options.action is _prepare else ""
-        print(f"interrupted{goes_on}", file=sys.stderr)
-        sys.exit(130)
+    stopped = "the same command goes on where it stopped" if options.action is _prepare else "nothing is written"
+    if status := exit_status(lambda: options.action(options), "images of a smaller --size take less", stopped):
+        sys.exit(status)
 
 
 if __name__ == "__main__":

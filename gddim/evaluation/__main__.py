@@ -13,7 +13,7 @@ from etils import epath
 
 from gddim.data import NAMED, ArrayFile, ArraySource, Shards, Source, holds_images, holds_shards, to_uint8, whole_images
 from gddim.data.sources import Changed
-from gddim.errors import UserError, from_extra, harmless, place, printable
+from gddim.errors import UserError, exit_status, from_extra, harmless, place, printable
 from gddim.evaluation.cell import LEAST
 from gddim.evaluation.features import FeatureSpace, PixelFeatures, check_numbers
 from gddim.evaluation.inception import CONVENTIONS, PRECISIONS, InceptionFeatures
@@ -61,20 +61,19 @@ def main() -> None:
     report.add_argument("out", metavar="OUT", nargs="?", help=help)
     report.set_defaults(action=_report)
     options = parser.parse_args()
-    try:
+
+    def act() -> None:
         with from_extra("eval"):
             import PIL  # noqa: F401
             import tqdm  # noqa: F401
-        options.action(options)
-    except (UserError, ValueError, OSError) as error:  # the metrics refuse too few samples and unlike features
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except MemoryError as error:
-        print(f"error: out of memory ({error}): give a smaller --size, or --features inception", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        sys.exit(130)
+        try:
+            options.action(options)
+        except ValueError as error:  # the metrics refuse too few samples and unlike features
+            raise UserError(str(error)) from error
+
+    stopped = "each file is whole, new or as it was" if options.action is _report else "nothing is written"
+    if status := exit_status(act, "give a smaller --size, or --features inception", stopped):
+        sys.exit(status)
 
 
 def _stats(options: argparse.Namespace) -> None:

@@ -45,9 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         for line in (_state if options.state else _model)(options):
             print(line)
 
-    return exit_status(
-        "gddim.export", write, "beside a training, JAX_PLATFORMS=cpu takes the host's", "nothing is written"
-    )
+    return exit_status(write, "beside a training, JAX_PLATFORMS=cpu takes the host's", "nothing is written")
 
 
 def _parser() -> argparse.ArgumentParser:
