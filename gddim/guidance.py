@@ -12,7 +12,6 @@ A denoiser is called as `denoise(y, sigma)`, or under a condition as `denoise(y,
 A class is an integer, and −1 none of them.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +22,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import ArrayLike, Float, PyTree
 
+from gddim.conjugate_gradients import solved
 from gddim.denoiser import Through, reduction
 from gddim.sde.base import AbstractLinearSDE
 from gddim.sde.linalg import Array
@@ -261,55 +261,7 @@ class Measured(eqx.Module):
                 covariance = moved = lambda v: v
         seen = lambda z: self.operator(covariance(back(z))) + self.noise_std**2 * z
         gap = jnp.asarray(self.measurement, y.dtype) - self.operator(found)
-        return found + moved(back(_solved(seen, gap, self.iterations)))
-
-
-def _solved(matrix: Callable[[Array], Array], b: Array, iterations: int) -> Array:
-    """`matrix⁻¹ b` by conjugate gradients, which end where the matrix is not positive along their direction.
-
-    That of an exact denoiser is positive definite; along a direction in which a trained one's is not they would diverge.
-    """
-    matrix, consts = jax.closure_convert(matrix, b)
-    return _until_done(matrix, iterations, b, consts)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _until_done(matrix: Callable[..., Array], iterations: int, b: Array, consts: list[Array]) -> Array:
-    begin, step = _conjugate_gradients(matrix, b, consts)
-    goes_on = lambda state: (state[0] < iterations) & state[1][0]
-    return jax.lax.while_loop(goes_on, lambda state: (state[0] + 1, step(state[1])), (jnp.array(0), begin))[1][1]
-
-
-@_until_done.defjvp
-def _(matrix: Callable[..., Array], iterations: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    """Of so many turns, in some of which nothing is done, there is a reverse mode, too."""
-
-    def all_turns(b: Array, consts: list[Array]) -> Array:
-        begin, step = _conjugate_gradients(matrix, b, consts)
-        turn = lambda _, state: jax.lax.cond(state[0], step, lambda state: state, state)
-        return jax.lax.fori_loop(0, iterations, turn, begin)[1]
-
-    return jax.jvp(all_turns, primals, tangents)
-
-
-def _conjugate_gradients(
-    matrix: Callable[..., Array], b: Array, consts: list[Array]
-) -> tuple[tuple[Array, ...], Callable[[tuple[Array, ...]], tuple[Array, ...]]]:
-    """A first state and the step: whether they go on, `z`, `b − matrix z`, a direction, and the square of the second."""
-
-    def step(state: tuple[Array, ...]) -> tuple[Array, ...]:
-        _, z, rest, direction, size = state
-        moved = matrix(direction, *consts)
-        curvature = jnp.vdot(direction, moved)
-        goes = curvature > 0
-        length = jnp.where(goes, size / jnp.where(goes, curvature, 1), 0)
-        z, rest = z + length * direction, rest - length * moved
-        after = jnp.vdot(rest, rest)
-        turned = rest + after / jnp.where(size == 0, 1, size) * direction
-        return goes & (after > 1e-10 * start), z, rest, turned, after
-
-    start = jnp.vdot(b, b)
-    return (start != 0, jnp.zeros_like(b), b, b, start), step
+        return found + moved(back(solved(seen, gap, self.iterations)))
 
 
 def _within(sigma: Array, std: float) -> Array:

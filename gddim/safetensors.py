@@ -15,7 +15,7 @@ DTYPES = {
     "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16),
     "I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "I8": np.dtype("i1"), "U8": np.dtype("u1"),
 }  # fmt: skip
-HEADER_LIMIT = 2**24
+HEADER_LIMIT = 3 * 2**22  # which holds a spectrum of 1024 × 1024 frequencies
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

@@ -16,7 +16,18 @@ PACKAGE = [path for path in TREES if path.is_relative_to(ROOT / "gddim")]
 IMPORTS = {
     **{
         ground: set()
-        for ground in ("averages", "errors", "logs", "parallel", "pickles", "safetensors", "sde", "settings", "storage")
+        for ground in (
+            "averages",
+            "conjugate_gradients",
+            "errors",
+            "logs",
+            "parallel",
+            "pickles",
+            "safetensors",
+            "sde",
+            "settings",
+            "storage",
+        )
     },
     "checksums": {"parallel"},
     "checkpoint": {"parallel", "storage", "checksums"},
@@ -24,7 +35,7 @@ IMPORTS = {
     "denoiser": {"sde"},
     "loss": {"sde"},
     "model": {"sde", "denoiser"},
-    "guidance": {"sde", "denoiser"},
+    "guidance": {"sde", "denoiser", "conjugate_gradients"},
     "measurements": {"sde"},
     "nn": {"settings"},
     "samplers": {"sde"},

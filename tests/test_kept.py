@@ -82,7 +82,7 @@ def test_a_table_of_somebody_elses_is_not_overwritten(run, tmp_path, capsys, nam
 def test_what_two_tables_of_one_name_made_is_told_apart(run):
     params = gddim.load(run).model.net
     params = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array)]
-    table, about = GDDIM(1).coefficients(COLOUR.sde, gddim.power_grid(1.0, 1e-3, 2)), {"process": "vp"}
+    table, about = GDDIM(1).coefficients(COLOUR.sde, gddim.power_grid(1.0, 1e-3, 2)), {"process": "vp", "network": "0"}
     tables = [LearnedTable("t.npz", Stored(digest=each, table=table, about=about)) for each in ("a", "b")]
     drawn = [dataclasses.replace(COLOUR.sampling, sampler=each) for each in tables]
     origins = [origin_of_network(COLOUR, 2, params, each) for each in drawn]

@@ -255,9 +255,7 @@ class Killed(Exception):
     pass
 
 
-def test_a_sweep_stopped_inside_a_cell_goes_on_there_and_gives_the_same_table(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_sweep_stopped_inside_a_cell_goes_on_there_and_gives_the_same_table(tmp_path, monkeypatch):
     one = evaluator(batch=32)
     whole = sweep(one, cells(), tmp_path / "whole")
     drawn, features = [], Statistics.of
