@@ -39,6 +39,7 @@ TITLES = {
     "recall": "recall",
     "inception_score": "Inception Score",
 }
+SHARES = ("precision", "recall", "inception_score")  # of which more is better
 ERRORS = {  # that a metric states itself
     "kid": ("kid_error", "KID ± its standard error"),
     "inception_score": ("inception_score_spread", "Inception Score ± its standard deviation over ten parts"),
@@ -46,22 +47,23 @@ ERRORS = {  # that a metric states itself
 
 
 class Entry(NamedTuple):
-    """The seeds of one cell: mean, spread and least of a metric, mean number of network calls.
+    """The seeds of one cell: mean and spread of a metric, the least of a distance, mean number of network calls.
 
     The spread is the standard deviation over seeds, of a single one the error that the metric itself states, if any.
     """
 
     mean: float
     spread: float
-    least: float
+    least: float | None
     seeds: int
     nfe: float
 
     def __str__(self) -> str:
         if not math.isfinite(self.mean):
             return "diverged"
-        least = f", least {_digits(self.least)}" if self.seeds > 1 else ""
-        return f"{_digits(self.mean)} ± {self.spread:.2g}{least}" if self.spread or least else _digits(self.mean)
+        least = "" if self.seeds < 2 or self.least is None else f", least {_digits(self.least)}"
+        told = self.spread or self.seeds > 1
+        return f"{_digits(self.mean)} ± {self.spread:.2g}{least}" if told else _digits(self.mean)
 
 
 def _digits(value: float) -> str:
@@ -162,7 +164,8 @@ def _entry(rows: list[Row], metric: str, error: str | None) -> Entry:
     if error:
         spread = rows[0]["metrics"].get(error, 0.0)
     nfe = float(np.mean([row["measured"]["nfe"] for row in rows]))
-    return Entry(float(np.mean(values)), spread, min(values), len(values), nfe)
+    least = None if metric in SHARES else min(values)
+    return Entry(float(np.mean(values)), spread, least, len(values), nfe)
 
 
 def groups(rows: Sequence[Row]) -> list[Group]:
