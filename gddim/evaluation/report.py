@@ -39,7 +39,7 @@ TITLES = {
     "recall": "recall",
     "inception_score": "Inception Score",
 }
-SHARES = ("precision", "recall", "inception_score")  # of which more is better
+MORE_IS_BETTER = ("precision", "recall", "inception_score")
 ERRORS = {  # that a metric states itself
     "kid": ("kid_error", "KID ± its standard error"),
     "inception_score": ("inception_score_spread", "Inception Score ± its standard deviation over ten parts"),
@@ -164,7 +164,7 @@ def _entry(rows: list[Row], metric: str, error: str | None) -> Entry:
     if error:
         spread = rows[0]["metrics"].get(error, 0.0)
     nfe = float(np.mean([row["measured"]["nfe"] for row in rows]))
-    least = None if metric in SHARES else min(values)
+    least = None if metric in MORE_IS_BETTER else min(values)
     return Entry(float(np.mean(values)), spread, least, len(values), nfe)
 
 

@@ -22,6 +22,7 @@ from gddim.experiment.measure import Measure, own_cell
 from gddim.experiment.outputs import check_names, write_json
 from gddim.experiment.plan import Plan
 from gddim.experiment.workdir import describe
+from gddim.guidance import Guidance
 from gddim.parallel import agree, tell
 from gddim.samplers import LearnedTable
 from gddim.samplers.words import sampler_name
