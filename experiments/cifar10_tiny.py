@@ -5,7 +5,7 @@
 
 Paper: none; `cifar10` in small, with the same preconditioning and noise levels. 1,260,547 parameters, 0.58 GFLOP an image.
 Hardware: two idle CPU cores, 67 images/s, two hours. Steps: 6,600 of 64 images, the last 2,500 of falling learning rate.
-Expected: colours and outlines, no objects; samplers and processes in the order that large networks have.
+Expected: colours and outlines, no objects; through CLD samplers in the order that large networks have.
 Measured: FID 71.5 through VP and 74.9 through CLD by `gddim:3:data` at 10 calls, 5,000 samples; loss, speed and other
 samplers in experiments/results/cifar10.md.
 """
