@@ -1,7 +1,7 @@
 """One small denoiser of CIFAR-10 for every process, to be trained in windows on a borrowed accelerator.
 
     python -m experiments.cifar10 --workdir runs/cifar10 --train.minutes 25
-    python infra/window.py OUT --minutes 25 -- experiments.cifar10
+    python infra/window.py OUT --limit 30 -- experiments.cifar10      # laws and speed, training, a table, all in 30 minutes
     python -m experiments.cifar10 sample      # with the weights in experiments/weights, where they are and nothing was trained
 
 Paper: none; preconditioning and log-normal noise are EDM's (arXiv 2206.00364), the two averages EDM2's (arXiv 2312.02696): of

@@ -71,6 +71,15 @@ def vector(tree: Mapping[str, Any]) -> Vector:
 
 def write(folder: epath.Path, packed: Packed) -> None:
     """Write a state; each file whole or not at all, and all of those that are new, or none."""
+    parts = encode(packed)
+    files = [folder / f"{part}-of-{len(parts)}.safetensors" for part in range(1, len(parts) + 1)]
+    with all_or_none(*files):
+        for file, content in zip(files, parts, strict=True):
+            write_whole(file, content)
+
+
+def encode(packed: Packed) -> list[bytes]:
+    """What is in each file of a state."""
     whole = next(name for name, way in packed.ways.items() if way == "whole")
     base = packed.vectors[whole]
     fits = np.abs(base).max(initial=0) < np.finfo(np.float16).max
@@ -91,11 +100,8 @@ def write(folder: epath.Path, packed: Packed) -> None:
     each = PART_BYTES - len(json.dumps(about)) * 2 - 4096  # what is quoted may double
     parts = max(1, math.ceil(sum(x.nbytes for x in arrays.values()) / each))
     edges = [blocks * part // parts for part in range(parts + 1)]
-    files = [folder / f"{part}-of-{parts}.safetensors" for part in range(1, parts + 1)]
-    with all_or_none(*files):
-        for file, (low, high) in zip(files, itertools.pairwise(edges), strict=True):
-            cut = {name: x[_slice(name, low, high)] for name, x in arrays.items()}
-            write_whole(file, _file(cut, about))
+    cuts = [{name: x[_slice(name, *edge)] for name, x in arrays.items()} for edge in itertools.pairwise(edges)]
+    return [_file(cut, about) for cut in cuts]
 
 
 def read(folder: epath.Path) -> Packed:

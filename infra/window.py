@@ -1,25 +1,33 @@
 #!/usr/bin/env python3
 """One window of training on a borrowed machine that forgets everything, and what comes back of it in one small folder.
 
-    python3 infra/window.py OUT --minutes 20 --data DATA --wheels WHEELS --init STATE -- experiments.cifar10 --train.fused 8
+    python3 infra/window.py OUT --limit 9.5 --data DATA --wheels WHEELS --init STATE -- experiments.cifar10 --train.fused 8
 
-It installs the wheels beside what the machine has, without a network; unpacks the data; measures the laws with products in
-float32 and in bfloat16, and for some minutes what networks and their peers cost; trains; evaluates; and leaves in OUT, a new
-folder, at most eight files of at most 16 MB:
+It installs the wheels beside what the machine has, without a network; unpacks the data; measures for some minutes the laws with
+products in float32 and in bfloat16, a profile, and what networks and their peers cost; trains; evaluates; and leaves in OUT, a
+new folder, at most eight files of at most 16 MB:
 
     1-of-N.safetensors …   the state, with which `--init OUT` goes on elsewhere (python -m gddim.export)
-    run.tar.gz             what each phase said, profiles, configuration, curves, tables, samples
-    window.json            commands, statuses and seconds of the phases
+    run.tar.gz             what each command said, profiles, configuration, curves, tables, samples
+    window.json            commands, statuses and seconds
 
-DATA is a folder that holds cifar-10-batches-bin, or labels.npz and WebP atlases of it: train_0.webp … train_4.webp, test.webp,
-each 100 × 100 images in the order of a file; of some of them alone --data.batches 1 2 trains. Calls that share --work on one
-machine go on in it, each with its own OUT, and what was unpacked before stays. Options of the experiment follow its module;
-they are those of each phase. A call trains at most --minutes, then comes what is left of the phases: mind a limit on calls.
+OUT is complete after each phase. With --limit all of it ends within so many minutes, and what there is no time for is left
+out: training goes on until there is just time to save. SIGTERM ends what runs and keeps it, as the end of the time does.
+
+DATA is a folder with folders of data, as gddim finds them in $GDDIM_DATA. Where it has WebP atlases of CIFAR-10, labels.npz and
+train_0.webp … train_4.webp, test.webp, each 100 × 100 images in the order of a file, they become cifar-10-batches-bin; of some
+of them alone --data.batches 1 2 trains. What is packed as .xz is unpacked.
+
+Calls that share --work on one machine go on in it, each with its own OUT. So where a call may bring only so much, those before
+it bring parts of DATA and of WHEELS: --without measure train evaluate. Options of the experiment follow its module; they are
+those of training and of evaluation. A state that has all its --train.steps is not trained any further: it is evaluated.
 """
 
 import argparse
 import importlib
 import json
+import lzma
+import math
 import os
 import shlex
 import shutil
@@ -34,147 +42,165 @@ ROOT = Path(__file__).resolve().parents[1]
 PREEMPTED = 75
 FILES, FILE_BYTES = 8, 16_000_000
 LOG_BYTES = 2_000_000  # at least, for what is not the state
-PHASES = ("laws", "benchmark", "train", "evaluate")
+PHASES = ("measure", "train", "evaluate")
 PRECISIONS = ("float32", "bfloat16")
-COMES_BACK = ("config.json", "results.*", "report.html", "samples.*", "classes.json", "tensorboard")  # of the workdir
+COMES_BACK = ("config.json", "results.*", "ema", "solvers", "report.html", "samples.*", "classes.json", "tensorboard")
+GRACE, SAVE, EXPORT, PACK = 20.0, 20.0, 40.0, 10.0  # seconds: to end when asked to; for these at the end of training
+NVIDIA = Path("/dev/nvidia0")
+SHARED_MEMORY = {"XLA_CLIENT_MEM_FRACTION": ".45"}  # where PyTorch needs some of the device's
 
 
 class Window:
-    """The phases of a window: each a command with the packages of the wheels, its output kept in a file."""
+    """The phases of a window: each some commands with the packages of the wheels, their output kept in files."""
 
     def __init__(self, given: argparse.Namespace):
         self.given, self.out, self.work = given, Path(given.out).resolve(), Path(given.work).resolve()
         self.workdir, self.site, self.logs = self.work / "run", self.work / "site", self.work / "logs"
-        self.phases: list[dict] = []
+        self.ends = time.monotonic() + 60 * given.limit
+        self.stopped = False
+        self.said: list[dict] = []
         module, *self.options = given.experiment
         self.experiment = ["-m", module]
 
-    def python(self, name: str, *words: str, seconds: float | None = None, cwd: Path | None = None, **env: str) -> int:
-        """Run this interpreter on some words; returns its status, and notes it. Past its time it is asked to end."""
+    def stop(self, *_) -> None:
+        self.stopped = True
+
+    def left(self, kept: float = PACK) -> float:
+        """Seconds until the limit, less those that are kept for what follows."""
+        return 0.0 if self.stopped else self.ends - time.monotonic() - kept
+
+    def python(
+        self, name: str, *words: str, seconds: float = math.inf, cwd: Path | None = None, **env: str
+    ) -> int | None:
+        """Run this interpreter on some words, and note its status; None where there is no time. Past its time it is asked to
+        end, and soon made to."""
         command, began = [sys.executable, *words], time.monotonic()
-        path = os.pathsep.join(filter(None, [str(ROOT), str(self.site), os.environ.get("PYTHONPATH")]))
+        status, tail = None, ["no time is left"]
         print(f"== {name}: {shlex.join(command[1:])}", flush=True)
-        with (self.logs / f"{name}.log").open("wb") as log:
-            child = subprocess.Popen(
-                command,
-                cwd=cwd,
-                env={**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **env},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-            try:
-                status = child.wait(seconds)
-            except subprocess.TimeoutExpired:
-                child.terminate()
-                status = child.wait()
-        tail = (self.logs / f"{name}.log").read_text(errors="replace").splitlines()[-8:]
+        if seconds > 0:
+            path = os.pathsep.join(filter(None, [str(ROOT), str(self.site), os.environ.get("PYTHONPATH")]))
+            # a driver that does not work is an error, no slow run
+            device = {"JAX_PLATFORMS": "cuda,cpu"} if NVIDIA.exists() else {}
+            env = {**device, **os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **env}
+            file = self.logs / f"{name}.log"
+            with file.open("wb") as log:
+                child = subprocess.Popen(command, cwd=cwd, env=env, stdout=log, stderr=subprocess.STDOUT)
+                status = self.wait(child, began + seconds)
+            tail = file.read_text(errors="replace").splitlines()[-8:]
         print(*tail, f"== {name}: status {status}", sep="\n", flush=True)
         took = round(time.monotonic() - began, 1)
-        self.phases.append({"name": name, "command": command[1:], "status": status, "seconds": took, "said": tail})
+        self.said.append({"name": name, "command": command[1:], "status": status, "seconds": took, "said": tail})
+        return status
+
+    def wait(self, child: subprocess.Popen, ends: float) -> int:
+        asked = math.inf
+        while (status := child.poll()) is None:
+            now = time.monotonic()
+            if asked == math.inf and (now > ends or self.stopped):
+                child.terminate()
+                asked = now
+            elif now > asked + GRACE:
+                child.kill()
+            time.sleep(0.1)
         return status
 
     def set_up(self) -> None:
         """Wheels and data."""
         self.logs.mkdir(parents=True, exist_ok=True)
-        wheels = sorted(map(str, Path(self.given.wheels).glob("*.whl"))) if self.given.wheels else []
-        if wheels and not self.site.exists():
-            pip = ("-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(self.site))
-            if self.python("wheels", *pip, *wheels):
-                shutil.rmtree(self.site, ignore_errors=True)
+        if self.given.wheels:
+            wheels = sorted(map(str, Path(self.given.wheels).glob("*.whl")))
+            pip = ("-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--upgrade")
+            if self.python("wheels", *pip, "--target", str(self.site), *wheels):
                 sys.exit("infra/window.py: the wheels do not install, see above")
-        if self.given.data:
-            self.data(Path(self.given.data).resolve())
-
-    def data(self, folder: Path) -> None:
-        """Official files from atlases; what else is there, as the Inception network, is linked beside them."""
-        atlases = sorted(folder.glob("*.webp"))
-        if not atlases:
-            os.environ["GDDIM_DATA"] = str(folder)
-            return
         data = self.work / "data"
-        os.environ["GDDIM_DATA"] = str(data)
-        if self.site.exists():
-            sys.path.insert(0, str(self.site))
-        np, image = importlib.import_module("numpy"), importlib.import_module("PIL.Image")
-        (data / "cifar-10-batches-bin").mkdir(parents=True, exist_ok=True)
-        labels = np.load(folder / "labels.npz")
-        for atlas in atlases:
-            part = atlas.stem.removeprefix("train_")
-            if part == "test":
-                name, classes = "test_batch.bin", labels["y_test"]
-            else:
-                name, classes = f"data_batch_{int(part) + 1}.bin", labels["y_train"].reshape(5, -1)[int(part)]
-            pixels = np.asarray(image.open(atlas).convert("RGB")).reshape(100, 32, 100, 32, 3)
-            planes = pixels.transpose(0, 2, 4, 1, 3).reshape(10_000, 3072)
-            raw = np.concatenate([classes.reshape(-1, 1).astype(np.uint8), planes], 1)
-            (data / "cifar-10-batches-bin" / name).write_bytes(raw.tobytes())  # its reader knows the official digest
+        if self.given.data:
+            self.unpack(Path(self.given.data).resolve(), data)
+        if data.exists():
+            os.environ["GDDIM_DATA"] = str(data)
+            print("data:", *sorted(str(path.relative_to(data)) for path in data.glob("*/*"))[:20], flush=True)
+
+    def unpack(self, folder: Path, data: Path) -> None:
+        """Official files from atlases and archives; what else is there is linked beside them."""
+        batches = data / "cifar-10-batches-bin"
+        for atlas in sorted(folder.rglob("*.webp")):
+            part, labels = atlas.stem.removeprefix("train_"), atlas.with_name("labels.npz")
+            file = batches / ("test_batch.bin" if part == "test" else f"data_batch_{int(part) + 1}.bin")
+            if not file.exists():
+                put(file, self.records(atlas, part, labels))  # its reader knows the official digest
+        for archive in sorted(folder.rglob("*.xz")):
+            file = data / archive.parent.name / archive.stem
+            if not file.exists():
+                put(file, lzma.decompress(archive.read_bytes()))
+        data.mkdir(parents=True, exist_ok=True)
         for other in folder.iterdir():
-            if other.is_dir() and not (data / other.name).exists():
+            if not (data / other.name).exists():
                 (data / other.name).symlink_to(other)
 
-    def laws(self) -> bool:
-        statuses = [
-            self.python(
-                f"laws-{precision}", "-m", "gddim.check", *self.given.laws, JAX_DEFAULT_MATMUL_PRECISION=precision
-            )
-            for precision in PRECISIONS
-        ]
-        return not any(statuses)
+    def records(self, atlas: Path, part: str, labels: Path) -> bytes:
+        """A file of CIFAR-10: of each image its class, then its planes."""
+        if self.site.exists() and str(self.site) not in sys.path:
+            sys.path.insert(0, str(self.site))
+        np, image = importlib.import_module("numpy"), importlib.import_module("PIL.Image")
+        known = np.load(labels)
+        classes = known["y_test"] if part == "test" else known["y_train"].reshape(5, -1)[int(part)]
+        pixels = np.asarray(image.open(atlas).convert("RGB")).reshape(100, 32, 100, 32, 3)
+        planes = pixels.transpose(0, 2, 4, 1, 3).reshape(10_000, 3072)
+        return np.concatenate([classes.reshape(-1, 1).astype(np.uint8), planes], 1).tobytes()
 
-    def benchmark(self) -> bool:
-        """As much as there is time for: what was measured is in what it says, profiles are in `runs`."""
-        words, seconds = ("experiments.benchmark", "profile", "networks", "peers"), 60 * self.given.benchmark_minutes
-        return self.python("benchmark", "-m", *words, seconds=seconds, cwd=self.work) in (0, -signal.SIGTERM)
+    def measure(self) -> bool:
+        """As much as there is time for, an equal share for each of what is left; its logs are kept, and profiles in `runs`."""
+        check, bench = ("-m", "gddim.check", *self.given.laws), ("-m", "experiments.benchmark")
+        laws = [(f"laws-{x}", check, {"JAX_DEFAULT_MATMUL_PRECISION": x}) for x in PRECISIONS if self.given.laws]
+        wanted = laws + [(x, (*bench, x), SHARED_MEMORY if x == "peers" else {}) for x in self.given.benchmark]
+        ends, statuses = time.monotonic() + 60 * self.given.measure_minutes, []
+        for number, (name, words, env) in enumerate(wanted):
+            share = (ends - time.monotonic()) / (len(wanted) - number)
+            seconds = min(share, self.left(PACK + GRACE))
+            statuses.append(self.python(name, *words, seconds=seconds, cwd=self.work, **env))
+        return {*statuses} <= {0, None, -signal.SIGTERM}
 
     def train(self) -> bool:
-        began = (self.workdir / "config.json").exists()
+        return self.training("train", self.given.minutes) and self.export()
+
+    def training(self, name: str, minutes: float) -> bool:
+        """Train for so many minutes, or until there is just time to save and to export."""
+        seconds = self.left(SAVE + EXPORT + PACK)
         init = [f"--train.init={self.given.init}"] if self.given.init else []
-        words = [*self.experiment, "train", f"--workdir={self.workdir}", f"--train.minutes={self.given.minutes}"]
-        status = self.python("train", *words, *init, *self.options)
-        trained = status in (0, PREEMPTED) and (began or (self.workdir / "checkpoints").exists())
-        return self.export() and trained
+        words = [f"--workdir={self.workdir}", f"--train.minutes={max(min(minutes, seconds / 60), 0):.6f}", *init]
+        seconds += SAVE * (seconds > 0)
+        return self.python(name, *self.experiment, "train", *words, *self.options, seconds=seconds) in (0, PREEMPTED)
 
     def export(self) -> bool:
-        """The state, with as many of Adam's moments as there is room for."""
-        most = 1e6 * self.given.room - LOG_BYTES
-        for moments in ("both", "second", "none"):
-            folder = self.work / "state"
-            shutil.rmtree(folder, ignore_errors=True)
-            if self.python(
-                "export", "-m", "gddim.export", str(self.workdir), str(folder), "--state", f"--moments={moments}"
-            ):
-                return False
-            parts = [*folder.iterdir()]
-            if len(parts) <= FILES - 2 and sum(part.stat().st_size for part in parts) <= most:
-                for part in parts:
-                    shutil.move(part, self.out / part.name)
-                return True
-        print(f"infra/window.py: the state has no room in {self.given.room} MB, and stays in {folder}", flush=True)
-        return False
+        """The state, with as many of Adam's moments as there is room for; also when all is to end."""
+        folder, room = self.work / "state", min(1e6 * self.given.room - LOG_BYTES, (FILES - 2) * FILE_BYTES) / 1e6
+        shutil.rmtree(folder, ignore_errors=True)
+        stopped, self.stopped = self.stopped, False
+        words = ("-m", "gddim.export", str(self.workdir), str(folder), "--state", f"--room={room:.6f}")
+        status = self.python("export", *words, seconds=max(self.left(), EXPORT))
+        self.stopped |= stopped
+        for part in folder.iterdir() if status == 0 else ():
+            shutil.move(part, self.out / part.name)
+        return status == 0
 
     def evaluate(self) -> bool:
         words = [*self.experiment, "evaluate", f"--workdir={self.workdir}", *self.options]
-        status = self.python("evaluate", *words, seconds=60 * self.given.evaluate_minutes or None)
-        return status in (0, PREEMPTED)
+        seconds = min(60 * self.given.evaluate_minutes, self.left(PACK + GRACE))
+        return self.python("evaluate", *words, seconds=seconds) in (0, PREEMPTED)
 
     def pack(self) -> None:
         """All but the state in two files."""
-        told = {"command": sys.argv[1:], "phases": self.phases}
+        told = {"command": sys.argv[1:], "phases": self.said}
         (self.out / "window.json").write_text(json.dumps(told, indent=1), encoding="utf-8")
-        profiles = (self.work / "runs").glob("*")
-        paths = [
-            *self.logs.iterdir(),
-            *profiles,
-            *(path for name in COMES_BACK for path in sorted(self.workdir.glob(name))),
-        ]
-        left_out, taken = [], sum(path.stat().st_size for path in self.out.iterdir())
-        most = min(FILE_BYTES, 1e6 * self.given.room - taken)
+        kept = [*self.logs.iterdir(), *(self.work / "runs").glob("*")]
+        paths = [*kept, *(path for name in COMES_BACK for path in sorted(self.workdir.glob(name)))]
+        archive, left_out = self.work / "run.tar.gz", []
+        taken = sum(path.stat().st_size for path in self.out.iterdir() if path.name != archive.name)
         while paths:
-            archive = self.out / "run.tar.gz"
             with tarfile.open(archive, "w:gz") as tar:
                 for path in paths:
                     tar.add(path, path.relative_to(self.work))
-            if archive.stat().st_size <= most:
+            if archive.stat().st_size <= min(FILE_BYTES, 1e6 * self.given.room - taken):
+                shutil.move(archive, self.out / archive.name)
                 break
             largest = max(paths, key=lambda path: sum(p.stat().st_size for p in [path, *path.rglob("*")]))
             paths.remove(largest)
@@ -182,38 +208,66 @@ class Window:
         if left_out:
             print(f"infra/window.py: no room in run.tar.gz for {', '.join(left_out)}", flush=True)
 
+    def run(self) -> list[str]:
+        """The phases that are wanted; those that failed. What cannot train is known before anything is measured."""
+        wanted, failed = [phase for phase in PHASES if phase not in self.given.without], []
+        if {"measure", "train"} <= {*wanted} and not self.training("begin", 1e-6):
+            wanted, failed = [], ["begin"]
+        for phase in wanted:
+            if (phase == "evaluate" and "train" in failed) or not getattr(self, phase)():
+                failed.append(phase)
+            self.pack()
+        self.pack()
+        return failed
+
+
+def put(file: Path, content: bytes) -> None:
+    """The whole of a file, or none of it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_bytes(content)
+    part.rename(file)
+
 
 def main() -> int:
     sys.stdout.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]  # on any terminal
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", metavar="OUT", help="new or empty folder for what comes back")
-    parser.add_argument("--minutes", type=float, required=True, help="of training, compilation included")
-    parser.add_argument("--data", help="folder of the data (without it $GDDIM_DATA)")
+    parser.add_argument("--limit", type=float, default=math.inf, help="minutes in which all of it ends (none)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="of training, compilation included (the rest)")
+    parser.add_argument("--data", help="folder of folders of data (without it $GDDIM_DATA)")
     parser.add_argument("--wheels", help="folder of wheels (without it what is installed is used)")
     parser.add_argument("--init", help="OUT of the window before, or a run")
-    parser.add_argument("--work", default="window", help="folder of the work (window)")
-    parser.add_argument("--laws", nargs="*", default=[], help="processes, as gddim:CLD, whose laws are measured (all)")
-    parser.add_argument("--benchmark-minutes", type=float, default=4.0, help="of the benchmark at most (4)")
-    parser.add_argument("--evaluate-minutes", type=float, default=0.0, help="of evaluation at most (no limit)")
+    parser.add_argument("--work", default="window", help="folder of the work, new or that of another call (window)")
+    parser.add_argument(
+        "--laws", nargs="*", default=["gddim:VP", "gddim:CLD"], help="of processes (gddim:VP gddim:CLD)"
+    )
+    names = ["networks", "peers"]
+    parser.add_argument("--benchmark", nargs="*", default=names, help=f"of experiments.benchmark ({' '.join(names)})")
+    parser.add_argument("--measure-minutes", type=float, default=4.0, help="of laws and benchmarks at most (4)")
+    parser.add_argument("--evaluate-minutes", type=float, default=math.inf, help="of evaluation at most (the rest)")
     parser.add_argument("--room", type=float, default=67, help="MB that may come back in all (67)")
     parser.add_argument("--without", nargs="*", default=[], choices=PHASES, help="phases to leave out")
     parser.add_argument("experiment", nargs="+", help="after --: module of the experiment, and its options")
     given = parser.parse_args()
-    out = Path(given.out)
+    out, work = Path(given.out), Path(given.work)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         parser.error(f"{out} is there already: give a new or an empty folder")
-    if given.init and not Path(given.init).is_dir():
-        parser.error(f"--init {given.init} is no folder")
-    if given.data and not Path(given.data).is_dir():
-        parser.error(f"--data {given.data} is no folder")
+    if work.exists() and (not work.is_dir() or (any(work.iterdir()) and not (work / "logs").is_dir())):
+        parser.error(f"--work {work} holds something else: give a new folder, or that of another call")
+    for name in ("init", "data", "wheels"):
+        if (word := getattr(given, name)) and not Path(word).is_dir():
+            parser.error(f"--{name} {word} is no folder")
+    if given.wheels and not any(Path(given.wheels).glob("*.whl")):
+        parser.error(f"--wheels {given.wheels} is a folder without a wheel")
+    if "train" not in given.without and math.isinf(min(given.minutes, given.limit)):
+        parser.error("give --minutes of training, or the --limit of all")
     out.mkdir(parents=True, exist_ok=True)
     window = Window(given)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, window.stop)
     window.set_up()
-    failed = []
-    for phase in PHASES:
-        if phase not in given.without and not getattr(window, phase)():
-            failed.append(phase)
-    window.pack()
+    failed = window.run()
     size = sum(path.stat().st_size for path in window.out.iterdir())
     print(f"{out}: {len([*out.iterdir()])} files, {size:,} bytes" + f"; failed: {', '.join(failed)}" * bool(failed))
     return int(bool(failed))

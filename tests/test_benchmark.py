@@ -134,27 +134,36 @@ def test_the_step_of_an_experiment_is_measured():
 
 def test_on_an_accelerator_the_two_with_an_aim_come_first_in_batches_that_have_room(monkeypatch):
     def network(sized, experiment, repeats):
-        if sized.train.batch > 256:
+        tried.append((experiment.name, sized.train.batch))
+        if sized.train.batch > 512:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
         yield experiment.name, sized.train.batch
 
     monkeypatch.setattr(training, "on_cpu", lambda: False)
     monkeypatch.setattr(training, "_network", network)
+    tried: list[tuple[str, int]] = []
     found = list(training.networks(("blur_cifar10", "cifar10", "cld_cifar10")))
     assert found == [
-        *((name, batch) for name in ("cifar10", "cld_cifar10") for batch in (128, 256)),
+        *(("cifar10", 512), ("cld_cifar10", 128)),
+        *(("cifar10", 128), ("cifar10", 256), ("cld_cifar10", 256), ("cld_cifar10", 512)),
         ("blur_cifar10", 128),
     ]
+    assert [each for each in tried if each not in found] == [("cifar10", 1024), ("cld_cifar10", 1024)]
 
 
-def test_a_profile_tells_the_kinds_of_kernels_by_their_time(tmp_path):
+def test_a_profile_tells_the_kinds_of_kernels_by_their_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     work = jax.jit(lambda a: jnp.cumsum(jnp.sin(a @ a), 0))
     a = jnp.ones((300, 300))
     jax.block_until_ready(work(a))
     start = time.perf_counter()
-    with jax.profiler.trace(str(tmp_path)):
+    with jax.profiler.trace(str(tmp_path / "traced")):
         jax.block_until_ready([work(a) for _ in range(3)])
-    found = profiles.kernels(tmp_path)
+    rows = list(profiles.profile(lambda: work(a), "a"))
+    assert rows
+    assert {row.unit for row in rows} == {"ms of a step"}
+    assert [path.name[:10] for path in (tmp_path / "runs").iterdir()] == ["profile-a-"]
+    found = profiles.kernels(tmp_path / "traced")
     assert any("fusion" in kind for kind, _ in found)
     assert [seconds for _, seconds in found] == sorted((seconds for _, seconds in found), reverse=True)
     assert 0 < sum(seconds for _, seconds in found) < (os.cpu_count() or 1) * (time.perf_counter() - start)

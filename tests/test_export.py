@@ -161,6 +161,7 @@ REFUSED = {
     "RUN new --state --licence=mit": "--licence is of FILE.safetensors and --hub-layout",
     "RUN new --state --sampler=heun": "--sampler is of --stablehlo",
     "RUN new.safetensors --moments=both": "--moments is of --state",
+    "RUN new.safetensors --room=3": "--room is of --state",
     "RUN --stablehlo new --dtype=bfloat16": "--dtype is of FILE.safetensors and --hub-layout",
 }
 

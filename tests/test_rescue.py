@@ -89,8 +89,8 @@ def test_what_no_run_can_begin_with_is_refused_before_anything_is_written(traine
     assert "no whole checkpoint of step 7 (saved: [4, 8, 12, 16]" in says(
         f"--train.init={trained}@7", "--train.steps=20"
     )
-    assert f"{trained} is at step 16: --train.steps must be more, not 16" in says(
-        f"--train.init={trained}", "--train.steps=16"
+    assert f"{trained} is at step 16: --train.steps must be no less, not 15" in says(
+        f"--train.init={trained}", "--train.steps=15"
     )
     assert "no run with checkpoints is there; give RUN or RUN@STEP" in says(f"--train.init={tmp_path / 'none'}")
     assert not (tmp_path / "w").exists()

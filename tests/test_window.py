@@ -1,12 +1,16 @@
 """infra/window.py: a bare machine is set up, and what comes back of a window is enough to go on."""
 
 import importlib.util
+import itertools
 import json
+import lzma
+import math
 import os
 import signal
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 from argparse import Namespace
 from pathlib import Path
@@ -63,22 +67,40 @@ def test_it_agrees_with_the_package():
     assert module.FILE_BYTES >= compact.PART_BYTES
 
 
-@pytest.mark.parametrize(("room", "kept"), [(67, "both"), (3.5, "second"), (3, "none"), (2.1, None)])
-def test_the_state_has_the_moments_for_which_there_is_room(tmp_path, room, kept):
-    sizes = {"both": 1_800_000, "second": 1_400_000, "none": 900_000}
-    built = load().Window.__new__(load().Window)
-    built.work, built.workdir, built.out, built.given = tmp_path, tmp_path / "run", tmp_path, Namespace(room=room)
+def built(folder: Path, *words: object):
+    """A window that is not run."""
+    module = load()
+    given = {"out": folder / "out", "work": folder / "work", "limit": math.inf, "room": 67, "experiment": ["none"]}
+    found = module.Window(Namespace(**given | dict(zip(words[::2], words[1::2], strict=True))))
+    for made in (found.out, found.logs):
+        made.mkdir(parents=True)
+    return module, found
 
-    def write(name, *words):
-        (tmp_path / "state").mkdir()
-        moments = words[-1].removeprefix("--moments=")
-        for part in (1, 2):
-            (tmp_path / "state" / f"{part}-of-2.safetensors").write_bytes(bytes(sizes[moments] // 2))
-        return 0
 
-    built.python = write
-    assert built.export() == (kept is not None)
-    assert sum(path.stat().st_size for path in tmp_path.glob("*.safetensors")) == sizes.get(kept, 0)
+STUBBORN = (
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('began', flush=True); time.sleep(99)"
+)
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [("import time; time.sleep(99)", -15), (STUBBORN, -9), ("exit(3)", 3)],
+    ids=["asked", "killed", "ended"],
+)
+def test_a_command_ends_within_its_time(tmp_path, code, status):
+    module, found = built(tmp_path)
+    module.GRACE, began = 1.0, time.monotonic()
+    assert found.python("x", "-c", code, seconds=2) == status
+    assert time.monotonic() - began < 20
+    assert found.said[-1]["status"] == status
+
+
+def test_what_there_is_no_time_for_is_left_out_and_what_is_done_is_packed(tmp_path):
+    wanted = {"laws": ["gddim:VP"], "benchmark": ["networks"], "measure_minutes": 4, "evaluate_minutes": math.inf}
+    _, found = built(tmp_path, "limit", 0.0, "without", ["train"], *itertools.chain(*wanted.items()))
+    assert found.run() == ["evaluate"]
+    names = ("laws-float32", "laws-bfloat16", "networks", "evaluate")
+    assert {name: phase["status"] for name, phase in told(found.out).items()} == dict.fromkeys(names)
 
 
 def test_a_terminal_without_the_letters_gets_the_help():
@@ -92,17 +114,17 @@ def test_a_terminal_without_the_letters_gets_the_help():
 def test_two_windows_are_one_run(tmp_path, minutes):
     """On a machine with nothing but the wheels, which forgets all but what came back."""
     first = [tmp_path / "a", "--minutes", minutes, "--work", tmp_path / "w", "--wheels", wheel(tmp_path / "wheels")]
-    asked = ("--laws", "gddim:VP", "--benchmark-minutes", 0.7)
+    asked = ("--laws", "gddim:VP", "--benchmark", "networks", "--measure-minutes", 2)
     done = window(*first, *asked, "--", "borrowed", *SMALL, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     files = {path.name: path.stat().st_size for path in (tmp_path / "a").iterdir()}
     assert files.keys() == {"1-of-1.safetensors", "run.tar.gz", "window.json"}
     assert max(files.values()) <= 16_000_000
     phases = told(tmp_path / "a")
-    assert [*phases] == ["wheels", "laws-float32", "laws-bfloat16", "benchmark", "train", "export", "evaluate"]
-    stopped = {"train": EXIT_PREEMPTED, "benchmark": -signal.SIGTERM}
+    assert [*phases] == ["wheels", "begin", "laws-float32", "laws-bfloat16", "networks", "train", "export", "evaluate"]
+    stopped = {"begin": EXIT_PREEMPTED, "train": EXIT_PREEMPTED, "networks": -signal.SIGTERM}
     assert {name: phase["status"] for name, phase in phases.items() if phase["status"]} == stopped
-    assert "| figure | value | baseline | ratio | target |" in log(tmp_path / "a", "benchmark")
+    assert "| figure | value | baseline | ratio | target |" in log(tmp_path / "a", "networks")
     assert 60 * minutes <= phases["train"]["seconds"] <= 60 * minutes + 60
     with tarfile.open(tmp_path / "a" / "run.tar.gz") as tar:
         names = tar.getnames()
@@ -111,7 +133,7 @@ def test_two_windows_are_one_run(tmp_path, minutes):
     }
 
     second = [tmp_path / "b", "--minutes", 0.05, "--work", tmp_path / "x", "--wheels", tmp_path / "wheels"]
-    more = ("--init", tmp_path / "a", "--without", "laws", "benchmark", "evaluate", "--", "borrowed", *SMALL)
+    more = ("--init", tmp_path / "a", "--without", "measure", "evaluate", "--", "borrowed", *SMALL)
     done = window(*second, *more, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     one, two = (compact.read(epath.Path(tmp_path / name)) for name in "ab")
@@ -127,40 +149,71 @@ def log(out: Path, name: str) -> str:
         return file.read().decode()
 
 
-def test_a_window_that_cannot_train_says_so_and_brings_its_log(tmp_path):
-    words = (
-        "--minutes",
-        0.01,
-        "--without",
-        "laws",
-        "benchmark",
-        "evaluate",
-        "--",
-        "experiments.points",
-        "--no-such-option",
-    )
+@pytest.mark.parametrize(("without", "first"), [(["measure"], "train"), ([], "begin")])
+def test_a_window_that_cannot_train_says_so_first_and_brings_its_log(tmp_path, without, first):
+    words = ("--minutes", 0.01, "--without", *without, "--", "experiments.points", "--no-such-option")
     done = window(tmp_path / "out", *words, cwd=tmp_path)
     assert done.returncode == 1
-    assert "failed: train" in done.stdout
-    assert "unknown option --no-such-option" in log(tmp_path / "out", "train")
-    assert told(tmp_path / "out")["train"]["status"] == 2
+    assert f"failed: {first}" in done.stdout
+    assert "unknown option --no-such-option" in log(tmp_path / "out", first)
+    assert {name: phase["status"] for name, phase in told(tmp_path / "out").items()} == {first: 2}
 
 
-@pytest.mark.parametrize("words", [["out"], ["new", "--init", "none"], ["new", "--data", "none"]])
-def test_what_cannot_be_is_refused_before_anything_is_done(tmp_path, words):
+@pytest.mark.parametrize("asked", ["limit", "signal"])
+def test_a_window_that_is_ended_keeps_what_it_trained(tmp_path, asked):
+    limit = ["--limit", 1.9] if asked == "limit" else ["--minutes", 60]
+    command = [tmp_path / "out", *limit, "--without", "measure", "evaluate", "--", "experiments.points", *SMALL]
+    command = [sys.executable, str(ROOT / "infra" / "window.py"), *map(str, command)]
+    began = time.monotonic()
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as child:
+        said = tmp_path / "window" / "logs" / "train.log"
+        while asked == "signal" and not (said.exists() and "training from step 0" in said.read_text()):
+            time.sleep(0.2)
+            assert time.monotonic() < began + 120
+        if asked == "signal":
+            child.send_signal(signal.SIGTERM)
+        output, _ = child.communicate(timeout=150)
+    assert child.returncode == 0, output
+    assert time.monotonic() - began < 60 * 1.9
+    phases = told(tmp_path / "out")
+    assert {name: phase["status"] for name, phase in phases.items()} == {"train": EXIT_PREEMPTED, "export": 0}
+    assert compact.read(epath.Path(tmp_path / "out")).step > 0
+    assert "saved at step" in log(tmp_path / "out", "train")
+
+
+REFUSED = {
+    "out": "is there already",
+    "new --init none": "--init none is no folder",
+    "new --data none": "--data none is no folder",
+    "new --wheels none": "--wheels none is no folder",
+    "new --wheels out": "is a folder without a wheel",
+    "new --work out": "--work out holds something else",
+}
+
+
+@pytest.mark.parametrize(("words", "why"), REFUSED.items())
+def test_what_cannot_be_is_refused_before_anything_is_done(tmp_path, words, why):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "x").touch()
-    done = window(*words, "--minutes", 1, "--", "experiments.points", cwd=tmp_path)
+    done = window(*words.split(), "--minutes", 1, "--", "experiments.points", cwd=tmp_path)
     assert done.returncode == 2
-    assert "folder" in done.stderr.splitlines()[-1]
+    assert why in done.stderr.splitlines()[-1]
     assert not (tmp_path / "window").exists()
+    assert not (tmp_path / "new").exists()
 
 
-def test_atlases_become_the_official_files(tmp_path, monkeypatch):
+def test_a_time_is_asked_for(tmp_path):
+    done = window("new", "--", "experiments.points", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "give --minutes of training, or the --limit of all" in done.stderr
+
+
+def test_what_is_packed_becomes_the_official_files(tmp_path):
     """Record i of a file is the image in row i // 100, column i % 100 of its atlas."""
     rng = np.random.default_rng(0)
-    folder = tmp_path / "data"
-    (folder / "inception").mkdir(parents=True)
+    folder, data = tmp_path / "given", tmp_path / "work" / "data"
+    for name in ("cifar10", "inception", "others"):
+        (folder / name).mkdir(parents=True)
     slope = np.add.outer(np.arange(32), 2 * np.arange(32)).astype(np.uint8)[..., None]  # no image is its own transpose
     tiles = {name: rng.integers(0, 150, (100, 100, 3), dtype=np.uint8) for name in ("train_3", "test")}
     atlases = {
@@ -168,21 +221,25 @@ def test_atlases_become_the_official_files(tmp_path, monkeypatch):
         for name, tile in tiles.items()
     }
     for name, pixels in atlases.items():
-        Image.fromarray(pixels).save(folder / f"{name}.webp", lossless=True, method=0)
+        Image.fromarray(pixels).save(folder / "cifar10" / f"{name}.webp", lossless=True, method=0)
     y = {"y_train": rng.integers(0, 10, 50_000), "y_test": rng.integers(0, 10, 10_000)}
-    np.savez(folder / "labels.npz", **y)
-    module = load()
-    monkeypatch.setattr(sys, "argv", ["window.py"])
-    monkeypatch.setenv("GDDIM_DATA", "x")
-    built = module.Window.__new__(module.Window)
-    built.work, built.site = tmp_path / "work", tmp_path / "site"
-    built.data(folder)
+    np.savez(folder / "cifar10" / "labels.npz", **y)
+    (folder / "inception" / "network.pth.xz").write_bytes(lzma.compress(b"weights"))
+    (folder / "others" / "x.npy").touch()
+    _, found = built(tmp_path)
+    found.unpack(folder, data)
     for file, name, labels in (
         ("data_batch_4.bin", "train_3", y["y_train"][30_000:40_000]),
         ("test_batch.bin", "test", y["y_test"]),
     ):
-        raw = np.fromfile(tmp_path / "work" / "data" / "cifar-10-batches-bin" / file, np.uint8).reshape(10_000, 3073)
+        raw = np.fromfile(data / "cifar-10-batches-bin" / file, np.uint8).reshape(10_000, 3073)
         np.testing.assert_array_equal(raw[:, 0], labels)
         image = raw[4_217, 1:].reshape(3, 32, 32).transpose(1, 2, 0)
         np.testing.assert_array_equal(image, atlases[name][42 * 32 : 43 * 32, 17 * 32 : 18 * 32])
-    assert (tmp_path / "work" / "data" / "inception").is_dir()
+    assert (data / "inception" / "network.pth").read_bytes() == b"weights"
+    assert (data / "others" / "x.npy").exists()
+    assert not [*data.rglob("*.part")]
+
+    (data / "inception" / "network.pth").write_bytes(b"of an earlier call")
+    found.unpack(folder, data)
+    assert (data / "inception" / "network.pth").read_bytes() == b"of an earlier call"

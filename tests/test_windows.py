@@ -116,6 +116,38 @@ def test_what_a_state_keeps_is_near_and_its_counts_are_exact(run):
             np.testing.assert_allclose(leaf, wanted[f"{item}.{path}"], atol=2e-3)
 
 
+def test_a_state_that_has_all_its_steps_is_a_run_to_evaluate(run, tmp_path, capsys):
+    for workdir in (tmp_path / "here", tmp_path / "there"):
+        assert train(workdir, *PROFILES, f"--train.init={run.with_name('state')}", "--train.steps=240") == 0
+        assert "trained already: 240 steps" in capsys.readouterr().out
+    assert sums(tmp_path / "here", 240) == sums(tmp_path / "there", 240), (
+        "so tables made elsewhere are of these weights"
+    )
+    packed = compact.read(epath.Path(run.with_name("state"))).tree("ema")
+    for path, leaf in state(tmp_path / "here", 240).items():
+        if path.startswith("ema."):
+            np.testing.assert_array_equal(leaf, packed[path.removeprefix("ema.")])
+
+
+def test_a_state_has_the_moments_for_which_there_is_room(run, tmp_path, capsys):
+    def exported(name: str, *words: str) -> int:
+        return export.main([str(run), str(tmp_path / name), "--state", *words])
+
+    sizes = {}
+    for moments in ("both", "second", "none"):
+        assert exported(moments, f"--moments={moments}") == 0
+        sizes[moments] = sum(path.stat().st_size for path in (tmp_path / moments).iterdir())
+    assert sizes["none"] < sizes["second"] < sizes["both"]
+    for moments, size in sizes.items():
+        assert exported(f"room-{moments}", f"--room={(size + 1) / 1e6}") == 0
+        kept = compact.read(epath.Path(tmp_path / f"room-{moments}")).vectors
+        assert kept.keys() == compact.read(epath.Path(tmp_path / moments)).vectors.keys()
+    capsys.readouterr()
+    assert exported("no-room", "--room=0.001") == 2
+    assert f"takes {sizes['none'] / 1e6:.4g} MB, more than the --room of 0.001" in capsys.readouterr().err
+    assert not (tmp_path / "no-room").exists()
+
+
 def test_lengths_are_rebuilt_from_snapshots(run, capsys):
     """Those that were kept to rounding; one between them lies between them."""
     plan = Plan(parse(points.EXPERIMENT, ["train", *WORDS, *PROFILES]).experiment)
@@ -182,7 +214,7 @@ def test_what_cannot_be_handed_over_is_refused_in_a_line(run, tmp_path, capsys):
     assert "holds averages of σ_rel [0.05, 0.1], train.ema_profiles are []" in says(2, init)
     assert "is of another model: net" in says(2, init, *PROFILES, "--net.width=8")
     assert "is a snapshot of averages, no state" in says(2, f"--train.init={run / 'snapshots' / '80'}", *PROFILES)
-    assert "is at step 240: --train.steps must be more" in says(2, init, *PROFILES, "--train.steps=240")
+    assert "is at step 240: --train.steps must be no less, not 239" in says(2, init, *PROFILES, "--train.steps=239")
     assert "--sampling.ema is made of snapshots" in says(2, "--sampling.ema=0.07", *PROFILES)
     assert "snapshots are of ema_profiles" in says(2, "--train.snapshot-every=20")
     for word, why in (("0.07", "--eval.ema is made of snapshots"), ("0.3", "ema must lie in (0, 0.289], not 0.3")):

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from experiments.benchmark import ahead, data, evaluation, mathematics, peers, profiles, training
+from experiments.benchmark import ahead, data, evaluation, mathematics, peers, training
 from experiments.benchmark.table import HEADER, Row, line
 from gddim.errors import UserError, printable
 from gddim.evaluation.provenance import hardware, software
@@ -34,7 +34,6 @@ BENCHES: dict[str, Callable[[], Iterator[Row]]] = {
     "networks": training.networks,
     "evaluation": evaluation.evaluation,
     "peers": peers.peers,
-    "profile": profiles.profile,
     "ahead": ahead.ahead,
 }
 

@@ -41,7 +41,7 @@ def beside(diffusers: Any, torch: Any, width: int, batch: int, nfe: int, repeats
     ours = Steps(resized(vp_cifar10.EXPERIMENT, batch, width=width, blocks=blocks, dropout=0.0, dtype=dtype))
     place = "cuda" if torch.cuda.is_available() and not on_cpu() else "cpu"
     theirs = unet(diffusers, width, blocks).to(place)
-    flops = ours.plan.step_flops(), torch_step_flops(torch, theirs, batch, place)
+    flops = ours.plan.step_flops(), batch * torch_image_flops(torch, theirs, place)
     update = torch_step(torch, theirs, batch, place)
     seconds, other = interleaved(ours, update, repeats=repeats, rest=REST)
     title = f"training step, batch {batch}: ours, {flops[0] / batch / 1e9:.3g} GFLOP an image"
@@ -79,10 +79,10 @@ def unet(diffusers: Any, width: int, blocks: int) -> Any:
     )  # fmt: skip
 
 
-def torch_step_flops(torch: Any, net: Any, batch: int, place: str) -> float:
-    """Operations of loss and gradient, as PyTorch counts them."""
+def torch_image_flops(torch: Any, net: Any, place: str) -> float:
+    """Operations of loss and gradient of one image, as PyTorch counts them."""
     counting = importlib.import_module("torch.utils.flop_counter")
-    x, t = torch.randn(batch, 3, 32, 32, device=place), torch.zeros(batch, device=place)
+    x, t = torch.randn(1, 3, 32, 32, device=place), torch.zeros(1, device=place)
     with counting.FlopCounterMode(display=False) as counter:
         net(x, t).sample.square().mean().backward()
     net.zero_grad()

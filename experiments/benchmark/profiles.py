@@ -5,31 +5,28 @@ from __future__ import annotations
 import collections
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.profiler import ProfileData
 
 from experiments.benchmark.table import Row
-from experiments.benchmark.training import AIMS, Steps, all_experiments, as_measured
 
 MOST = 12  # kinds of kernels that are told
 
 
-def profile(steps: int = 3) -> Iterator[Row]:
-    """The kinds of kernels of the networks that are to reach a share of the peak, by their time in a step.
+def profile(work: Callable[[], Any], name: str, steps: int = 3) -> Iterator[Row]:
+    """The kinds of kernels of a training step, which has run before, by their time in it.
 
     The profile itself, for TensorBoard and Perfetto, stays in runs/profile-NAME-TIME.
     """
-    for experiment in (each for each in all_experiments() if each.name in AIMS):
-        work = Steps(as_measured(experiment))
-        jax.block_until_ready(work())
-        folder = Path("runs", time.strftime(f"profile-{experiment.name}-%Y%m%d-%H%M%S"))
-        with jax.profiler.trace(str(folder)):
-            jax.block_until_ready([work() for _ in range(steps)])
-        for kind, seconds in kernels(folder)[:MOST]:
-            yield Row(f"{experiment.name}, profile: {kind}", 1e3 * seconds / steps, "ms of a step")
+    folder = Path("runs", time.strftime(f"profile-{name}-%Y%m%d-%H%M%S"))
+    with jax.profiler.trace(str(folder)):
+        jax.block_until_ready([work() for _ in range(steps)])
+    for kind, seconds in kernels(folder)[:MOST]:
+        yield Row(f"{name}, profile: {kind}", 1e3 * seconds / steps, "ms of a step")
 
 
 def kernels(folder: Path) -> list[tuple[str, float]]:

@@ -19,6 +19,7 @@ from etils import epath
 
 import experiments
 from experiments import cld_cifar10, cld_digits
+from experiments.benchmark.profiles import profile
 from experiments.benchmark.table import Row, Target, interleaved, on_cpu
 from gddim.checkpoint import Checkpointer
 from gddim.data import DATA, LABEL, Digits, batches, classes_of, prefetch
@@ -133,19 +134,28 @@ def all_experiments() -> list[Experiment]:
 
 
 def networks(names: tuple[str, ...] = (), repeats: int = 5) -> Iterator[Row]:
-    """The training step of each experiment (or of those named): reduced on a CPU; on accelerators as it is, and first those
-    that are to reach a share of the peak, at several batches."""
-    found = [each for each in all_experiments() if not names or each.name in names]
-    for experiment in found if on_cpu() else sorted(found, key=lambda each: each.name not in AIMS):
-        sized = as_measured(experiment)
-        batches = (sized.train.batch,) if on_cpu() or experiment.name not in AIMS else BATCHES
+    """The training step of each experiment (or of those named): reduced on a CPU, on accelerators as it is.
+
+    There those that are to reach a share of the peak come first, with a profile, and then at several batches.
+    """
+    found = [(each, as_measured(each)) for each in all_experiments() if not names or each.name in names]
+    aimed = [pair for pair in found if pair[0].name in AIMS and not on_cpu()]
+    sizes = [(*pair, batch) for pair in aimed for batch in BATCHES if batch != pair[1].train.batch]
+    others = [pair for pair in found if pair not in aimed]
+    full: set[str] = set()
+    for experiment, sized, batch in [*_own(aimed), *sizes, *_own(others)]:
         try:
-            for batch in batches:
+            if experiment.name not in full:
                 yield from _network(resized(sized, batch), experiment, repeats)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            tell(f"{experiment.name}: no room on the device for larger batches")
+            full.add(experiment.name)
+            tell(f"{experiment.name}: no room on the device for batches from {batch} on")
+
+
+def _own(pairs: list[tuple[Experiment, Experiment]]) -> list[tuple[Experiment, Experiment, int]]:
+    return [(experiment, sized, sized.train.batch) for experiment, sized in pairs]
 
 
 def _network(sized: Experiment, experiment: Experiment, repeats: int) -> Iterator[Row]:
@@ -165,6 +175,8 @@ def _network(sized: Experiment, experiment: Experiment, repeats: int) -> Iterato
         used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         state = sum(x.nbytes for x in work.leaves) / 2**20
         yield Row(f"{title}: memory of a step", used / 2**20, "MiB", "its state", state)
+    if aim and size == experiment.train.batch:
+        yield from profile(work, experiment.name)
 
 
 def matrix_product(dtype: str) -> tuple[Any, float]:

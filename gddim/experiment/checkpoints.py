@@ -100,9 +100,9 @@ def borrow(plan: Plan) -> Start:
             start, config = _of_run(plan, folder, step)
     except UserError as error:
         raise UserError(f"--train.init {word}: {error}") from error
-    if start.step >= settings.steps:
+    if start.step > settings.steps:
         raise UserError(
-            f"--train.init {word} is at step {start.step}: --train.steps must be more, not {settings.steps}"
+            f"--train.init {word} is at step {start.step}: --train.steps must be no less, not {settings.steps}"
         )
     free = may_change(plan.experiment) - {"train.steps"} | {"train.init"}
     changes = "; ".join(line.strip() for line in differences(config, describe(plan.experiment), free))

@@ -54,8 +54,8 @@ def cells(experiment: Experiment, everywhere: Collection[str] = ()) -> list[Cell
     shape = experiment.data.shape
     found = [
         Cell(replace(through(sde), sampler=sampler, nfe=nfe).method(sde, shape), settings.samples, seed, sde)
+        for nfe in settings.nfe  # first, so that what ends early has the cheap ones of every process
         for sde in experiment.evaluated()
-        for nfe in settings.nfe
         for sampler in settings.samplers
         if _meets(sampler, sde, nfe - (sampling.last != "none"))
         for seed in range(sampling.seed, sampling.seed + settings.seeds)

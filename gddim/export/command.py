@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 from collections.abc import Callable
 
 from etils import epath
@@ -69,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--nfe", type=int, help="network calls of --stablehlo (those of the run)")
     parser.add_argument("--state", action="store_true", help="the state, to go on with")
     parser.add_argument("--moments", choices=MOMENTS, help="of --state, Adam's: each is a byte a parameter (both)")
+    parser.add_argument(
+        "--room", type=float, metavar="MB", help="of --state: as many of the moments as fit in so many MB"
+    )
     return parser
 
 
@@ -83,7 +87,7 @@ def _check(options: argparse.Namespace) -> None:
         (("dtype", "licence", "note"), not options.state and (options.out or options.hub_layout),
          f"FILE{SUFFIX} and --hub-layout"),
         (("sampler", "process", "nfe"), options.stablehlo, "--stablehlo, the program that draws samples"),
-        (("moments",), options.state, "--state, the folder to go on with"),
+        (("moments", "room"), options.state, "--state, the folder to go on with"),
     ):  # fmt: skip
         for name in names:
             if getattr(options, name) is not None and not heard:
@@ -92,7 +96,8 @@ def _check(options: argparse.Namespace) -> None:
 
 def _state(options: argparse.Namespace) -> list[str]:
     folder = place(options.out)
-    packed = export_state(place(options.run), folder, options.moments or "both", options.step)
+    room = math.inf if options.room is None else options.room
+    packed = export_state(place(options.run), folder, options.moments, options.step, room)
     count, sizes = packed.vectors["model"].size, [path.stat().length for path in folder.iterdir()]
     told = f"{folder}: step {packed.step}, {count:,} parameters in {len(sizes)} file(s), {sum(sizes):,} bytes"
     return [f"{told}; to go on: --train.init {folder} with the options of the run and a new --workdir"]

@@ -10,6 +10,7 @@ than 0.0005 from then on; with none it rose by 0.006 and 0.015 over ten steps, a
 """
 
 import contextlib
+import math
 import re
 from typing import Any
 
@@ -29,10 +30,13 @@ MOMENTS = {
 }
 
 
-def export_state(run: epath.Path, folder: epath.Path, moments: str = "both", step: int | None = None) -> compact.Packed:
-    """Write a checkpoint of a run, the newest whole one without a step, to a new or empty folder, with these moments of Adam.
+def export_state(
+    run: epath.Path, folder: epath.Path, moments: str | None = None, step: int | None = None, room: float = math.inf
+) -> compact.Packed:
+    """Write a checkpoint of a run, the newest whole one without a step, to a new or empty folder, with these moments of Adam,
+    without a word as many as there is room for in so many MB.
 
-    Raises `UserError` where there is none such, or the folder holds something.
+    Raises `UserError` where there is none such, no room, or the folder holds something.
     """
     check_empty(folder)
     with contextlib.closing(Checkpointer(run / "checkpoints")) as saved:
@@ -53,11 +57,15 @@ def export_state(run: epath.Path, folder: epath.Path, moments: str = "both", ste
     ways = {"model": "whole"} | dict.fromkeys(names, "near")
     about: dict[str, Any] = {"config": config, "widths": dict(zip(names, widths, strict=False))}
     adam = next((path[: -len(".count")] for path in rest if re.fullmatch(r"opt_state\..*count", path)), None)
-    if adam and MOMENTS[moments]:
-        about["count"] = int(rest[f"{adam}.count"])
-        ways |= MOMENTS[moments]
-        vectors |= {name: compact.vector(tree(f"{adam}.{name}")) for name in MOMENTS[moments]}
     leaves = [(path, leaf.shape) for path, leaf in ema.items()]
-    packed = compact.Packed(step, leaves, vectors, ways, about)
-    compact.write(folder, packed)
-    return packed
+    size = 0
+    for kept in (MOMENTS[word] for word in ([moments] if moments else MOMENTS)):
+        of_adam = kept if adam else {}
+        more = {name: compact.vector(tree(f"{adam}.{name}")) for name in of_adam}
+        count = {"count": int(rest[f"{adam}.count"])} if of_adam else {}
+        packed = compact.Packed(step, leaves, vectors | more, ways | of_adam, about | count)
+        size = sum(map(len, compact.encode(packed)))
+        if size <= 1e6 * room:
+            compact.write(folder, packed)
+            return packed
+    raise UserError(f"a state of {run} takes {size / 1e6:.4g} MB, more than the --room of {room:g}")

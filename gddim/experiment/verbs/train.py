@@ -61,6 +61,8 @@ def run_training(
             log.say(note)
         if step >= settings.steps:
             log.say(f"trained already: {step} steps")
+            if not saved.any():  # it was borrowed
+                saved.save(step, items_of(state), describe(experiment))
         else:
             step, state = _go_on(plan, source, workdir, log, saved, guard, step, state)
         if settings.snapshot_every and step:
