@@ -16,6 +16,7 @@ from gddim.data import CIFAR10
 from gddim.experiment import Evaluation, Experiment, Model, Sampling, Training, main
 from gddim.nn import NCSNppConfig
 from gddim.samplers import GDDIM, CholeskyMultistep, EulerMaruyama
+from gddim.samplers.words import BEST
 from gddim.sde import CLD, VP
 
 EXPERIMENT = Experiment(
@@ -47,7 +48,7 @@ EXPERIMENT = Experiment(
     ),
     sampling=Sampling(nfe=20),
     eval=Evaluation(
-        samplers=(EulerMaruyama(), CholeskyMultistep(2), GDDIM(3), GDDIM(3, interpolate="data")),
+        samplers=(EulerMaruyama(), CholeskyMultistep(2), GDDIM(3), GDDIM(3, interpolate="data"), BEST),
         processes=(None, CLD()),
         nfe=(5, 10, 20, 50),
         samples=5_000,

@@ -12,18 +12,21 @@ new folder, at most eight files of at most 16 MB:
     window.json            commands, statuses and seconds
 
 OUT is complete after each phase. With --limit all of it ends within so many minutes, and what there is no time for is left
-out: training goes on until there is just time to save. SIGTERM ends what runs and keeps it, as the end of the time does.
+out: training goes on until there is just time to save, and for --evaluate-minutes. SIGTERM ends what runs and keeps it, as the
+end of the time does.
 
 DATA is a folder with folders of data, as gddim finds them in $GDDIM_DATA. Where it has WebP atlases of CIFAR-10, labels.npz and
 train_0.webp … train_4.webp, test.webp, each 100 × 100 images in the order of a file, they become cifar-10-batches-bin; of some
 of them alone --data.batches 1 2 trains. What is packed as .xz is unpacked.
 
-Calls that share --work on one machine go on in it, each with its own OUT. So where a call may bring only so much, those before
-it bring parts of DATA and of WHEELS: --without measure train evaluate. Options of the experiment follow its module; they are
-those of training and of evaluation. A state that has all its --train.steps is not trained any further: it is evaluated.
+Calls that share --work on one machine go on in it, with the same --init, each with its own OUT. So where a call may bring only
+so much, those before it bring parts of DATA and of WHEELS: --without measure train evaluate. Options of the experiment follow
+its module; they are those of training and of evaluation. A state that has all its --train.steps is not trained any further: it
+is evaluated.
 """
 
 import argparse
+import glob
 import importlib
 import json
 import lzma
@@ -36,6 +39,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,9 +48,10 @@ FILES, FILE_BYTES = 8, 16_000_000
 LOG_BYTES = 2_000_000  # at least, for what is not the state
 PHASES = ("measure", "train", "evaluate")
 PRECISIONS = ("float32", "bfloat16")
+ATLASES = {"test": "test_batch.bin"} | {str(part): f"data_batch_{part + 1}.bin" for part in range(5)}
 COMES_BACK = ("config.json", "results.*", "ema", "solvers", "report.html", "samples.*", "classes.json", "tensorboard")
 GRACE, SAVE, EXPORT, PACK = 20.0, 20.0, 40.0, 10.0  # seconds: to end when asked to; for these at the end of training
-NVIDIA = Path("/dev/nvidia0")
+DEVICES = "/dev/nvidia[0-9]*"
 SHARED_MEMORY = {"XLA_CLIENT_MEM_FRACTION": ".45"}  # where PyTorch needs some of the device's
 
 
@@ -67,36 +72,42 @@ class Window:
 
     def left(self, kept: float = PACK) -> float:
         """Seconds until the limit, less those that are kept for what follows."""
-        return 0.0 if self.stopped else self.ends - time.monotonic() - kept
+        return self.ends - time.monotonic() - kept
 
     def python(
-        self, name: str, *words: str, seconds: float = math.inf, cwd: Path | None = None, **env: str
+        self,
+        name: str,
+        *words: str,
+        seconds: float,
+        last: bool = False,
+        cwd: Path | None = None,
+        env: dict[str, str] | None = None,
     ) -> int | None:
         """Run this interpreter on some words, and note its status; None where there is no time. Past its time it is asked to
-        end, and soon made to."""
+        end, and soon made to, and also by a signal unless it is the last that has to be done."""
         command, began = [sys.executable, *words], time.monotonic()
         status, tail = None, ["no time is left"]
         print(f"== {name}: {shlex.join(command[1:])}", flush=True)
-        if seconds > 0:
+        if seconds > 0 and (last or not self.stopped):
             path = os.pathsep.join(filter(None, [str(ROOT), str(self.site), os.environ.get("PYTHONPATH")]))
             # a driver that does not work is an error, no slow run
-            device = {"JAX_PLATFORMS": "cuda,cpu"} if NVIDIA.exists() else {}
-            env = {**device, **os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **env}
+            device = {"JAX_PLATFORMS": "cuda,cpu"} if glob.glob(DEVICES) else {}
+            env = {**device, **os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **(env or {})}
             file = self.logs / f"{name}.log"
             with file.open("wb") as log:
                 child = subprocess.Popen(command, cwd=cwd, env=env, stdout=log, stderr=subprocess.STDOUT)
-                status = self.wait(child, began + seconds)
+                status = self.wait(child, began + seconds, last)
             tail = file.read_text(errors="replace").splitlines()[-8:]
         print(*tail, f"== {name}: status {status}", sep="\n", flush=True)
         took = round(time.monotonic() - began, 1)
         self.said.append({"name": name, "command": command[1:], "status": status, "seconds": took, "said": tail})
         return status
 
-    def wait(self, child: subprocess.Popen, ends: float) -> int:
+    def wait(self, child: subprocess.Popen, ends: float, last: bool) -> int:
         asked = math.inf
         while (status := child.poll()) is None:
             now = time.monotonic()
-            if asked == math.inf and (now > ends or self.stopped):
+            if asked == math.inf and (now > ends or (self.stopped and not last)):
                 child.terminate()
                 asked = now
             elif now > asked + GRACE:
@@ -109,9 +120,12 @@ class Window:
         self.logs.mkdir(parents=True, exist_ok=True)
         if self.given.wheels:
             wheels = sorted(map(str, Path(self.given.wheels).glob("*.whl")))
-            pip = ("-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--upgrade")
-            if self.python("wheels", *pip, "--target", str(self.site), *wheels):
-                sys.exit("infra/window.py: the wheels do not install, see above")
+            new = self.work / "new"  # pip would take away what other wheels have in the same folders
+            shutil.rmtree(new, ignore_errors=True)
+            pip = ("-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--target", str(new))
+            if self.python("wheels", *pip, *wheels, seconds=self.left()) != 0:
+                sys.exit("infra/window.py: the wheels are not installed, see above")
+            shutil.copytree(new, self.site, dirs_exist_ok=True)
         data = self.work / "data"
         if self.given.data:
             self.unpack(Path(self.given.data).resolve(), data)
@@ -120,24 +134,24 @@ class Window:
             print("data:", *sorted(str(path.relative_to(data)) for path in data.glob("*/*"))[:20], flush=True)
 
     def unpack(self, folder: Path, data: Path) -> None:
-        """Official files from atlases and archives; what else is there is linked beside them."""
-        batches = data / "cifar-10-batches-bin"
-        for atlas in sorted(folder.rglob("*.webp")):
-            part, labels = atlas.stem.removeprefix("train_"), atlas.with_name("labels.npz")
-            file = batches / ("test_batch.bin" if part == "test" else f"data_batch_{int(part) + 1}.bin")
-            if not file.exists():
-                put(file, self.records(atlas, part, labels))  # its reader knows the official digest
-        for archive in sorted(folder.rglob("*.xz")):
-            file = data / archive.parent.name / archive.stem
-            if not file.exists():
-                put(file, lzma.decompress(archive.read_bytes()))
-        data.mkdir(parents=True, exist_ok=True)
-        for other in folder.iterdir():
-            if not (data / other.name).exists():
-                (data / other.name).symlink_to(other)
+        """Official files from atlases and archives, and beside them what else is there; what is there already stays."""
+        for path in sorted(folder.rglob("*")):
+            file, labels = data / path.relative_to(folder), path.with_name("labels.npz")
+            part = path.stem.removeprefix("train_")
+            if path.suffix == ".webp" and part in ATLASES and labels.exists():
+                file = data / "cifar-10-batches-bin" / ATLASES[part]
+                put(file, lambda path=path, part=part, labels=labels: self.records(path, part, labels))
+            elif path.suffix == ".xz":
+                put(file.with_suffix(""), lambda path=path: lzma.decompress(path.read_bytes()))
+            elif path.is_file() and not file.exists():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    os.link(path.resolve(), file)  # so that it outlasts the folder that it came in
+                except OSError:
+                    shutil.copyfile(path, file)
 
     def records(self, atlas: Path, part: str, labels: Path) -> bytes:
-        """A file of CIFAR-10: of each image its class, then its planes."""
+        """A file of CIFAR-10, whose reader knows its digest: of each image its class, then its planes."""
         if self.site.exists() and str(self.site) not in sys.path:
             sys.path.insert(0, str(self.site))
         np, image = importlib.import_module("numpy"), importlib.import_module("PIL.Image")
@@ -150,42 +164,45 @@ class Window:
     def measure(self) -> bool:
         """As much as there is time for, an equal share for each of what is left; its logs are kept, and profiles in `runs`."""
         check, bench = ("-m", "gddim.check", *self.given.laws), ("-m", "experiments.benchmark")
-        laws = [(f"laws-{x}", check, {"JAX_DEFAULT_MATMUL_PRECISION": x}) for x in PRECISIONS if self.given.laws]
-        wanted = laws + [(x, (*bench, x), SHARED_MEMORY if x == "peers" else {}) for x in self.given.benchmark]
+        by_precision = [(f"laws-{x}", {"JAX_DEFAULT_MATMUL_PRECISION": x}) for x in PRECISIONS]
+        wanted = [(name, check, None, env) for name, env in by_precision if self.given.laws]
+        wanted += [(x, (*bench, x), self.work, SHARED_MEMORY if x == "peers" else {}) for x in self.given.benchmark]
         ends, statuses = time.monotonic() + 60 * self.given.measure_minutes, []
-        for number, (name, words, env) in enumerate(wanted):
+        for number, (name, words, cwd, env) in enumerate(wanted):
             share = (ends - time.monotonic()) / (len(wanted) - number)
             seconds = min(share, self.left(PACK + GRACE))
-            statuses.append(self.python(name, *words, seconds=seconds, cwd=self.work, **env))
+            statuses.append(self.python(name, *words, seconds=seconds, cwd=cwd, env=env))
         return {*statuses} <= {0, None, -signal.SIGTERM}
 
     def train(self) -> bool:
-        return self.training("train", self.given.minutes) and self.export()
+        trained = self.training("train", self.given.minutes)
+        return self.export() and trained if self.saved() else trained
 
     def training(self, name: str, minutes: float) -> bool:
-        """Train for so many minutes, or until there is just time to save and to export."""
-        seconds = self.left(SAVE + EXPORT + PACK)
+        """Train for so many minutes, or until there is just time for what follows."""
+        evaluation = 0.0 if "evaluate" in self.given.without else 60 * self.given.evaluate_minutes
+        seconds = self.left(SAVE + EXPORT + evaluation + PACK)
         init = [f"--train.init={self.given.init}"] if self.given.init else []
-        words = [f"--workdir={self.workdir}", f"--train.minutes={max(min(minutes, seconds / 60), 0):.6f}", *init]
+        words = [f"--workdir={self.workdir}", f"--train.minutes={max(min(minutes, seconds / 60), 1e-6):.6f}", *init]
         seconds += SAVE * (seconds > 0)
         return self.python(name, *self.experiment, "train", *words, *self.options, seconds=seconds) in (0, PREEMPTED)
+
+    def saved(self) -> bool:
+        return any((self.workdir / "checkpoints").glob("[0-9]*"))
 
     def export(self) -> bool:
         """The state, with as many of Adam's moments as there is room for; also when all is to end."""
         folder, room = self.work / "state", min(1e6 * self.given.room - LOG_BYTES, (FILES - 2) * FILE_BYTES) / 1e6
         shutil.rmtree(folder, ignore_errors=True)
-        stopped, self.stopped = self.stopped, False
         words = ("-m", "gddim.export", str(self.workdir), str(folder), "--state", f"--room={room:.6f}")
-        status = self.python("export", *words, seconds=max(self.left(), EXPORT))
-        self.stopped |= stopped
+        status = self.python("export", *words, seconds=max(self.left(), EXPORT / 2), last=True)
         for part in folder.iterdir() if status == 0 else ():
             shutil.move(part, self.out / part.name)
         return status == 0
 
     def evaluate(self) -> bool:
         words = [*self.experiment, "evaluate", f"--workdir={self.workdir}", *self.options]
-        seconds = min(60 * self.given.evaluate_minutes, self.left(PACK + GRACE))
-        return self.python("evaluate", *words, seconds=seconds) in (0, PREEMPTED)
+        return self.python("evaluate", *words, seconds=self.left(PACK + GRACE)) in (0, PREEMPTED, None)
 
     def pack(self) -> None:
         """All but the state in two files."""
@@ -214,19 +231,21 @@ class Window:
         if {"measure", "train"} <= {*wanted} and not self.training("begin", 1e-6):
             wanted, failed = [], ["begin"]
         for phase in wanted:
-            if (phase == "evaluate" and "train" in failed) or not getattr(self, phase)():
+            if phase == "evaluate" and "train" in failed and not self.saved():
+                continue
+            if not getattr(self, phase)():
                 failed.append(phase)
             self.pack()
-        self.pack()
         return failed
 
 
-def put(file: Path, content: bytes) -> None:
-    """The whole of a file, or none of it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_bytes(content)
-    part.rename(file)
+def put(file: Path, content: Callable[[], bytes]) -> None:
+    """The whole of a file that is not there yet, or none of it."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        part.write_bytes(content())
+        part.rename(file)
 
 
 def main() -> int:
@@ -245,12 +264,19 @@ def main() -> int:
     names = ["networks", "peers"]
     parser.add_argument("--benchmark", nargs="*", default=names, help=f"of experiments.benchmark ({' '.join(names)})")
     parser.add_argument("--measure-minutes", type=float, default=4.0, help="of laws and benchmarks at most (4)")
-    parser.add_argument("--evaluate-minutes", type=float, default=math.inf, help="of evaluation at most (the rest)")
+    parser.add_argument("--evaluate-minutes", type=float, default=6.0, help="of --limit, kept for evaluation (6)")
     parser.add_argument("--room", type=float, default=67, help="MB that may come back in all (67)")
     parser.add_argument("--without", nargs="*", default=[], choices=PHASES, help="phases to leave out")
     parser.add_argument("experiment", nargs="+", help="after --: module of the experiment, and its options")
     given = parser.parse_args()
     out, work = Path(given.out), Path(given.work)
+    for name in ("limit", "minutes"):
+        if not getattr(given, name) > 0:
+            parser.error(f"--{name} must be more than 0, not {getattr(given, name):g}")
+    if given.room * 1e6 <= LOG_BYTES:
+        parser.error(f"--room must be more than {LOG_BYTES / 1e6:g} MB, not {given.room:g}")
+    if out.resolve() == work.resolve():
+        parser.error(f"OUT and --work are one folder, {out}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         parser.error(f"{out} is there already: give a new or an empty folder")
     if work.exists() and (not work.is_dir() or (any(work.iterdir()) and not (work / "logs").is_dir())):
@@ -266,8 +292,11 @@ def main() -> int:
     window = Window(given)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, window.stop)
-    window.set_up()
-    failed = window.run()
+    try:
+        window.set_up()
+        failed = window.run()
+    finally:
+        window.pack()
     size = sum(path.stat().st_size for path in window.out.iterdir())
     print(f"{out}: {len([*out.iterdir()])} files, {size:,} bytes" + f"; failed: {', '.join(failed)}" * bool(failed))
     return int(bool(failed))

@@ -134,6 +134,14 @@ def times(command: Command) -> dict[str, tuple[float, float]]:
     return {gddim.sde.words.process_name(sde): (method.power, method.t_min) for sde, method in found.items() if sde}
 
 
+def test_a_table_begins_with_few_calls_of_every_process():
+    """So what ends early has them."""
+    found = cells(parse(COLOUR, ["evaluate", "--eval.nfe", "3", "9", "--eval.processes", "own", "cld"]).experiment)
+    order = [(cell.method.nfe, cell.sde) for cell in found]
+    assert [nfe for nfe, _ in order] == sorted(nfe for nfe, _ in order)
+    assert len({sde for nfe, sde in order if nfe == 3}) == 2
+
+
 def test_the_times_of_a_run_are_of_its_process_alone_unless_they_are_asked_for(timed, tmp_path):
     """As in `gddim.load`; and those that a file says are of its process alone, too."""
     for experiment, workdir in ((COLOUR, timed), (TIMED, tmp_path)):

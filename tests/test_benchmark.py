@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import cld_digits
+from experiments import cld_digits, points
 from experiments.benchmark import data, evaluation, mathematics, profiles, training
 from experiments.benchmark.__main__ import BENCHES, main
 from experiments.benchmark.reference_coefficients import published_blurring, published_cld
@@ -135,13 +135,13 @@ def test_the_step_of_an_experiment_is_measured():
 def test_on_an_accelerator_the_two_with_an_aim_come_first_in_batches_that_have_room(monkeypatch):
     def network(sized, experiment, repeats):
         tried.append((experiment.name, sized.train.batch))
-        if sized.train.batch > 512:
+        if sized.train.batch > room:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
         yield experiment.name, sized.train.batch
 
     monkeypatch.setattr(training, "on_cpu", lambda: False)
     monkeypatch.setattr(training, "_network", network)
-    tried: list[tuple[str, int]] = []
+    room, tried = 512, []
     found = list(training.networks(("blur_cifar10", "cifar10", "cld_cifar10")))
     assert found == [
         *(("cifar10", 512), ("cld_cifar10", 128)),
@@ -149,6 +149,21 @@ def test_on_an_accelerator_the_two_with_an_aim_come_first_in_batches_that_have_r
         ("blur_cifar10", 128),
     ]
     assert [each for each in tried if each not in found] == [("cifar10", 1024), ("cld_cifar10", 1024)]
+
+    room, tried = 256, []
+    assert list(training.networks(("cifar10",))) == [("cifar10", 128), ("cifar10", 256)]
+    assert tried == [("cifar10", 512), ("cifar10", 128), ("cifar10", 256)]
+
+
+def test_on_an_accelerator_a_network_with_an_aim_is_profiled_at_its_own_batch(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training, "AIMS", {"points": 0.3})
+    sized = training.as_measured(points.EXPERIMENT)
+    monkeypatch.setattr(training, "on_cpu", lambda: False)
+    monkeypatch.setattr(training, "matrix_product", lambda dtype: (lambda: jnp.zeros(1), 1.0))
+    for batch, profiled in ((512, True), (256, False)):
+        rows = list(training._network(training.resized(sized, batch), points.EXPERIMENT, 1))
+        assert any("profile: " in row.figure for row in rows) == profiled
 
 
 def test_a_profile_tells_the_kinds_of_kernels_by_their_time(tmp_path, monkeypatch):

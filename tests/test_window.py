@@ -6,6 +6,7 @@ import json
 import lzma
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,13 +37,13 @@ def window(*words: object, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
-def wheel(folder: Path) -> Path:
+def wheel(folder: Path, name: str = "borrowed", inside: str = ".") -> Path:
     """A package that no machine has."""
     folder.mkdir()
-    info = "borrowed-1.dist-info"
-    with zipfile.ZipFile(folder / "borrowed-1-py3-none-any.whl", "w") as file:
-        file.writestr("borrowed.py", "from experiments.points import EXPERIMENT, main\nmain(EXPERIMENT)\n")
-        file.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: borrowed\nVersion: 1\n")
+    info = f"{name}-1.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-1-py3-none-any.whl", "w") as file:
+        file.writestr(f"{inside}/{name}.py", "from experiments.points import EXPERIMENT, main\nmain(EXPERIMENT)\n")
+        file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
         file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         file.writestr(f"{info}/RECORD", "")
     return folder
@@ -95,10 +96,35 @@ def test_a_command_ends_within_its_time(tmp_path, code, status):
     assert found.said[-1]["status"] == status
 
 
+def test_the_last_command_ends_whatever_signal_came(tmp_path):
+    _, found = built(tmp_path)
+    found.stop()
+    assert found.python("train", "-c", "pass", seconds=9) is None
+    assert found.python("export", "-c", "import time; time.sleep(0.5)", seconds=9, last=True) == 0
+
+
+def test_a_driver_that_does_not_work_is_an_error(tmp_path, monkeypatch):
+    module, found = built(tmp_path)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    for devices, told in ((str(tmp_path / "nvidia[0-9]*"), "None"), (str(tmp_path / "o[a-z]t"), "cuda,cpu")):
+        module.DEVICES = devices
+        found.python("x", "-c", "import os; print(os.environ.get('JAX_PLATFORMS'))", seconds=9)
+        assert found.said[-1]["said"] == [told]
+
+
+def test_wheels_of_two_calls_are_there_together(tmp_path):
+    """Also what they have in one folder."""
+    _, found = built(tmp_path)
+    for name in ("one", "two"):
+        found.given.wheels, found.given.data = str(wheel(tmp_path / name, f"borrowed_{name}", "shared")), None
+        found.set_up()
+    assert {path.name for path in (found.site / "shared").iterdir()} == {"borrowed_one.py", "borrowed_two.py"}
+
+
 def test_what_there_is_no_time_for_is_left_out_and_what_is_done_is_packed(tmp_path):
-    wanted = {"laws": ["gddim:VP"], "benchmark": ["networks"], "measure_minutes": 4, "evaluate_minutes": math.inf}
+    wanted = {"laws": ["gddim:VP"], "benchmark": ["networks"], "measure_minutes": 4, "evaluate_minutes": 6}
     _, found = built(tmp_path, "limit", 0.0, "without", ["train"], *itertools.chain(*wanted.items()))
-    assert found.run() == ["evaluate"]
+    assert found.run() == []
     names = ("laws-float32", "laws-bfloat16", "networks", "evaluate")
     assert {name: phase["status"] for name, phase in told(found.out).items()} == dict.fromkeys(names)
 
@@ -161,8 +187,10 @@ def test_a_window_that_cannot_train_says_so_first_and_brings_its_log(tmp_path, w
 
 @pytest.mark.parametrize("asked", ["limit", "signal"])
 def test_a_window_that_is_ended_keeps_what_it_trained(tmp_path, asked):
-    limit = ["--limit", 1.9] if asked == "limit" else ["--minutes", 60]
-    command = [tmp_path / "out", *limit, "--without", "measure", "evaluate", "--", "experiments.points", *SMALL]
+    """Under a limit there is a table, too."""
+    limit = ["--limit", 2.4, "--evaluate-minutes", 0.5, "--without"] if asked == "limit" else ["--minutes", 60]
+    without = ["measure"] if asked == "limit" else ["--without", "measure", "evaluate"]
+    command = [tmp_path / "out", *limit, *without, "--", "experiments.points", *SMALL]
     command = [sys.executable, str(ROOT / "infra" / "window.py"), *map(str, command)]
     began = time.monotonic()
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as child:
@@ -174,9 +202,11 @@ def test_a_window_that_is_ended_keeps_what_it_trained(tmp_path, asked):
             child.send_signal(signal.SIGTERM)
         output, _ = child.communicate(timeout=150)
     assert child.returncode == 0, output
-    assert time.monotonic() - began < 60 * 1.9
+    assert time.monotonic() - began < 60 * 2.4
     phases = told(tmp_path / "out")
-    assert {name: phase["status"] for name, phase in phases.items()} == {"train": EXIT_PREEMPTED, "export": 0}
+    evaluated = {"evaluate": 0} if asked == "limit" else {}
+    statuses = {name: phase["status"] for name, phase in phases.items()}
+    assert statuses == {"train": EXIT_PREEMPTED, "export": 0} | evaluated
     assert compact.read(epath.Path(tmp_path / "out")).step > 0
     assert "saved at step" in log(tmp_path / "out", "train")
 
@@ -188,6 +218,10 @@ REFUSED = {
     "new --wheels none": "--wheels none is no folder",
     "new --wheels out": "is a folder without a wheel",
     "new --work out": "--work out holds something else",
+    "new --work new": "OUT and --work are one folder",
+    "new --room 2": "--room must be more than 2 MB, not 2",
+    "new --minutes 0": "--minutes must be more than 0, not 0",
+    "new --limit nan": "--limit must be more than 0, not nan",
 }
 
 
@@ -195,7 +229,8 @@ REFUSED = {
 def test_what_cannot_be_is_refused_before_anything_is_done(tmp_path, words, why):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "x").touch()
-    done = window(*words.split(), "--minutes", 1, "--", "experiments.points", cwd=tmp_path)
+    minutes = [] if "--minutes" in words else ["--minutes", 1]
+    done = window(*words.split(), *minutes, "--", "experiments.points", cwd=tmp_path)
     assert done.returncode == 2
     assert why in done.stderr.splitlines()[-1]
     assert not (tmp_path / "window").exists()
@@ -226,6 +261,7 @@ def test_what_is_packed_becomes_the_official_files(tmp_path):
     np.savez(folder / "cifar10" / "labels.npz", **y)
     (folder / "inception" / "network.pth.xz").write_bytes(lzma.compress(b"weights"))
     (folder / "others" / "x.npy").touch()
+    (folder / "others" / "cat.webp").touch()
     _, found = built(tmp_path)
     found.unpack(folder, data)
     for file, name, labels in (
@@ -237,9 +273,11 @@ def test_what_is_packed_becomes_the_official_files(tmp_path):
         image = raw[4_217, 1:].reshape(3, 32, 32).transpose(1, 2, 0)
         np.testing.assert_array_equal(image, atlases[name][42 * 32 : 43 * 32, 17 * 32 : 18 * 32])
     assert (data / "inception" / "network.pth").read_bytes() == b"weights"
-    assert (data / "others" / "x.npy").exists()
     assert not [*data.rglob("*.part")]
 
     (data / "inception" / "network.pth").write_bytes(b"of an earlier call")
+    (folder / "inception" / "more.pth").touch()
     found.unpack(folder, data)
     assert (data / "inception" / "network.pth").read_bytes() == b"of an earlier call"
+    shutil.rmtree(folder)
+    assert all((data / name).exists() for name in ("inception/more.pth", "others/x.npy", "others/cat.webp"))

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib
 import io
+import math
 import pkgutil
 import tempfile
 import time
@@ -142,15 +143,15 @@ def networks(names: tuple[str, ...] = (), repeats: int = 5) -> Iterator[Row]:
     aimed = [pair for pair in found if pair[0].name in AIMS and not on_cpu()]
     sizes = [(*pair, batch) for pair in aimed for batch in BATCHES if batch != pair[1].train.batch]
     others = [pair for pair in found if pair not in aimed]
-    full: set[str] = set()
+    full: dict[str, float] = {}
     for experiment, sized, batch in [*_own(aimed), *sizes, *_own(others)]:
         try:
-            if experiment.name not in full:
+            if batch < full.get(experiment.name, math.inf):
                 yield from _network(resized(sized, batch), experiment, repeats)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            full.add(experiment.name)
+            full[experiment.name] = batch
             tell(f"{experiment.name}: no room on the device for batches from {batch} on")
 
 
@@ -175,7 +176,7 @@ def _network(sized: Experiment, experiment: Experiment, repeats: int) -> Iterato
         used = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         state = sum(x.nbytes for x in work.leaves) / 2**20
         yield Row(f"{title}: memory of a step", used / 2**20, "MiB", "its state", state)
-    if aim and size == experiment.train.batch:
+    if experiment.name in AIMS and not on_cpu() and size == experiment.train.batch:
         yield from profile(work, experiment.name)
 
 
