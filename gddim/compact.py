@@ -71,7 +71,11 @@ def vector(tree: Mapping[str, Any]) -> Vector:
 
 def write(folder: epath.Path, packed: Packed) -> None:
     """Write a state; each file whole or not at all, and all of those that are new, or none."""
-    parts = encode(packed)
+    write_parts(folder, encode(packed))
+
+
+def write_parts(folder: epath.Path, parts: list[bytes]) -> None:
+    """Write what `encode` made of a state, likewise."""
     files = [folder / f"{part}-of-{len(parts)}.safetensors" for part in range(1, len(parts) + 1)]
     with all_or_none(*files):
         for file, content in zip(files, parts, strict=True):

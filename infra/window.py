@@ -39,7 +39,6 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,7 +47,8 @@ FILES, FILE_BYTES = 8, 16_000_000
 LOG_BYTES = 2_000_000  # at least, for what is not the state
 PHASES = ("measure", "train", "evaluate")
 PRECISIONS = ("float32", "bfloat16")
-ATLASES = {"test": "test_batch.bin"} | {str(part): f"data_batch_{part + 1}.bin" for part in range(5)}
+LABELS = "labels.npz"
+ATLASES = {"test": "test_batch.bin"} | {f"train_{part}": f"data_batch_{part + 1}.bin" for part in range(5)}
 COMES_BACK = ("config.json", "results.*", "ema", "solvers", "report.html", "samples.*", "classes.json", "tensorboard")
 GRACE, SAVE, EXPORT, PACK = 20.0, 20.0, 40.0, 10.0  # seconds: to end when asked to; for these at the end of training
 DEVICES = "/dev/nvidia[0-9]*"
@@ -136,26 +136,30 @@ class Window:
     def unpack(self, folder: Path, data: Path) -> None:
         """Official files from atlases and archives, and beside them what else is there; what is there already stays."""
         for path in sorted(folder.rglob("*")):
-            file, labels = data / path.relative_to(folder), path.with_name("labels.npz")
-            part = path.stem.removeprefix("train_")
-            if path.suffix == ".webp" and part in ATLASES and labels.exists():
-                file = data / "cifar-10-batches-bin" / ATLASES[part]
-                put(file, lambda path=path, part=part, labels=labels: self.records(path, part, labels))
+            file, unpacked = data / path.relative_to(folder), None
+            if path.suffix == ".webp" and path.stem in ATLASES and path.with_name(LABELS).exists():
+                file, unpacked = data / "cifar-10-batches-bin" / ATLASES[path.stem], self.records
             elif path.suffix == ".xz":
-                put(file.with_suffix(""), lambda path=path: lzma.decompress(path.read_bytes()))
-            elif path.is_file() and not file.exists():
-                file.parent.mkdir(parents=True, exist_ok=True)
+                file, unpacked = file.with_suffix(""), lambda path: lzma.decompress(path.read_bytes())
+            if path.is_dir() or file.exists():
+                continue
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if unpacked:
+                part = file.with_suffix(".part")
+                part.write_bytes(unpacked(path))
+                part.rename(file)
+            else:
                 try:
                     os.link(path.resolve(), file)  # so that it outlasts the folder that it came in
                 except OSError:
                     shutil.copyfile(path, file)
 
-    def records(self, atlas: Path, part: str, labels: Path) -> bytes:
+    def records(self, atlas: Path) -> bytes:
         """A file of CIFAR-10, whose reader knows its digest: of each image its class, then its planes."""
         if self.site.exists() and str(self.site) not in sys.path:
             sys.path.insert(0, str(self.site))
         np, image = importlib.import_module("numpy"), importlib.import_module("PIL.Image")
-        known = np.load(labels)
+        known, part = np.load(atlas.with_name(LABELS)), atlas.stem.removeprefix("train_")
         classes = known["y_test"] if part == "test" else known["y_train"].reshape(5, -1)[int(part)]
         pixels = np.asarray(image.open(atlas).convert("RGB")).reshape(100, 32, 100, 32, 3)
         planes = pixels.transpose(0, 2, 4, 1, 3).reshape(10_000, 3072)
@@ -228,24 +232,19 @@ class Window:
     def run(self) -> list[str]:
         """The phases that are wanted; those that failed. What cannot train is known before anything is measured."""
         wanted, failed = [phase for phase in PHASES if phase not in self.given.without], []
-        if {"measure", "train"} <= {*wanted} and not self.training("begin", 1e-6):
-            wanted, failed = [], ["begin"]
-        for phase in wanted:
-            if phase == "evaluate" and "train" in failed and not self.saved():
-                continue
-            if not getattr(self, phase)():
-                failed.append(phase)
+        try:
+            self.set_up()
+            if {"measure", "train"} <= {*wanted} and not self.training("begin", 1e-6):
+                return ["begin"]
+            for phase in wanted:
+                if phase == "evaluate" and "train" in failed and not self.saved():
+                    continue
+                self.pack()
+                if not getattr(self, phase)():
+                    failed.append(phase)
+            return failed
+        finally:
             self.pack()
-        return failed
-
-
-def put(file: Path, content: Callable[[], bytes]) -> None:
-    """The whole of a file that is not there yet, or none of it."""
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
-        part.write_bytes(content())
-        part.rename(file)
 
 
 def main() -> int:
@@ -292,11 +291,7 @@ def main() -> int:
     window = Window(given)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, window.stop)
-    try:
-        window.set_up()
-        failed = window.run()
-    finally:
-        window.pack()
+    failed = window.run()
     size = sum(path.stat().st_size for path in window.out.iterdir())
     print(f"{out}: {len([*out.iterdir()])} files, {size:,} bytes" + f"; failed: {', '.join(failed)}" * bool(failed))
     return int(bool(failed))

@@ -71,7 +71,13 @@ def test_it_agrees_with_the_package():
 def built(folder: Path, *words: object):
     """A window that is not run."""
     module = load()
-    given = {"out": folder / "out", "work": folder / "work", "limit": math.inf, "room": 67, "experiment": ["none"]}
+    given = {
+        "out": folder / "out",
+        "work": folder / "work",
+        "limit": math.inf,
+        "room": 67,
+        "experiment": ["none"],
+    } | dict.fromkeys(("data", "wheels"))
     found = module.Window(Namespace(**given | dict(zip(words[::2], words[1::2], strict=True))))
     for made in (found.out, found.logs):
         made.mkdir(parents=True)

@@ -139,24 +139,22 @@ def networks(names: tuple[str, ...] = (), repeats: int = 5) -> Iterator[Row]:
 
     There those that are to reach a share of the peak come first, with a profile, and then at several batches.
     """
-    found = [(each, as_measured(each)) for each in all_experiments() if not names or each.name in names]
-    aimed = [pair for pair in found if pair[0].name in AIMS and not on_cpu()]
-    sizes = [(*pair, batch) for pair in aimed for batch in BATCHES if batch != pair[1].train.batch]
-    others = [pair for pair in found if pair not in aimed]
+    found = [each for each in all_experiments() if not names or each.name in names]
+    own = {each.name: as_measured(each).train.batch for each in found}
+    aimed = [each for each in found if each.name in AIMS and not on_cpu()]
+    wanted = [(each, own[each.name]) for each in aimed]
+    wanted += [(each, batch) for each in aimed for batch in BATCHES if batch != own[each.name]]
+    wanted += [(each, own[each.name]) for each in found if each not in aimed]
     full: dict[str, float] = {}
-    for experiment, sized, batch in [*_own(aimed), *sizes, *_own(others)]:
+    for experiment, batch in wanted:
         try:
             if batch < full.get(experiment.name, math.inf):
-                yield from _network(resized(sized, batch), experiment, repeats)
+                yield from _network(resized(as_measured(experiment), batch), experiment, repeats)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             full[experiment.name] = batch
             tell(f"{experiment.name}: no room on the device for batches from {batch} on")
-
-
-def _own(pairs: list[tuple[Experiment, Experiment]]) -> list[tuple[Experiment, Experiment, int]]:
-    return [(experiment, sized, sized.train.batch) for experiment, sized in pairs]
 
 
 def _network(sized: Experiment, experiment: Experiment, repeats: int) -> Iterator[Row]:

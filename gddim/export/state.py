@@ -65,8 +65,9 @@ def export_state(
         more = {name: compact.vector(tree(f"{adam}.{name}")) for name in of_adam}
         count = {"count": int(rest[f"{adam}.count"])} if of_adam else {}
         packed = compact.Packed(step, leaves, vectors | more, ways | of_adam, about | count)
-        size = sum(map(len, compact.encode(packed)))
+        parts = compact.encode(packed)
+        size = sum(map(len, parts))
         if size <= 1e6 * room:
-            compact.write(folder, packed)
+            compact.write_parts(folder, parts)
             return packed
     raise UserError(f"a state of {run} takes {size / 1e6:.4g} MB, more than the --room of {room:g}")
